@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
@@ -31,7 +32,10 @@ def locate(name, made_by=None):
     folder = Path(name)
     if folder.is_dir() or made_by and not folder.exists() or name.startswith((".", "/", "~")):
         if not (folder / "config.json").is_file():
-            raise BadInput(f"{name} holds no model: looked for {folder / 'config.json'}" + (f"; make it with: {made_by}" if made_by else ""))
+            raise BadInput(
+                f"{name} holds no model: looked for {folder / 'config.json'}"
+                + (f"; make it with: {made_by}" if made_by else "")
+            )
         weight_file(folder)
         return folder
     return _from_hub(name)
@@ -51,8 +55,8 @@ def _from_hub(name):
             except (OSError, ValueError) as error:  # offline, no such name, gated
                 problem = str(error).strip().splitlines()[0]
     raise BadInput(
-        f"model {name!r}: no such folder, not in the Hugging Face cache ({os.environ.get('HF_HOME', '~/.cache/huggingface')}), "
-        f"and the hub did not give it ({problem}). Use --preset mini, which needs no network, or give a local folder"
+        f"model {name!r}: no such folder, not in the Hugging Face cache ({HF_HUB_CACHE}), and the hub did not give it "
+        f"({problem}). Use --preset mini, which needs no network, or give a local folder"
     )
 
 
@@ -104,7 +108,8 @@ def check_run(cfg):
         changed = differing(cfg, read_json(file))
         if changed:
             raise BadInput(
-                f"{cfg.out} holds a run of another config ({', '.join(changed[:5])}): --force True replaces it, --out names another folder"
+                f"{cfg.out} holds a run of another config ({', '.join(changed[:5])}): --force True replaces it, "
+                "--out names another folder"
             )
 
 
@@ -112,7 +117,9 @@ def need_disk(out, model):
     """BadInput unless the disk has room for two copies of the model: the old one stays until the new one is whole."""
     need, free = 2 * sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(out).free
     if free < need:
-        raise BadInput(f"{out} has {free:,} bytes free, saving the model needs {need:,}: free some, or name another folder by --out")
+        raise BadInput(
+            f"{out} has {free:,} bytes free, saving the model needs {need:,}: free some, or use another folder by --out"
+        )
 
 
 @contextmanager
@@ -124,10 +131,14 @@ def replacing(out):
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=out) as temporary:
         yield Path(temporary)
         files = sorted(Path(temporary).iterdir())
+        umask = os.umask(0)
+        os.umask(umask)
+        mode = 0o666 & ~umask  # what open() gives; safetensors makes its files unreadable to others
         for file in files:
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())
         for file in files:
+            os.chmod(file, mode)
             os.replace(file, Path(out) / file.name)
 
 

@@ -14,6 +14,7 @@ import tyro
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Report = Literal["tensorboard", "wandb", "none"]
+Dtype = Literal["auto", "fp32", "bf16"]
 Preset = Literal["gpt2", "mini"]
 
 
@@ -55,6 +56,9 @@ class FinetuneConfig:
     eval_tokens: int = 200_000  # length of the validation stream, tokens: whole reviews of the prompts split
     seed: int = 0  # of weights and data order
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
+    dtype: Dtype = (
+        "auto"  # auto: bf16 on a CUDA device that has it, else fp32; weights, logits and losses are fp32 always
+    )
     compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
     report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
 
@@ -67,7 +71,9 @@ class FinetuneConfig:
         if self.init_from == "scratch":
             divides(self, "n_head", "n_embd")
             if self.vocab_size < 257:
-                raise BadInput(f"vocab_size is {self.vocab_size}: a byte-level BPE needs 257 at least (256 bytes and <|endoftext|>)")
+                raise BadInput(
+                    f"vocab_size is {self.vocab_size}: a byte-level BPE needs 257, 256 bytes and <|endoftext|>"
+                )
             if self.block_size > self.n_positions:
                 raise BadInput(f"block_size {self.block_size} is over the model's n_positions {self.n_positions}")
 
@@ -102,10 +108,15 @@ class RewardConfig:
     short_words: int = 24  # words of the short texts: about prompt + response of PPO
     seed: int = 0  # of weights, data order and crops
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
+    dtype: Dtype = (
+        "auto"  # auto: bf16 on a CUDA device that has it, else fp32; weights, logits and losses are fp32 always
+    )
     report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
 
     def __post_init__(self):
-        positive(self, "vocab_size hidden_size num_layers num_heads max_length crop_words epochs batch_size lr grad_clip")
+        positive(
+            self, "vocab_size hidden_size num_layers num_heads max_length crop_words epochs batch_size lr grad_clip"
+        )
         positive(self, "eval_reviews short_words")
         between(self, 0, 1, "crop_share")
         between(self, 0, 1, "dropout", open_end=True)
@@ -123,7 +134,9 @@ class PPOConfig:
     policy: str = "finetune_checkpoints/gpt2"  # from finetune_gpt2.py: the start, and the frozen reference
     reward: str = "lvwerra/bert-imdb"  # classifier (hub name or folder), or your own function: file.py:function
     positive_label: str = "LABEL_1"  # the classifier's positive label; empty: found by its name, POSITIVE or POS
-    reward_kind: Literal["logit", "log_odds", "probability"] = "logit"  # score = z_pos, or z_pos - logsumexp(others), or softmax
+    reward_kind: Literal["logit", "log_odds", "probability"] = (
+        "logit"  # score = z_pos, or z_pos - logsumexp(others), or softmax
+    )
     out: str = "ppo_checkpoints/gpt2"  # folder to write
     force: bool = False  # replace a run of another config in `out`
 
@@ -155,19 +168,29 @@ class PPOConfig:
     minibatch_size: int = 128  # episodes an optimizer step
     micro_batch_size: int = 32  # episodes a forward pass: lower it when memory runs out, the result stays the same
     lr: float = 1.41e-5  # Adam
-    lr_end: float = 1.0  # learning rate of the last rollout, as a share of lr: 1 constant (TRL), 0 linearly to 0 (OpenAI)
+    lr_end: float = (
+        1.0  # learning rate after the last rollout, as a share of lr: 1 constant (TRL), 0 linear decay (OpenAI)
+    )
     adam_eps: float = 1e-5  # epsilon of Adam, from openai/lm-human-preferences
     grad_clip: float = 1.0  # largest norm of the gradient
 
     sample_every: int = 20  # rollouts between two tables of samples
-    self_check: bool = True  # before the first step: ratio 1, KL 0, KV cache exact, reward sane; False only for random weights
+    self_check: bool = (
+        True  # before the first step: ratio 1, KL 0, KV cache exact, reward sane; False only for random weights
+    )
     seed: int = 0  # of prompts, sampling and minibatches
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
+    dtype: Dtype = (
+        "auto"  # auto: bf16 on a CUDA device that has it, else fp32; weights, logits and losses are fp32 always
+    )
     compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
     report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
 
     def __post_init__(self):
-        positive(self, "steps batch_size min_prompt_len max_prompt_len response_len temperature kl_horizon clip_eps value_clip")
+        positive(
+            self,
+            "steps batch_size min_prompt_len max_prompt_len response_len temperature kl_horizon clip_eps value_clip",
+        )
         positive(self, "ppo_epochs minibatch_size micro_batch_size lr adam_eps grad_clip sample_every")
         between(self, 0, None, "kl_coef kl_target score_clip missing_eos_penalty vf_coef seed")
         between(self, 0, 1, "gamma lam lr_end")
@@ -199,6 +222,9 @@ class EvaluateConfig:
     samples: int = 8  # texts shown side by side
     seed: int = 0  # of prompts, sampling and bootstrap
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
+    dtype: Dtype = (
+        "auto"  # auto: bf16 on a CUDA device that has it, else fp32; weights, logits and losses are fp32 always
+    )
 
     def __post_init__(self):
         positive(self, "prompts min_prompt_len max_prompt_len response_len temperature batch_size resamples")
@@ -272,7 +298,9 @@ def parse(cls, argv=None):
         with contextlib.redirect_stderr(errors):
             preset = tyro.cli(_Preset, args=argv, return_unknown_args=True, add_help=False)[0].preset
             default = replace(cls(preset=preset), **PRESETS[preset].get(cls, {}))
-            return tyro.cli(cls, args=argv, default=default, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+            return tyro.cli(
+                cls, args=argv, default=default, use_underscores=True, config=(tyro.conf.FlagConversionOff,)
+            )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from config import BadInput
@@ -39,7 +40,7 @@ def clean(text):
 
 
 def key(text):
-    """The hash that finds duplicates and picks splits; letter case and spacing do not count. A number in [0, 1) by 2**-64."""
+    """The hash, 64 bits, that finds duplicates and picks splits; letter case and spacing do not count."""
     return int.from_bytes(hashlib.sha256(" ".join(text.lower().split()).encode()).digest()[:8], "big")
 
 
@@ -100,15 +101,21 @@ def read_source(source):
             raise BadInput(f"dataset {source} cannot be read: {error.__cause__ or error}") from None
         return _usable(rows, source), []
     parts = _from_hub(source)
-    return _usable(parts["train"], f"{source} train"), _usable(parts["test"], f"{source} test") if "test" in parts else []
+    return _usable(parts["train"], f"{source} train"), _usable(
+        parts["test"], f"{source} test"
+    ) if "test" in parts else []
 
 
 def _from_hub(name):
     from datasets import load_dataset
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     problem = None
-    for local in (True, False):  # the cache first; and not by datasets, which tries again for half a minute when offline
+    for local in (
+        True,
+        False,
+    ):  # the cache first; and not by datasets, which tries again for half a minute when offline
         try:
             folder = snapshot_download(name, repo_type="dataset", local_files_only=local)
             parts = load_dataset(folder)
@@ -118,8 +125,8 @@ def _from_hub(name):
         except (OSError, ValueError) as error:
             problem = str(error).strip().splitlines()[0]
     raise BadInput(
-        f"dataset {name!r}: no such file, not in the Hugging Face cache ({os.environ.get('HF_HOME', '~/.cache/huggingface')}), and the "
-        f"hub did not give it ({problem}). Use --preset mini, which needs no network, or --dataset with a CSV, JSONL or Parquet file"
+        f"dataset {name!r}: no such file, not in the Hugging Face cache ({HF_HUB_CACHE}), and the hub did not give it "
+        f"({problem}). Use --preset mini, which needs no network, or --dataset with a CSV, JSONL or Parquet file"
     )
 
 
@@ -127,7 +134,9 @@ def _usable(rows, source):
     """The rows with a text, a label and clean UTF-8, as (text, label); prints how many were left out, and why."""
     missing = {"text", "label"} - set(rows.column_names)
     if missing:
-        raise BadInput(f"dataset {source}: no column {' and no column '.join(sorted(missing))}; found {', '.join(rows.column_names)}")
+        raise BadInput(
+            f"dataset {source}: no column {' and '.join(sorted(missing))}; found {', '.join(rows.column_names)}"
+        )
     kept, dropped = [], {}
     for number, (text, label) in enumerate(zip(rows["text"], rows["label"]), start=1):
         label = LABELS.get(str(label).strip().lower().removesuffix(".0"))
@@ -178,7 +187,9 @@ def train_wordpiece(texts, vocab_size):
     wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
     wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False
+    )
     wordpiece.train_from_iterator(texts, trainer)
     ids = [(token, wordpiece.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     wordpiece.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ids)
@@ -218,7 +229,7 @@ def pack(texts, tokenizer):
 
 
 def prompt_pool(texts, tokenizer, prompt_len, limit=None):
-    """The first prompt_len tokens of every review that goes on after them, (M, prompt_len) int64; at most `limit` of them."""
+    """The first prompt_len tokens of the first `limit` reviews that go on after them, (M, prompt_len) int64."""
     pool = []
     for start in range(0, len(texts), 1000):
         pool += [ids[:prompt_len] for ids in encode(texts[start : start + 1000], tokenizer) if len(ids) > prompt_len]
@@ -229,14 +240,14 @@ def prompt_pool(texts, tokenizer, prompt_len, limit=None):
     return np.array(pool[:limit], dtype=np.int64)
 
 
-def prompt_batch(pool, step, batch_size, min_len, max_len, seed):
-    """The prompts of a rollout, (batch_size, P) int64: P is drawn from min_len to max_len, one for the whole batch.
+def prompt_batch(pool, step, cfg):
+    """The prompts of a rollout, (batch_size, P) int64: P is drawn from cfg's range, one length for the whole batch.
 
     A function of (seed, step) alone: each pass over the pool is a new permutation, and each prompt comes once in it.
     """
-    if len(pool) < batch_size:
-        raise BadInput(f"batch_size {batch_size} is over the {len(pool)} prompts of the dataset")
-    passes, place = divmod(step, len(pool) // batch_size)
-    order = np.random.default_rng([seed, 0, passes]).permutation(len(pool))
-    prompt_len = np.random.default_rng([seed, 1, step]).integers(min_len, max_len + 1)
-    return pool[order[place * batch_size :][:batch_size], :prompt_len]
+    if len(pool) < cfg.batch_size:
+        raise BadInput(f"batch_size {cfg.batch_size} is over the {len(pool)} prompts of the dataset")
+    passes, place = divmod(step, len(pool) // cfg.batch_size)
+    order = np.random.default_rng([cfg.seed, 0, passes]).permutation(len(pool))
+    prompt_len = np.random.default_rng([cfg.seed, 1, step]).integers(cfg.min_prompt_len, cfg.max_prompt_len + 1)
+    return torch.from_numpy(pool[order[place * cfg.batch_size :][: cfg.batch_size], :prompt_len])

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import check_run, locate
+from checkpoint import check_run
 from config import BadInput, FinetuneConfig, run
 from data import language_model_texts, load_splits, pack, train_bpe
 from log import RunLog, sheet
-from model import GPT2, GPT2Config, Stepper, load_gpt2, load_tokenizer, pick_device, read_config, save_gpt2
+from model import GPT2, GPT2Config, Stepper, decay_groups, load_gpt2, open_gpt2, pick_device, save_gpt2
 
 
 def block_order(step, n_blocks, cfg):
@@ -28,12 +28,14 @@ def block_order(step, n_blocks, cfg):
     """
     last = min((step + 1) * cfg.batch_size, int(cfg.epochs * n_blocks))
     places = np.arange(step * cfg.batch_size, last)
-    orders = {epoch: np.random.default_rng([cfg.seed, epoch]).permutation(n_blocks) for epoch in set(places // n_blocks)}
+    orders = {
+        epoch: np.random.default_rng([cfg.seed, epoch]).permutation(n_blocks) for epoch in set(places // n_blocks)
+    }
     return np.array([orders[place // n_blocks][place % n_blocks] for place in places])
 
 
 def blocks(stream, numbers, block_size):
-    """Inputs and targets, (len(numbers), block_size) each: the target of a token is the one after it, <|endoftext|> too."""
+    """Inputs and targets, (len(numbers), block_size) each: a token's target is the next one, <|endoftext|> too."""
     at = numbers[:, None] * block_size + np.arange(block_size)
     return torch.from_numpy(stream[at]).long(), torch.from_numpy(stream[at + 1]).long()
 
@@ -44,15 +46,6 @@ def learning_rate(step, steps, cfg):
         return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
     done = (step - cfg.warmup_steps) / max(1, steps - 1 - cfg.warmup_steps)
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, done))) * (cfg.lr - cfg.min_lr)
-
-
-def decay_groups(model, weight_decay):
-    """AdamW's groups: matrices and embeddings decay, biases and gains (one dimension) do not."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
 
 
 @torch.no_grad()
@@ -70,7 +63,10 @@ def validate(model, stream, characters, block_size, batch_size, eos_id):
     batches = list(zip(*(t[:whole].view(-1, block_size).split(batch_size) for t in (inputs, targets)))) if whole else []
     if whole < len(stream):
         batches.append((inputs[None, whole:], targets[None, whole:]))
-    nll = sum(F.cross_entropy(model(x.to(device)).flatten(0, 1), y.to(device).flatten(), reduction="sum").double() for x, y in batches)
+    nll = sum(
+        F.cross_entropy(model(x.to(device)).flatten(0, 1), y.to(device).flatten(), reduction="sum").double()
+        for x, y in batches
+    )
     return math.exp(nll.item() / len(stream)), nll.item() / math.log(2) / characters
 
 
@@ -85,53 +81,58 @@ def validation_texts(texts, tokenizer, n_tokens):
     return chosen
 
 
-def train_step(model, x, y, cfg, autocast):
-    """Gradients of the mean loss over a batch (B, block_size), summed up micro-batch by micro-batch. Returns the loss."""
+def train_step(model, x, y, cfg):
+    """Gradients of the mean loss over a batch (B, block_size), summed up by micro-batches. Returns the loss."""
     loss = 0.0
     for xs, ys in zip(x.split(cfg.micro_batch_size), y.split(cfg.micro_batch_size)):
-        with autocast:
-            logits = model(xs)
+        logits = model(xs)
         part = F.cross_entropy(logits.flatten(0, 1), ys.flatten(), reduction="sum") / y.numel()
         part.backward()
         loss += part.detach()
     return loss
 
 
-def start_model(cfg, texts):
-    """(GPT2, tokenizer): from a folder or the hub, or random weights with a tokenizer trained on texts."""
-    if cfg.init_from != "scratch":
-        folder = locate(cfg.init_from)
-        tokenizer = load_tokenizer(folder, read_config(folder))
-        return load_gpt2(folder, n_tokens=len(tokenizer)), tokenizer
+def start_model(cfg, opened, texts, bf16):
+    """(GPT2, tokenizer): from what open_gpt2 returned, or random weights and a tokenizer trained on texts."""
+    if opened:
+        folder, config, tokenizer = opened
+        return load_gpt2(folder, config, len(tokenizer), bf16), tokenizer
     tokenizer = train_bpe(texts, cfg.vocab_size)
     torch.manual_seed(cfg.seed)
     config = GPT2Config(len(tokenizer), cfg.n_positions, cfg.n_embd, cfg.n_layer, cfg.n_head)
-    return GPT2(config).init_weights(), tokenizer
+    return GPT2(config, bf16=bf16).init_weights(), tokenizer
 
 
 def main(cfg):
     check_run(cfg)
-    device, autocast = pick_device(cfg)
-    if cfg.init_from != "scratch":
-        n_positions = read_config(locate(cfg.init_from)).n_positions
-        if cfg.block_size > n_positions:
-            raise BadInput(f"block_size {cfg.block_size} is over the {n_positions} positions of {cfg.init_from}")
+    device, bf16 = pick_device(cfg)
+    opened = None if cfg.init_from == "scratch" else open_gpt2(cfg.init_from)
+    if opened and cfg.block_size > opened[1].n_positions:
+        raise BadInput(f"block_size {cfg.block_size} is over the {opened[1].n_positions} positions of {cfg.init_from}")
 
     splits = load_splits(cfg.dataset)
     texts = language_model_texts(splits)
-    model, tokenizer = start_model(cfg, texts)
+    model, tokenizer = start_model(cfg, opened, texts, bf16)
     model.to(device)
     stream = pack(texts, tokenizer)
     n_blocks = (len(stream) - 1) // cfg.block_size
     steps = math.ceil(int(cfg.epochs * n_blocks) / cfg.batch_size)
     if steps < 1:
-        raise BadInput(f"dataset {cfg.dataset}: {len(stream)} tokens of reviews are no block of {cfg.block_size} in {cfg.epochs} epochs")
+        raise BadInput(
+            f"dataset {cfg.dataset}: {len(stream)} tokens are no block of {cfg.block_size} in {cfg.epochs} epochs"
+        )
     held_out = validation_texts(splits["prompts"].texts, tokenizer, cfg.eval_tokens)
-    validation = pack(held_out, tokenizer), sum(map(len, held_out)), cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id
+    validation = (
+        pack(held_out, tokenizer),
+        sum(map(len, held_out)),
+        cfg.block_size,
+        cfg.micro_batch_size,
+        tokenizer.eos_token_id,
+    )
 
     log = RunLog(cfg, model)
     optimizer = torch.optim.AdamW(
-        decay_groups(model, cfg.weight_decay), cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cpu", "cuda")
+        decay_groups(model, cfg.weight_decay), cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type != "mps"
     )
     stepper = Stepper(model, optimizer, cfg.grad_clip)
     if cfg.compile:
@@ -143,9 +144,10 @@ def main(cfg):
             {
                 "parameters": f"{parameters:,}",
                 "reviews": f"{len(texts):,} to learn from, {len(held_out):,} for validation",
-                "tokens": f"{len(stream):,} packed, {steps * cfg.batch_size * cfg.block_size:,} to see, {len(validation[0]):,} for validation",
+                "tokens": f"{len(stream):,} packed, {int(cfg.epochs * n_blocks) * cfg.block_size:,} to learn from, "
+                f"{len(validation[0]):,} for validation",
                 "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
-                "device": f"{device}, {'bf16 autocast' if isinstance(autocast, torch.autocast) else 'fp32'}",
+                "device": f"{device}, {'bf16' if bf16 else 'fp32'}",
             },
         )
     )
@@ -155,9 +157,11 @@ def main(cfg):
     for step in progress:
         metrics = {}
         if step % cfg.eval_every == 0 or step == steps:
-            with autocast:
-                metrics["val_perplexity"], metrics["val_bits_per_character"] = validate(model, *validation)
-            tqdm.write(f"step {step} | validation perplexity {metrics['val_perplexity']:.2f} | {metrics['val_bits_per_character']:.3f} bits/character")
+            metrics["val_perplexity"], metrics["val_bits_per_character"] = validate(model, *validation)
+            tqdm.write(
+                f"step {step} | validation perplexity {metrics['val_perplexity']:.2f} | "
+                f"{metrics['val_bits_per_character']:.3f} bits/character"
+            )
             if metrics["val_perplexity"] < best:
                 best = metrics["val_perplexity"]
                 save_gpt2(model, tokenizer, cfg.out)
@@ -166,8 +170,8 @@ def main(cfg):
             lr = learning_rate(step, steps, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            metrics["loss"] = train_step(model, x, y, cfg, autocast).item()
-            metrics.update(grad_norm=stepper.step(f"step {step}"), skipped_steps=stepper.skipped, lr=lr)
+            metrics["loss"] = train_step(model, x, y, cfg).item()
+            metrics.update(grad_norm=stepper.step(), skipped_steps=stepper.skipped, lr=lr)
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{lr:.1e}", refresh=False)
         log.write(step, tokens=step * cfg.batch_size * cfg.block_size, **metrics)
     log.close()

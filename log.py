@@ -1,28 +1,33 @@
 """What a run leaves to read: its config, metrics.jsonl, TensorBoard or W&B beside it; and tables for the terminal."""
 
 import json
+import resource
 import shutil
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from checkpoint import RUN_CONFIG, need_disk, write_text
 from config import BadInput
+from model import exact_kl
 
 
 class RunLog:
-    """The log of a run in cfg.out: one JSON line a step, and the same numbers to cfg.report_to.
+    """The log of a run in cfg.out, or of a part of it in a folder there: a JSON line a step, the same to cfg.report_to.
 
     Making one starts the run's folder: the config is written, the log of an earlier run there begins anew. BadInput
     when the folder cannot be written or the disk has no room for the model.
     """
 
-    def __init__(self, cfg, model):
-        self.out, self.start, self.tensorboard, self.wandb = Path(cfg.out), time.time(), None, None
+    def __init__(self, cfg, model, part=""):
+        self.out, self.start, self.tensorboard, self.wandb = Path(cfg.out, part), time.time(), None, None
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             need_disk(self.out, model)
-            write_text(self.out / RUN_CONFIG, json.dumps(asdict(cfg), indent=1))
+            write_text(Path(cfg.out, RUN_CONFIG), json.dumps(asdict(cfg), indent=1))
             self.file = open(self.out / "metrics.jsonl", "w", encoding="utf-8")
         except OSError as error:
             raise BadInput(f"cannot write to {self.out}: {error}") from None
@@ -35,7 +40,9 @@ class RunLog:
             try:
                 import wandb
             except ImportError:
-                raise BadInput("report_to is wandb, which is not installed: pip install wandb, or --report_to tensorboard") from None
+                raise BadInput(
+                    "report_to is wandb, which is not installed: pip install wandb, or --report_to tensorboard"
+                ) from None
             self.wandb = wandb.init(project="mini-rlhf", name=self.out.as_posix(), config=asdict(cfg))
 
     def write(self, step, **metrics):
@@ -55,6 +62,87 @@ class RunLog:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+
+@torch.no_grad()
+def rollout_metrics(batch, policy, ref_policy, reward_fn, cfg):
+    """What the log tells of a Rollout, as floats: see the README for what healthy values look like.
+
+    kl is the one that is penalised (k1, summed over a response, mean over responses) with its standard error; kl_k3 is
+    the estimator that is never negative, and kl_exact takes the whole vocabulary at each token, on 8 episodes.
+    """
+    mask, kl, few = batch.mask, batch.kl, slice(8)
+    exact = exact_kl(policy, ref_policy, batch.sequences[few], mask[few], batch.prompt_len, cfg.temperature)
+    responses, returns = kl.sum(1), batch.returns[mask]
+    metrics = {
+        "score": batch.scores.mean(),
+        "score_std": batch.scores.std(unbiased=False),
+        "kl": responses.mean(),
+        "kl_stderr": responses.std(unbiased=False) / len(responses) ** 0.5,
+        "kl_k3": (((-kl).exp() - 1 + kl) * mask).sum(1).mean(),
+        "kl_exact": exact.mean(),
+        "entropy": -batch.logprobs[mask].mean(),  # nats a token, of the policy's own samples: unbiased
+        "explained_variance": 1
+        - (returns - batch.values[mask]).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8),
+        "response_length": mask.sum(1).float().mean(),
+        "eos_frac": batch.ended.float().mean(),
+        "truncated_frac": getattr(reward_fn, "truncated", 0) / len(batch.texts),
+    }
+    return {k: float(v) for k, v in metrics.items()} | {f"seconds_{k}": v for k, v in batch.seconds.items()} | {
+        "tokens_per_second": int(mask.sum()) / batch.seconds["generate"],
+        "peak_memory_gb": peak_memory(mask.device),
+    }  # fmt: skip
+
+
+def peak_memory(device):
+    """The most memory this process had, in GB: of the GPU on CUDA, else resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def ppo_sheet(cfg, policy, reward_fn, n_prompts, device):
+    """The run in numbers before it starts, as text: sizes resolved, optimizer steps, memory."""
+    c, V = policy.gpt2.config, policy.gpt2.n_tokens
+    weights = sum(p.numel() for p in policy.parameters())
+    reward_weights = sum(p.numel() for p in reward_fn.model.parameters()) if hasattr(reward_fn, "model") else 0
+    tokens = cfg.micro_batch_size * (cfg.max_prompt_len + cfg.response_len)
+    trunk = tokens * c.n_layer * 16 * c.n_embd  # numbers that a block keeps for its backward pass, a token
+    logits = 3 * cfg.micro_batch_size * cfg.response_len * V  # logits, their softmax, their gradient
+    estimate = 4 * (
+        5 * weights + reward_weights + trunk + logits
+    )  # weights, gradient, Adam's two moments, the reference
+    updates = cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
+    rows = {
+        "policy": f"{weights:,} parameters from {cfg.policy}",
+        "reward": cfg.reward + (f", {reward_weights:,} parameters, {cfg.reward_kind}" if reward_weights else ""),
+        "episodes": f"{cfg.steps * cfg.batch_size:,}: {cfg.steps} rollouts of {cfg.batch_size}, {n_prompts:,} prompts",
+        "tokens": f"prompts of {cfg.min_prompt_len} to {cfg.max_prompt_len}, responses of up to {cfg.response_len}",
+        "optimizer steps": f"{cfg.steps * updates:,}: {cfg.ppo_epochs} epochs a rollout, {cfg.minibatch_size} episodes each",
+        "forward passes": f"{cfg.micro_batch_size} episodes each",
+        "KL": f"coefficient {cfg.kl_coef}, " + (f"adaptive, target {cfg.kl_target} nats" if cfg.kl_target else "fixed"),
+        "device": f"{device}, {'bf16' if policy.gpt2.bf16 else 'fp32'}, about {estimate / 1e9:.1f} GB",
+        "writes": cfg.out,
+    }  # fmt: skip
+    return sheet("PPO", rows)
+
+
+def show(progress, step, metrics, batch, cfg):
+    """The numbers that matter on the progress bar, and every cfg.sample_every rollouts a table of samples above it."""
+    progress.set_postfix(
+        score=f"{metrics['score']:+.2f}",
+        kl=f"{metrics['kl']:.2f}",
+        tok_s=f"{metrics['tokens_per_second']:.0f}",
+        refresh=False,
+    )
+    if step % cfg.sample_every == 0 or step == cfg.steps - 1:
+        line = (
+            f"step {step} | score {metrics['score']:+.2f} | "
+            f"kl {metrics['kl']:.2f} +- {metrics['kl_stderr']:.2f} nats | "
+            f"clip {metrics['clip_frac']:.3f} | entropy {metrics['entropy']:.2f}"
+        )
+        rows = zip(batch.scores[:3].tolist(), batch.texts)
+        progress.write("\n".join([line, *(f"  {score:+6.2f}  {one_line(text, 110)}" for score, text in rows)]))
 
 
 def one_line(text, width):

@@ -9,7 +9,6 @@ C width, H attention heads.
 
 import json
 import math
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -59,7 +58,7 @@ class KVCache:
         self.buffer, self.filled = None, 0
 
     def extend(self, layer, k, v):
-        """Append k and v, (B, H, new, C / H), to a layer; returns all of its keys and values. `filled` is the caller's."""
+        """Append k and v, (B, H, new, C / H), to a layer; returns all its keys and values. `filled` is the caller's."""
         if self.buffer is None:
             self.buffer = k.new_empty(self.shape)  # in the dtype that autocast computes in
         end = self.filled + k.shape[2]
@@ -77,7 +76,9 @@ class Attention(nn.Module):
 
     def forward(self, x, layer, cache):
         B, L, C = x.shape
-        q, k, v = self.c_attn(x).view(B, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, L, C/H) each
+        q, k, v = (
+            self.c_attn(x).view(B, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        )  # (B, H, L, C/H) each
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         # one new token sees every key; SDPA's causal triangle starts top left and would show it the first key only
@@ -109,15 +110,16 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model. It has no dropout: PPO needs the same log-probabilities twice, and one epoch does not overfit.
+    """The language model. No dropout: PPO needs the same log-probabilities twice, and one epoch does not overfit.
 
     n_tokens: the tokenizer's size. Where the embedding has more rows than that (50,304 for 50,257, say), the rows
-    beyond it are padding: they have no logits, so they are never sampled and take no probability.
+    beyond it are padding: they have no logits, so they are never sampled and take no probability. bf16: run the trunk
+    under autocast; weights, logits and values stay in float32.
     """
 
-    def __init__(self, config, n_tokens=None):
+    def __init__(self, config, n_tokens=None, bf16=False):
         super().__init__()
-        self.config, self.n_tokens = config, n_tokens or config.vocab_size
+        self.config, self.n_tokens, self.bf16 = config, n_tokens or config.vocab_size, bf16
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -134,25 +136,26 @@ class GPT2(nn.Module):
         return self
 
     def trunk(self, ids, cache=None):
-        """Final hidden states of ids (B, L), behind what the cache holds: (B, L, C). Raises ValueError past n_positions."""
+        """Final hidden states of ids (B, L) behind what the cache holds: (B, L, C). ValueError past n_positions."""
         seen = cache.filled if cache else 0
         end = seen + ids.shape[1]
         if end > self.config.n_positions:
             raise ValueError(f"{end} tokens are more than the model's context of {self.config.n_positions}")
         if seen and ids.shape[1] > 1:
             raise ValueError(f"behind a filled cache one token at a time, not {ids.shape[1]}")
-        x = self.wte(ids) + self.wpe.weight[seen:end]
-        for layer, block in enumerate(self.h):
-            x = block(x, layer, cache)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.wte(ids) + self.wpe.weight[seen:end]
+            for layer, block in enumerate(self.h):
+                x = block(x, layer, cache)
+            x = self.ln_f(x)
         if cache:
             cache.filled = end
-        return self.ln_f(x)
+        return x
 
     def logits(self, hidden):
         """(..., C) -> (..., n_tokens), never in bf16: GPT-2's logits lie near -100, where bf16 steps by 0.5."""
         weight = self.wte.weight[: self.n_tokens]
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(weight.dtype), weight)
+        return F.linear(hidden.to(weight.dtype), weight)
 
     def forward(self, ids, first=0):
         """Logits of what follows positions first, first + 1, ... of ids (B, L): (B, L - first, n_tokens)."""
@@ -198,15 +201,14 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     def forward(self, sequences, prompt_len, temperature=1.0):
-        """Log-probabilities and values of the response tokens: sequences (B, P + T) -> (B, T) each, in nats and units of return.
+        """Log-probabilities (nats) and values of the response tokens: sequences (B, P + T) -> (B, T) each.
 
         This is the project's one shift by one: the hidden state before a token gives its logits and its value. Only
         these T states meet the vocabulary.
         """
         hidden = self.gpt2.trunk(sequences[:, :-1])[:, prompt_len - 1 :]  # (B, T, C)
         logits = self.gpt2.logits(hidden) / temperature  # (B, T, V)
-        with torch.autocast(hidden.device.type, enabled=False):
-            values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
         return token_logprobs(logits, sequences[:, prompt_len:]), values
 
 
@@ -225,11 +227,39 @@ def cached_logprobs(policy, sequences, prompt_len, temperature=1.0):
 
 @torch.no_grad()
 def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
-    """KL(policy || ref_policy) over the whole vocabulary, summed over a response's real tokens: (B,) nats, never below 0."""
+    """KL(policy || ref_policy) over the whole vocabulary, summed over the real tokens: (B,) nats, never below 0."""
     logp, ref_logp = (
         (p.gpt2(sequences[:, :-1], first=prompt_len - 1) / temperature).log_softmax(-1) for p in (policy, ref_policy)
     )  # (B, T, V) each
     return ((logp.exp() * (logp - ref_logp)).sum(-1) * mask).sum(1)
+
+
+@torch.no_grad()
+def check_policy(policy, ref_policy, prompts, cfg):
+    """Does PPO start where it must? Says so as text, or raises BadInput naming what is off.
+
+    On responses to some prompts: two passes agree (dropout would show as a ratio other than 1), the policy is its
+    reference (KL 0), and the KV cache gives the log-probabilities that PPO computes without it.
+    """
+    prompts, prompt_len, t = prompts[:8], prompts.shape[1], cfg.temperature
+    sequences = policy.gpt2.generate(
+        prompts, cfg.response_len, t, eos_id=-1, generator=random_generator(prompts.device, cfg.seed)
+    )
+    logprobs = policy(sequences, prompt_len, t)[0]
+    found = {
+        "log ratio": (policy(sequences, prompt_len, t)[0] - logprobs).abs().max().item(),
+        "KL": (logprobs - ref_policy(sequences, prompt_len, t)[0]).abs().max().item(),
+        "KV cache": (cached_logprobs(policy, sequences, prompt_len, t) - logprobs).abs().max().item(),
+    }
+    allowed = (
+        0.1 if policy.gpt2.bf16 else 1e-3
+    )  # nats a token; a wrong mask, position or temperature is off by far more
+    for name, error in found.items():
+        if not error <= allowed:
+            raise BadInput(
+                f"self-check: {name} is off by {error:.2g} nats a token before the first step; {allowed} is rounding"
+            )
+    return ", ".join(f"max |{name}| {error:.1g}" for name, error in found.items()) + " nats"
 
 
 # ---- Hugging Face folders
@@ -264,14 +294,29 @@ def load_tokenizer(folder, config=None):
     return tokenizer
 
 
-def load_gpt2(folder, config=None, n_tokens=None):
+def open_gpt2(name, made_by=None):
+    """(folder, GPT2Config, tokenizer) of a folder or hub name: all that can be checked before its weights are read."""
+    folder = locate(name, made_by)
+    config = read_config(folder)
+    return folder, config, load_tokenizer(folder, config)
+
+
+def check_context(cfg, config):
+    """BadInput unless the longest prompt and response of cfg fit the model."""
+    if cfg.max_prompt_len + cfg.response_len > config.n_positions:
+        raise BadInput(
+            f"max_prompt_len {cfg.max_prompt_len} + response_len {cfg.response_len} is over the model's "
+            f"{config.n_positions} positions"
+        )
+
+
+def load_gpt2(folder, config, n_tokens=None, bf16=False):
     """GPT2 from a Hugging Face folder, strictly: every tensor there, none left over, every shape right, or BadInput.
 
     The network is built without memory and takes the read tensors as its own, in float32 whatever they were stored in.
     """
-    config = config or read_config(folder)
     with torch.device("meta"):
-        model = GPT2(config, n_tokens)
+        model = GPT2(config, n_tokens, bf16)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state, lm_head = {}, None
     for name, tensor in read_tensors(folder):
@@ -279,31 +324,29 @@ def load_gpt2(folder, config=None, n_tokens=None):
         if name == "lm_head.weight":
             lm_head = tensor
         elif not MASK_BUFFER.fullmatch(name):
-            state[name] = tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+            turn = name.endswith(TRANSPOSED) and tensor.dim() == 2
+            state[name] = (tensor.t() if turn else tensor).to(torch.float32).contiguous()
     match(state, expected, folder)
-    if lm_head is not None and not torch.equal(lm_head, state["wte.weight"]):
+    if lm_head is not None and not torch.equal(lm_head.float(), state["wte.weight"]):
         raise BadInput(f"{folder}: lm_head.weight differs from wte.weight, and GPT-2 ties them")
-    for name in state:  # one by one, so that the old tensor is freed before the next copy
-        state[name] = state[name].to(torch.float32).contiguous()
     model.load_state_dict(state, assign=True)
     return model
 
 
-def load_policy(name, made_by=None):
-    """(Policy, tokenizer) of a folder or hub name, with the value head that lies beside the weights, or else zeros."""
-    folder = locate(name, made_by)
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder, config)
-    policy = Policy(load_gpt2(folder, config, len(tokenizer)))
+def load_policy(folder, config, tokenizer, bf16=False):
+    """Policy of what open_gpt2 returned, with the value head that lies beside the weights, or else zeros."""
+    policy = Policy(load_gpt2(folder, config, len(tokenizer), bf16))
     if (folder / VALUE_HEAD).is_file():
         head = load_file(folder / VALUE_HEAD)
-        match(head, {name: tensor.shape for name, tensor in policy.value_head.state_dict().items()}, folder / VALUE_HEAD)
+        match(
+            head, {name: tensor.shape for name, tensor in policy.value_head.state_dict().items()}, folder / VALUE_HEAD
+        )
         policy.value_head.load_state_dict(head)
-    return policy, tokenizer
+    return policy
 
 
 def save_gpt2(model, tokenizer, out, value_head=None):
-    """Write a plain Hugging Face GPT-2 folder into `out`: weights, config, tokenizer, and the value head beside them."""
+    """Write a plain Hugging Face GPT-2 folder into `out`: weights, config, tokenizer; the value head beside them."""
     state = {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().cpu()
@@ -322,40 +365,53 @@ def save_gpt2(model, tokenizer, out, value_head=None):
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         if value_head is not None:
-            save_file({name: t.detach().cpu().contiguous() for name, t in value_head.state_dict().items()}, folder / VALUE_HEAD)
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in value_head.state_dict().items()},
+                folder / VALUE_HEAD,
+            )
 
 
 # ---- device, randomness and the optimizer step
 
 
 def pick_device(cfg):
-    """(torch.device, context manager): where to compute, and bf16 autocast on a CUDA device that has it, fp32 elsewhere."""
-    backends = torch.backends.mps.is_available()
-    name = cfg.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if backends else "cpu"
-    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not backends:
-        raise BadInput(f"device is {name}, and torch {torch.__version__} finds none here: use --device cpu, or auto")
+    """(torch.device, bf16): where to compute, and whether the trunk runs in bf16; BadInput for what is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(device for device in there if there[device]) if cfg.device == "auto" else cfg.device
+    if not there[name]:
+        found = ", ".join(device for device in there if there[device])
+        raise BadInput(f"device is {name}, and torch {torch.__version__} finds only: {found}")
+    can_bf16 = name == "cpu" or name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if cfg.dtype == "bf16" and not can_bf16:
+        raise BadInput(f"dtype is bf16, and this {name} device does not compute in it: use --dtype fp32, or auto")
     torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products on CUDA; nothing changes on a CPU
-    bf16 = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.device(name), torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext()
+    return torch.device(name), cfg.dtype == "bf16" or cfg.dtype == "auto" and name == "cuda" and can_bf16
 
 
 def random_generator(device, *key):
-    """A generator of its own for each key of integers, such as (seed, step): what a run draws depends on nothing else."""
+    """A generator for each key of integers, such as (seed, step): what a run draws depends on nothing else."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(seed)
 
 
+def decay_groups(model, weight_decay):
+    """AdamW's groups: matrices and embeddings decay, biases and gains (one dimension) do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
 class Stepper:
-    """An optimizer step with the gradient clipped, or none when the gradient is not finite; the third such in a row stops the run."""
+    """Optimizer steps with a clipped gradient; none where it is not finite, and three such in a row stop the run."""
 
     def __init__(self, model, optimizer, grad_clip):
         self.model, self.optimizer, self.grad_clip = model, optimizer, grad_clip
         self.skipped = self.in_a_row = 0
 
-    def step(self, about=""):
-        """Take the step, clear the gradients, return their norm as a float. about: said when the run stops."""
+    def step(self):
+        """Take the step, clear the gradients, return their norm as a float."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip).item()
         if math.isfinite(norm):
             self.optimizer.step()
@@ -364,5 +420,5 @@ class Stepper:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         self.optimizer.zero_grad(set_to_none=True)
         if self.in_a_row == 3:
-            raise BadInput(f"the gradient was not finite (norm {norm}) in three steps in a row: lower lr, or look at {about}")
+            raise BadInput(f"the gradient was not finite (norm {norm}) in three optimizer steps in a row: lower lr")
         return norm

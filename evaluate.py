@@ -1,0 +1,203 @@
+"""Before and after PPO on the same held-out prompts: the table, side-by-side samples, and the learning curves.
+
+    python evaluate.py
+    python evaluate.py --preset mini
+
+Writes results.json, samples.md and learning_curves.png into the folder of the policy, ppo_checkpoints/<preset>/.
+"""
+
+import html
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import write_text
+from config import BadInput, EvaluateConfig, run
+from data import load_splits, prompt_pool
+from log import one_line
+from model import check_context, exact_kl, load_policy, open_gpt2, pick_device, random_generator
+from plot import learning_curves
+from ppo import response_mask
+from reward import SentimentReward, load_reward, made_by
+
+
+def prompt_groups(pool, cfg):
+    """cfg.prompts prompts as batches of one length each, (B, P) int64: the lengths share them evenly."""
+    lengths = range(cfg.min_prompt_len, cfg.max_prompt_len + 1)
+    for prompt_len, rows in zip(lengths, np.array_split(np.arange(cfg.prompts), len(lengths))):
+        for batch in np.split(rows, range(cfg.batch_size, len(rows), cfg.batch_size)):
+            if len(batch):
+                yield torch.from_numpy(pool[batch, :prompt_len])
+
+
+@torch.no_grad()
+def respond(policy, ref_policy, tokenizer, groups, cfg, device, name):
+    """Sample a response to every prompt. Returns dicts of arrays by response, and the texts.
+
+    prompts, texts: str. tokens: ids up to <|endoftext|>. kl: nats, log-probability less the reference's; kl_exact: the
+    same over the whole vocabulary, without the noise of the sampled token. ref_nll: nats of the response under the
+    reference. The random numbers depend on cfg.seed and the batch alone: both models get the same.
+    """
+    out = {name: [] for name in ("prompts", "texts", "tokens", "kl", "kl_exact", "ref_nll")}
+    eos_id = tokenizer.eos_token_id
+    for i, prompts in enumerate(tqdm(groups, desc=f"answer by {name}", unit="batch")):
+        prompts, prompt_len = prompts.to(device), prompts.shape[1]
+        generator = random_generator(device, cfg.seed, i)
+        sequences = policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator)
+        mask = response_mask(sequences[:, prompt_len:], eos_id)
+        logprobs = policy(sequences, prompt_len, cfg.temperature)[0] * mask
+        ref_logprobs = ref_policy(sequences, prompt_len, cfg.temperature)[0] * mask
+        out["kl"] += (logprobs - ref_logprobs).sum(1).tolist()
+        out["kl_exact"] += exact_kl(policy, ref_policy, sequences, mask, prompt_len, cfg.temperature).tolist()
+        out["ref_nll"] += (-ref_policy(sequences, prompt_len)[0] * mask).sum(1).tolist()
+        out["tokens"] += [row[keep].tolist() for row, keep in zip(sequences[:, prompt_len:], mask)]
+        decode = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        out["prompts"] += tokenizer.batch_decode(prompts, **decode)
+        out["texts"] += tokenizer.batch_decode(sequences, **decode)
+    return out
+
+
+def distinct(responses, n):
+    """Distinct n-grams over all n-grams of the responses, lists of ids (Li et al. 2016): 1 says nothing twice."""
+    grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def interval(values, cfg, statistic=None):
+    """(low, high): the 95 % bootstrap interval of the mean of values (M,), or of statistic(resampled rows)."""
+    rng = np.random.default_rng([cfg.seed, 3])
+    statistic = statistic or (lambda rows: values[rows].mean())
+    draws = [statistic(rng.integers(0, len(values), len(values))) for _ in range(cfg.resamples)]
+    return tuple(float(x) for x in np.quantile(draws, (0.025, 0.975)))
+
+
+def measure(answers, reward_fn, judge, cfg):
+    """What the table tells of one model, {name: {"value", "low", "high"}}, and the values by response, {name: (M,)}."""
+    texts, length = answers["texts"], np.array([len(ids) for ids in answers["tokens"]])
+    answers["scores"] = torch.as_tensor(reward_fn(texts), dtype=torch.float64).numpy()
+    per_response = {"score": answers["scores"]}
+    if isinstance(reward_fn, SentimentReward):
+        per_response["positive_by_reward"] = (reward_fn.log_odds(texts) > 0).double().numpy()
+    answers["judge_probability"] = judge.log_odds(texts).sigmoid().double().numpy()
+    per_response["positive_by_judge"] = (answers["judge_probability"] > 0.5).astype(float)
+    per_response["kl"] = np.array(answers["kl"])
+    per_response["kl_exact"] = np.array(answers["kl_exact"])
+    per_response["response_length"] = length.astype(float)
+    table = {name: row(values.mean(), interval(values, cfg)) for name, values in per_response.items()}
+
+    nll = np.array(answers["ref_nll"])
+    perplexity = lambda rows: np.exp(nll[rows].sum() / length[rows].sum())  # noqa: E731
+    table["perplexity"] = row(perplexity(np.arange(len(nll))), interval(nll, cfg, perplexity))
+    table["distinct_1"] = row(distinct(answers["tokens"], 1))
+    table["distinct_2"] = row(distinct(answers["tokens"], 2))
+    return table, per_response
+
+
+def row(value, bounds=None):
+    return {"value": float(value)} | ({"low": bounds[0], "high": bounds[1]} if bounds else {})
+
+
+LABELS = {
+    "score": "score",
+    "positive_by_reward": "positive, by the reward",
+    "positive_by_judge": "positive, by the judge",
+    "kl": "KL, nats a response",
+    "kl_exact": "KL over the whole vocabulary",
+    "perplexity": "perplexity, fine-tuned model",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "response_length": "length, tokens",
+}
+
+
+def table_text(results):
+    """The before/after table as Markdown: it reads well in a terminal too."""
+
+    def cell(entry):
+        spread = f" [{entry['low']:.2f}, {entry['high']:.2f}]" if "low" in entry else ""
+        return f"{entry['value']:.2f}{spread}"
+
+    cells = [("", "before PPO", "after PPO")]
+    cells += [
+        (label, cell(results["before"][name]), cell(results["after"][name]))
+        for name, label in LABELS.items()
+        if name in results["before"]
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(3)]
+    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def samples_markdown(answers, cfg):
+    """Prompts with both continuations as a Markdown table. Generated text is untrusted: nothing in it stays markup."""
+
+    def quote(text):
+        text = html.escape(one_line(text, 400))
+        return "".join(f"&#{ord(c)};" if c in "|\\`*_[]!#~$:@" else c for c in text)
+
+    lines = ["| prompt | before PPO | judge | after PPO | judge |", "|---|---|---|---|---|"]
+    before, after = answers["before"], answers["after"]
+    for i in sample_rows(cfg):
+        cells = [quote(before["prompts"][i])]
+        for side in (before, after):
+            cells += [quote(side["texts"][i][len(side["prompts"][i]) :]), f"{side['judge_probability'][i]:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sample_rows(cfg):
+    return sorted(np.random.default_rng([cfg.seed, 4]).permutation(cfg.prompts)[: cfg.samples].tolist())
+
+
+def main(cfg):
+    device, bf16 = pick_device(cfg)
+    opened = {
+        "before": open_gpt2(cfg.before, made_by=f"python finetune_gpt2.py --preset {cfg.preset}"),
+        "after": open_gpt2(cfg.after, made_by=f"python ppo.py --preset {cfg.preset}"),
+    }
+    (_, config, tokenizer), (_, after_config, after_tokenizer) = opened.values()
+    for what, a, b in (
+        ("vocab_size", config.vocab_size, after_config.vocab_size),
+        ("n_positions", config.n_positions, after_config.n_positions),
+        ("tokenizer", len(tokenizer), len(after_tokenizer)),
+    ):
+        if a != b:
+            raise BadInput(f"{what} differs: {a} in {cfg.before}, {b} in {cfg.after}: the KL needs one vocabulary")
+    check_context(cfg, config)
+    judge = SentimentReward.load(cfg.judge, device=device, made_by=made_by(cfg.judge, cfg))
+    reward_fn = load_reward(cfg, device)
+    pool = prompt_pool(load_splits(cfg.dataset)["evaluation"].texts, tokenizer, cfg.max_prompt_len, cfg.prompts)
+    if len(pool) < cfg.prompts:
+        raise BadInput(f"prompts is {cfg.prompts}, and the held-out reviews give {len(pool)}")
+
+    policies = {name: load_policy(*parts, bf16).to(device).eval() for name, parts in opened.items()}
+    groups = list(prompt_groups(pool, cfg))
+    answers, results, rows = {}, {}, {}
+    for name, policy in policies.items():
+        answers[name] = respond(policy, policies["before"], tokenizer, groups, cfg, device, name)
+        results[name], rows[name] = measure(answers[name], reward_fn, judge, cfg)
+    results["difference"] = {}
+    for name in rows["before"]:  # paired: the same prompt and the same random numbers on both sides
+        paired = rows["after"][name] - rows["before"][name]
+        results["difference"][name] = row(paired.mean(), interval(paired, cfg))
+    results["prompts"], results["config"] = cfg.prompts, {"before": cfg.before, "after": cfg.after, "seed": cfg.seed}
+
+    out = Path(cfg.after)
+    write_text(out / "results.json", json.dumps(results, indent=1))
+    write_text(out / "samples.md", samples_markdown(answers, cfg))
+    print(f"\n{cfg.prompts} held-out prompts, the same for both; 95 % bootstrap intervals\n\n{table_text(results)}\n")
+    for i in sample_rows(cfg):
+        print(f"{one_line(answers['before']['prompts'][i], 60)} …")
+        for name in ("before", "after"):
+            response = answers[name]["texts"][i][len(answers[name]["prompts"][i]) :]
+            print(f"  {name:>6} {answers[name]['scores'][i]:+6.2f}  {one_line(response, 110)}")
+    figure = learning_curves(out) if (out / "metrics.jsonl").is_file() else "no metrics.jsonl, so no learning curves"
+    print(f"\nwritten: {out / 'results.json'}, {out / 'samples.md'}, {figure}")
+
+
+if __name__ == "__main__":
+    run(main, EvaluateConfig)

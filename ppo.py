@@ -1,0 +1,260 @@
+"""PPO on a language model: GPT-2 learns to write what the reward likes, and pays for drifting from its frozen self.
+
+    python ppo.py                                        # gpt2, as published: 25,600 episodes
+    python ppo.py --preset mini                          # minutes on a CPU, offline
+    python ppo.py --reward my_reward.py:my_function      # your own function: list of B texts -> (B,) tensor
+
+Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347) with generalized advantage estimation (Schulman
+et al. 2016, arXiv:1506.02438), and the KL-penalised reward of Ziegler et al. 2019 (arXiv:1909.08593).
+
+Shapes: B episodes (a prompt and its response), P prompt tokens, T response tokens, N real tokens: those of the
+responses up to and with <|endoftext|>. An episode has one score; every token of it has a reward.
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import check_run
+from config import PPOConfig, run
+from data import load_splits, prompt_batch, prompt_pool
+from log import RunLog, ppo_sheet, rollout_metrics, show
+from model import Stepper, check_context, check_policy, load_policy, open_gpt2, pick_device, random_generator, save_gpt2
+from reward import check_finite, check_reward, load_reward
+
+# ---- the arithmetic: tensors in, tensors out
+
+
+def response_mask(responses, eos_id):
+    """True through a response's first eos_id, False behind it: (B, T) ids -> (B, T) bool. Ending is an action too."""
+    is_eos = responses == eos_id
+    return is_eos.cumsum(1) - is_eos.long() == 0
+
+
+def token_rewards(scores, kl, mask, kl_coef):
+    """R(x, y) of Ziegler et al. 2019, Eq. 2, spread over the tokens: -kl_coef * kl on each, the score on the last.
+
+    scores: (B,). kl: (B, T), log-probability less the reference's, in nats (k1: unbiased, sometimes negative; its
+    always positive kin k3 has another gradient as a reward). mask: (B, T). Returns (B, T), 0 outside the mask.
+    """
+    last = mask.sum(1, keepdim=True) - 1  # (B, 1)
+    return (-kl_coef * kl * mask).scatter_add(1, last, scores[:, None])
+
+
+def whiten(x, mask, shift_mean=True):
+    """x with variance 1 over the mask (Bessel's), its mean shifted to 0 or kept; 0 outside. (B, T) -> (B, T).
+
+    A single token has no variance: x is returned as it is.
+    """
+    real = x[mask]  # (N,)
+    if len(real) < 2:
+        return x * mask
+    mean, std = real.mean(), real.std()
+    whitened = (x - mean) / (std + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalized advantage estimation (Schulman et al. 2016, Eq. 16), backwards from the last real token.
+
+    rewards, values, mask: (B, T). Behind the last real token there is nothing to expect, also where the response was
+    cut at T: value 0. Returns advantages and returns (advantage + value), (B, T) each, 0 outside the mask.
+    """
+    rewards, values = rewards * mask, values * mask
+    advantages = torch.zeros_like(rewards)
+    advantage = next_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = advantage
+    return advantages, advantages + values
+
+
+def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, cfg):
+    """Clipped surrogate (Schulman et al. 2017, Eq. 7) plus vf_coef times the value loss (Eq. 9), no entropy bonus.
+
+    Every tensor is (N,): the mask is already applied, so each mean is over real tokens. logprobs and values carry
+    gradient. Clipping the value loss is not in the paper: it follows openai/lm-human-preferences. Returns the loss and
+    detached metrics.
+    """
+    log_ratio = logprobs - old_logprobs  # nats; 0 before the first step
+    ratio = log_ratio.clamp(-20, 20).exp()  # e^20 is far outside the clip range, and finite
+    clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
+    pg_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
+
+    near_old = old_values + (values - old_values).clamp(-cfg.value_clip, cfg.value_clip)
+    vf_errors, vf_errors_clipped = (values - returns) ** 2, (near_old - returns) ** 2
+    vf_loss = 0.5 * torch.max(vf_errors, vf_errors_clipped).mean()
+
+    metrics = {
+        "pg_loss": pg_loss,
+        "vf_loss": vf_loss,
+        "log_ratio": log_ratio.abs().mean(),
+        "approx_kl": (
+            ratio - 1 - log_ratio
+        ).mean(),  # k3 (joschu.net/blog/kl-approx.html) of the old policy from the new
+        "clip_frac": ((ratio - 1).abs() > cfg.clip_eps).float().mean(),
+        "vf_clip_frac": (vf_errors_clipped > vf_errors).float().mean(),
+    }
+    return pg_loss + cfg.vf_coef * vf_loss, {name: value.detach() for name, value in metrics.items()}
+
+
+class AdaptiveKL:
+    """Proportional controller of kl_coef (Ziegler et al. 2019, section 2.2): up when KL is over target, else down."""
+
+    def __init__(self, coef, target, horizon):
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl, episodes):
+        """Once a rollout. kl: its mean nats a response; episodes: how many it had. A target of 0 keeps coef fixed."""
+        if self.target:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * episodes / self.horizon
+
+
+# ---- rollout and update
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B episodes: what update learns from, and what the log tells of them. (B, T) each where nothing else is said."""
+
+    sequences: torch.Tensor  # (B, P + T)
+    prompt_len: int  # P
+    mask: torch.Tensor  # True on real tokens
+    logprobs: torch.Tensor  # nats, of the policy that sampled
+    values: torch.Tensor
+    advantages: torch.Tensor  # whitened
+    returns: torch.Tensor  # in units of the rewards
+    kl: torch.Tensor  # k1, nats a token
+    scores: torch.Tensor  # (B,), as the reward gave them
+    ended: torch.Tensor  # (B,), True where the response has its <|endoftext|>
+    texts: list  # B prompts with their responses
+    seconds: dict  # of each phase
+
+
+@torch.no_grad()
+def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, generator=None):
+    """Answer each prompt, score it, and say how much better each token was than expected: a Rollout.
+
+    prompts: (B, P) ids, all of P tokens, so nothing is padded. reward_fn: list of B texts -> (B,) scores.
+    """
+    clock, prompt_len, eos_id = [time.time()], prompts.shape[1], tokenizer.eos_token_id
+    sequences = policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator)
+    mask = response_mask(sequences[:, prompt_len:], eos_id)
+    longest = mask.sum(1).max()  # nothing behind the longest response is ever computed with again
+    sequences, mask = sequences[:, : prompt_len + longest], mask[:, :longest]  # (B, P + T), (B, T)
+    clock.append(time.time())
+
+    # whole texts, decoded at once: a letter may begin in the prompt's last token and end in the response's first
+    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    scores = torch.as_tensor(reward_fn(texts), dtype=torch.float32, device=mask.device)  # (B,)
+    check_finite("score", scores, texts)
+    ended = (sequences[:, prompt_len:] == eos_id).any(1)
+    penalised = scores.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else scores
+    penalised = penalised - cfg.missing_eos_penalty * ~ended
+    clock.append(time.time())
+
+    # by the update's own forward and micro-batches, so that its first ratio is 1
+    parts = sequences.split(cfg.micro_batch_size)
+    logprobs, values = map(
+        torch.cat, zip(*(policy(part, prompt_len, cfg.temperature) for part in parts))
+    )  # (B, T) each
+    ref_logprobs = torch.cat([ref_policy(part, prompt_len, cfg.temperature)[0] for part in parts])  # (B, T)
+    check_finite("log-probability or value", (logprobs + ref_logprobs + values).sum(1), texts)
+    clock.append(time.time())
+
+    kl = (logprobs - ref_logprobs) * mask
+    rewards = token_rewards(penalised.to(kl.dtype), kl, mask, kl_coef)
+    if cfg.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+    advantages = whiten(advantages, mask)  # over the whole rollout; the returns keep the scale of the rewards
+    seconds = dict(zip(("generate", "score", "logprobs"), (b - a for a, b in zip(clock, clock[1:]))))
+    return Rollout(
+        sequences, prompt_len, mask, logprobs, values, advantages, returns, kl, scores, ended, texts, seconds
+    )
+
+
+def update(policy, stepper, batch, cfg, generator=None):
+    """K epochs of minibatches over one rollout, one optimizer step each. Returns metrics: means over the minibatches.
+
+    Losses are means over the real tokens of a minibatch: each micro-batch's mean counts by its share of them, so the
+    micro-batch size does not change the gradient.
+    """
+    minibatches = []
+    for _ in range(cfg.ppo_epochs):
+        order = torch.randperm(len(batch.mask), generator=generator).to(
+            batch.mask.device
+        )  # every episode once an epoch
+        for rows in order.split(cfg.minibatch_size):
+            minibatch, n_tokens = [], batch.mask[rows].sum()
+            for micro in rows.split(cfg.micro_batch_size):
+                mask = batch.mask[micro]
+                logprobs, values = policy(batch.sequences[micro], batch.prompt_len, cfg.temperature)
+                old = (
+                    tensor[micro][mask] for tensor in (batch.logprobs, batch.values, batch.advantages, batch.returns)
+                )
+                loss, metrics = ppo_loss(logprobs[mask], values[mask], *old, cfg)
+                share = mask.sum() / n_tokens
+                (loss * share).backward()
+                minibatch.append({name: value * share for name, value in metrics.items()})
+            norm = stepper.step()
+            minibatches.append(
+                {name: float(sum(part[name] for part in minibatch)) for name in metrics} | {"grad_norm": norm}
+            )
+    means = {name: sum(m[name] for m in minibatches) / len(minibatches) for name in minibatches[0]}
+    ends = {
+        f"{end}_{name}": minibatches[i][name]
+        for end, i in (("first", 0), ("last", -1))
+        for name in ("approx_kl", "log_ratio")
+    }
+    return means | ends | {"skipped_steps": stepper.skipped}
+
+
+def main(cfg):
+    check_run(cfg)
+    device, bf16 = pick_device(cfg)
+    folder, gpt2_config, tokenizer = open_gpt2(cfg.policy, made_by=f"python finetune_gpt2.py --preset {cfg.preset}")
+    check_context(cfg, gpt2_config)
+    reward_fn = load_reward(cfg, device)
+    pool = prompt_pool(load_splits(cfg.dataset)["prompts"].texts, tokenizer, cfg.max_prompt_len)
+    first_prompts = prompt_batch(pool, 0, cfg).to(device)
+
+    policy = load_policy(folder, gpt2_config, tokenizer, bf16).to(device)
+    ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)  # frozen: where the KL is measured from
+    optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps, fused=device.type != "mps")
+    stepper = Stepper(policy, optimizer, cfg.grad_clip)
+    controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+    log = RunLog(cfg, policy)
+    print(ppo_sheet(cfg, policy, reward_fn, len(pool), device))
+    if cfg.self_check:
+        print("self-check:", check_policy(policy, ref_policy, first_prompts, cfg), "|", check_reward(reward_fn))
+    if cfg.compile:
+        policy.compile(), ref_policy.compile()
+
+    # Algorithm 1 of Schulman et al. 2017: an actor is a prompt, a timestep is a token
+    progress = tqdm(range(cfg.steps), desc="ppo", unit="rollout")
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * (1 - (1 - cfg.lr_end) * step / cfg.steps)
+        prompts, generator = prompt_batch(pool, step, cfg).to(device), random_generator(device, cfg.seed, step)
+        batch = rollout(policy, ref_policy, tokenizer, reward_fn, prompts, controller.coef, cfg, generator)
+        metrics = rollout_metrics(batch, policy, ref_policy, reward_fn, cfg) | {"kl_coef": controller.coef}
+        start = time.time()
+        metrics |= update(policy, stepper, batch, cfg, random_generator("cpu", cfg.seed, step, 1))
+        controller.update(metrics["kl"], cfg.batch_size)
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.time() - start}
+        log.write(step, **metrics)
+        show(progress, step, metrics, batch, cfg)
+    save_gpt2(policy.gpt2, tokenizer, cfg.out, policy.value_head)
+    log.close()
+    print(f"the policy is in {cfg.out}; compare it with its start: python evaluate.py --preset {cfg.preset}")
+
+
+if __name__ == "__main__":
+    run(main, PPOConfig)

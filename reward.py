@@ -1,0 +1,350 @@
+"""The reward: sentiment of a text by a BERT classifier (Devlin et al. 2018), and the training of such a classifier.
+
+    python reward.py                  # fine-tunes bert-base-cased on IMDB, twice: the reward and the judge
+    python reward.py --preset mini    # two small BERTs from scratch on a CPU, offline
+
+The two learn from disjoint reviews. PPO is rewarded by the first; evaluate.py asks the second, which PPO never saw,
+whether the policy became positive or only found what the first one likes. Each is written as a Hugging Face folder
+with the labels NEGATIVE and POSITIVE to reward_checkpoints/<preset>/reward and judge.
+"""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from checkpoint import check_run, locate, replacing, write_text
+from config import BadInput, RewardConfig, run
+from data import load_splits, train_wordpiece
+from log import RunLog, sheet
+from model import Stepper, decay_groups, pick_device
+
+PROBES = (  # (positive, negative): what any sentiment classifier tells apart
+    (
+        "I loved this movie, it was wonderful from start to finish.",
+        "I hated this movie, it was terrible from start to finish.",
+    ),
+    ("A great film with excellent acting and a beautiful story.", "A bad film with awful acting and a boring story."),
+    (
+        "One of the best movies I have ever seen, simply superb.",
+        "One of the worst movies I have ever seen, simply dreadful.",
+    ),
+    (
+        "Brilliant and moving, I highly recommend it to everyone.",
+        "Stupid and dull, a complete waste of time and money.",
+    ),
+)
+POSITIVE_NAMES = ("positive", "pos")
+
+
+class SentimentReward:
+    """Texts to scores by any Hugging Face sequence classifier, in eval mode and without gradient.
+
+    kind: "logit", z_pos, as in the published runs; "log_odds", z_pos - logsumexp of the others, the log of the odds;
+    "probability", softmax, which saturates: .99 and .999 look alike to PPO. For two classes the log-odds are about
+    twice the logit, so one kl_coef weighs half as much against them.
+    """
+
+    def __init__(self, model, tokenizer, positive, kind="logit", batch_size=64, device="cpu"):
+        self.model, self.tokenizer, self.positive, self.kind = model.eval().to(device), tokenizer, positive, kind
+        self.batch_size, self.device = batch_size, device
+        self.max_length = token_limit(model.config, tokenizer)
+        self.truncated = 0  # texts cut to max_length in the last call
+
+    @classmethod
+    def load(cls, name, positive_label="", kind="logit", device="cpu", made_by=None):
+        """From a folder or hub name. BadInput when its labels do not say which is positive, before weights are read."""
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+        folder = locate(name, made_by)
+        labels = positive_index(AutoConfig.from_pretrained(folder).id2label, positive_label, name)
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # transformers raises whatever its readers do
+            raise BadInput(f"classifier {name} cannot be read: {str(error).strip().splitlines()[0]}") from None
+        return cls(model, tokenizer, labels, kind, device=device)
+
+    @torch.no_grad()
+    def logits(self, texts):
+        """(len(texts), labels) float32 on the CPU, computed in batches of like length."""
+        tokenizer = self.tokenizer
+        ids = tokenize(tokenizer, texts, self.max_length)
+        lengths = np.array([len(row) for row in ids["input_ids"]])
+        self.truncated = int((lengths == self.max_length).sum())
+        scores = torch.empty(len(texts), self.model.config.num_labels)
+        order = np.argsort(-lengths, kind="stable")
+        for rows in np.split(order, range(self.batch_size, len(order), self.batch_size)):
+            batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
+            scores[torch.from_numpy(rows)] = self.model(**batch.to(self.device)).logits.float().cpu()
+        return scores
+
+    def log_odds(self, texts):
+        """log(p / (1 - p)) of the positive label: (len(texts),)."""
+        return log_odds(self.logits(texts), self.positive)
+
+    def __call__(self, texts):
+        """Scores (len(texts),) float32 on the CPU."""
+        logits = self.logits(texts)
+        if self.kind == "logit":
+            return logits[:, self.positive]
+        odds = log_odds(logits, self.positive)
+        return odds if self.kind == "log_odds" else odds.sigmoid()
+
+
+def log_odds(logits, positive):
+    """z_pos - logsumexp of the other labels: (B, labels) -> (B,)."""
+    others = torch.cat([logits[:, :positive], logits[:, positive + 1 :]], dim=1)
+    return logits[:, positive] - others.logsumexp(1)
+
+
+def positive_index(id2label, positive_label, name):
+    """The index of the positive label, by its name and never by its place: positive_label, or else POSITIVE or POS."""
+    wanted = (positive_label.lower(),) if positive_label else POSITIVE_NAMES
+    found = [int(index) for index, label in id2label.items() if str(label).lower() in wanted]
+    if len(id2label) < 2 or len(found) != 1:
+        hint = "it needs two labels at least" if len(id2label) < 2 else "name the positive one by --positive_label"
+        raise BadInput(
+            f"classifier {name} has the labels {dict(id2label)}, none of them {' or '.join(wanted)!r}: {hint}"
+        )
+    return found[0]
+
+
+def token_limit(config, tokenizer):
+    """The longest input in tokens: the tokenizer's limit or the model's, whichever is less; some name none."""
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= config.pad_token_id + 1  # their positions start behind the padding's
+    return int(min(tokenizer.model_max_length, positions))
+
+
+def tokenize(tokenizer, texts, max_length):
+    """Ids of texts with [CLS] and [SEP]. Too long a text loses its beginning: the response is at the end."""
+    tokenizer.truncation_side = "left"
+    return tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False, verbose=False)
+
+
+def load_reward(cfg, device):
+    """cfg.reward as reward_fn(list of B texts) -> (B,) scores: a classifier, or the user's file.py:function."""
+    file, _, function = cfg.reward.rpartition(":")
+    if not file.endswith(".py"):
+        return SentimentReward.load(cfg.reward, cfg.positive_label, cfg.reward_kind, device, made_by(cfg.reward, cfg))
+    if not Path(file).is_file():
+        raise BadInput(f"reward {cfg.reward}: no file {file}")
+    spec = importlib.util.spec_from_file_location("user_reward", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise BadInput(f"reward {cfg.reward}: {file} has no function {function!r}")
+    return getattr(module, function)
+
+
+def made_by(name, cfg):
+    """The command that makes a folder under reward_checkpoints/, to be named when it is missing; None for others."""
+    return f"python reward.py --preset {cfg.preset}" if name.startswith("reward_checkpoints") else None
+
+
+def check_finite(what, values, texts):
+    """BadInput unless there is one finite number a text, values (B,); names the text that has none."""
+    if values.shape != (len(texts),):
+        raise BadInput(f"{what}: {len(texts)} texts need shape ({len(texts)},), found {tuple(values.shape)}")
+    if not values.isfinite().all():
+        row = int((~values.isfinite()).nonzero()[0])
+        raise BadInput(f"{what} of text {row} is {values[row].item()}: {texts[row]!r}")
+
+
+def check_reward(reward_fn):
+    """What the reward makes of the probe sentences, as text; BadInput when it ranks them wrongly or not at all.
+
+    A classifier must put the positive ones a log-odd above the negative ones on average. A user's function may reward
+    anything, so it only has to give one finite number a text.
+    """
+    texts = [text for pair in PROBES for text in pair]
+    if isinstance(reward_fn, SentimentReward):
+        odds = reward_fn.log_odds(texts)
+        gap = (odds[0::2] - odds[1::2]).mean().item()
+        if not gap > 1:
+            label = reward_fn.model.config.id2label[reward_fn.positive]
+            raise BadInput(
+                f"the reward ranks probe sentences wrongly: the log-odds of {label!r} are {gap:.2f} higher on positive "
+                f"sentences than on negative ones, and must be 1 higher: is it the positive label, the model trained?"
+            )
+        return f"probe sentences {gap:.1f} log-odds apart"
+    scores = torch.as_tensor(reward_fn(texts), dtype=torch.float32)
+    check_finite("score", scores, texts)
+    return f"probe sentences scored {scores.min():.2f} to {scores.max():.2f}"
+
+
+# ---- training
+
+
+def training_texts(texts, epoch, cfg):
+    """The texts of an epoch: some whole, a crop_share of them cut to a random run of words from crop_words up.
+
+    PPO scores a prompt and a short response, reviews are long: a classifier that never met short texts is poor at them.
+    """
+    rng = np.random.default_rng([cfg.seed, 2, epoch])
+    out = []
+    for text in texts:
+        words = text.split(" ")
+        if rng.random() < cfg.crop_share and len(words) > cfg.crop_words:
+            length = int(cfg.crop_words * (len(words) / cfg.crop_words) ** rng.random())  # log-uniform
+            start = rng.integers(0, len(words) - length + 1)
+            text = " ".join(words[start : start + length])
+        out.append(text)
+    return out
+
+
+def start_model(cfg, texts, seed):
+    """(classifier, tokenizer) with the labels NEGATIVE and POSITIVE: a pretrained encoder, or random weights."""
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        BertConfig,
+        BertForSequenceClassification,
+    )
+
+    labels = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
+    torch.manual_seed(seed)
+    if cfg.init_from != "scratch":
+        folder = locate(cfg.init_from)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **labels)
+        return model, AutoTokenizer.from_pretrained(folder)
+    tokenizer = train_wordpiece(texts, cfg.vocab_size)
+    tokenizer.model_max_length = cfg.max_length
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=cfg.hidden_size,
+        num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_heads,
+        intermediate_size=4 * cfg.hidden_size,
+        max_position_embeddings=cfg.max_length,
+        hidden_dropout_prob=cfg.dropout,
+        attention_probs_dropout_prob=cfg.dropout,
+        pad_token_id=tokenizer.pad_token_id,
+        **labels,
+    )
+    return BertForSequenceClassification(config), tokenizer
+
+
+def train(name, reviews, cfg, device, bf16):
+    """Train one classifier on reviews; returns it as a SentimentReward. Batches hold texts of like length."""
+    seed = cfg.seed if name == "reward" else cfg.seed + 1
+    model, tokenizer = start_model(cfg, reviews.texts, seed)
+    model.to(device).train()
+    limit = min(cfg.max_length, token_limit(model.config, tokenizer))
+    log = RunLog(cfg, model, part=name)
+    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), cfg.lr)
+    stepper = Stepper(model, optimizer, cfg.grad_clip)
+    per_epoch = math.ceil(len(reviews.texts) / cfg.batch_size)
+    steps, step = math.ceil(cfg.epochs * per_epoch), 0
+    progress = tqdm(total=steps, desc=f"train the {name}", unit="step")
+    for epoch in range(math.ceil(cfg.epochs)):
+        ids = tokenize(tokenizer, training_texts(reviews.texts, epoch, cfg), limit)
+        for rows in length_batches([len(row) for row in ids["input_ids"]], cfg.batch_size, [seed, 3, epoch])[
+            : steps - step
+        ]:
+            lr = cfg.lr * min((step + 1) / math.ceil(steps / 10), (steps - step) / steps / 0.9)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = model(**batch.to(device)).logits
+            loss = F.cross_entropy(logits.float(), torch.from_numpy(reviews.labels[rows]).to(device))
+            loss.backward()
+            norm = stepper.step()
+            accuracy = (logits.argmax(1).cpu().numpy() == reviews.labels[rows]).mean()
+            log.write(
+                step, loss=loss.item(), accuracy=float(accuracy), lr=lr, grad_norm=norm, skipped_steps=stepper.skipped
+            )
+            step += 1
+            progress.update()
+            progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
+    progress.close()
+    log.close()
+    with replacing(log.out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return SentimentReward(model, tokenizer, positive=1, device=device)
+
+
+def length_batches(lengths, batch_size, key):
+    """Every text once, in batches of like length (little padding) that come in random order: a list of index arrays."""
+    rng = np.random.default_rng(key)
+    order = rng.permutation(len(lengths))
+    pool = 50 * batch_size  # sorted within pools only, so that batches still differ between epochs
+    order = np.concatenate(
+        [
+            rows[np.argsort(np.array(lengths)[rows], kind="stable")]
+            for rows in np.split(order, range(pool, len(order), pool))
+        ]
+    )
+    batches = np.split(order, range(batch_size, len(order), batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def calibration_error(probabilities, labels, bins=10):
+    """Expected calibration error (Guo et al. 2017, Eq. 3) of the probability of POSITIVE, by bins of equal width."""
+    which = np.minimum((probabilities * bins).astype(int), bins - 1)
+    gaps = [
+        abs((probabilities - labels)[which == b].mean()) * (which == b).mean()
+        for b in range(bins)
+        if (which == b).any()
+    ]
+    return float(sum(gaps))
+
+
+def report(classifier, reviews, cfg):
+    """Held-out accuracy on whole reviews and on texts as short as PPO's, and calibration on both."""
+    results = {}
+    for name, texts in (
+        ("reviews", reviews.texts),
+        ("short_texts", [" ".join(t.split(" ")[: cfg.short_words]) for t in reviews.texts]),
+    ):
+        probabilities = classifier.log_odds(texts).sigmoid().numpy().astype(float)
+        results[name] = {
+            "accuracy": float(((probabilities > 0.5) == reviews.labels).mean()),
+            "calibration_error": calibration_error(probabilities, reviews.labels),
+        }
+    return results
+
+
+def main(cfg):
+    check_run(cfg)
+    device, bf16 = pick_device(cfg)
+    if cfg.init_from != "scratch":
+        locate(cfg.init_from)
+    splits = load_splits(cfg.dataset)
+    held_out = splits["evaluation"]._replace(
+        texts=splits["evaluation"].texts[: cfg.eval_reviews], labels=splits["evaluation"].labels[: cfg.eval_reviews]
+    )
+    results = {}
+    for name in ("reward", "judge"):
+        print(
+            sheet(
+                f"training the {name}",
+                {
+                    "from": cfg.init_from,
+                    "reviews": f"{len(splits[name].texts):,} of the split {name!r}",
+                    "device": device,
+                },
+            )
+        )
+        classifier = train(name, splits[name], cfg, device, bf16)
+        results[name] = report(classifier, held_out, cfg)
+        write_text(Path(cfg.out) / "results.json", json.dumps(results, indent=1))
+        whole, short = results[name]["reviews"], results[name]["short_texts"]
+        print(
+            f"{name}: accuracy on {len(held_out.texts):,} held-out reviews {whole['accuracy']:.1%} (calibration error "
+            f"{whole['calibration_error']:.3f}), on their first {cfg.short_words} words {short['accuracy']:.1%} "
+            f"({short['calibration_error']:.3f})"
+        )
+
+
+if __name__ == "__main__":
+    run(main, RewardConfig)

@@ -1,0 +1,92 @@
+"""What the tests share: tiny models in Hugging Face's own format, written by transformers with random weights. No network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import train_bpe, train_wordpiece  # noqa: E402
+
+TEXTS = [
+    "I loved this movie, it was wonderful from start to finish.",
+    "I hated this movie, it was terrible from start to finish.",
+    "A great film with excellent acting and a beautiful story about a café.",
+    "A bad film with awful acting, a boring story and no end.",
+] * 5
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE of 300 tokens at most; its end-of-text token is 0."""
+    return train_bpe(TEXTS, 300)
+
+
+def hf_gpt2(vocab_size, **changes):
+    """transformers' GPT-2 in float64, weights times 3 and random biases, so that no difference hides."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = dict(vocab_size=vocab_size, n_positions=48, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**(shape | changes))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1 if name.endswith("bias") else parameter * 3)
+    return model.double()
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory, tokenizer):
+    """A folder of a tiny GPT-2 as transformers writes it, float32."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    hf_gpt2(len(tokenizer)).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_bert(folder, labels=("NEGATIVE", "POSITIVE"), **changes):
+    """Write a tiny BERT classifier with these labels and a WordPiece tokenizer into folder; returns the model."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    wordpiece = train_wordpiece(TEXTS, 200)
+    shape = dict(
+        vocab_size=len(wordpiece), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**(shape | names | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3).add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    wordpiece.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    write_bert(folder)
+    return folder
+
+
+def reviews_csv(path, rows=400):
+    """A CSV of short labelled reviews, all different, both labels in every split."""
+    words = ["good", "great", "lovely"], ["bad", "awful", "dull"]
+    lines = ["text,label"]
+    for i in range(rows):
+        label = i % 2
+        mood = words[1 - label][i % 3]
+        lines.append(
+            f'"Review {i}: a {mood} film, number {i * 7919 % 997}, with a {mood} story and {mood} acting all the way.",{label}'
+        )
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
