@@ -97,7 +97,8 @@ class RewardConfig:
 
     max_length: int = 256  # longest text, classifier tokens
     crop_share: float = 0.5  # share of training texts that are random crops, so that short texts are scored well too
-    crop_words: int = 12  # shortest crop, words
+    min_crop_words: int = 12  # shortest crop, words
+    max_crop_words: int = 64  # longest crop, words
     epochs: float = 2.0  # passes over the split
     batch_size: int = 32  # texts an optimizer step
     lr: float = 3e-5  # AdamW, linear warm-up over a tenth of the steps, then linearly to 0
@@ -115,12 +116,15 @@ class RewardConfig:
 
     def __post_init__(self):
         positive(
-            self, "vocab_size hidden_size num_layers num_heads max_length crop_words epochs batch_size lr grad_clip"
+            self,
+            "vocab_size hidden_size num_layers num_heads max_length min_crop_words max_crop_words epochs batch_size lr grad_clip",
         )
         positive(self, "eval_reviews short_words")
         between(self, 0, 1, "crop_share")
         between(self, 0, 1, "dropout", open_end=True)
         between(self, 0, None, "weight_decay seed")
+        if self.min_crop_words > self.max_crop_words:
+            raise BadInput(f"min_crop_words {self.min_crop_words} is over max_crop_words {self.max_crop_words}")
         if self.init_from == "scratch":
             divides(self, "num_heads", "hidden_size")
 
@@ -256,7 +260,8 @@ PRESETS = {
             init_from="scratch",
             out="reward_checkpoints/mini",
             max_length=128,
-            epochs=5.0,
+            crop_share=0.8,
+            epochs=4.0,
             batch_size=64,
             lr=1e-3,
             eval_reviews=2000,

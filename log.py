@@ -109,16 +109,15 @@ def ppo_sheet(cfg, policy, reward_fn, n_prompts, device):
     tokens = cfg.micro_batch_size * (cfg.max_prompt_len + cfg.response_len)
     trunk = tokens * c.n_layer * 16 * c.n_embd  # numbers that a block keeps for its backward pass, a token
     logits = 3 * cfg.micro_batch_size * cfg.response_len * V  # logits, their softmax, their gradient
-    estimate = 4 * (
-        5 * weights + reward_weights + trunk + logits
-    )  # weights, gradient, Adam's two moments, the reference
+    # weights, gradient, two moments of Adam, the reference; 4 bytes each
+    estimate = 4 * (5 * weights + reward_weights + trunk + logits)
     updates = cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
     rows = {
         "policy": f"{weights:,} parameters from {cfg.policy}",
         "reward": cfg.reward + (f", {reward_weights:,} parameters, {cfg.reward_kind}" if reward_weights else ""),
         "episodes": f"{cfg.steps * cfg.batch_size:,}: {cfg.steps} rollouts of {cfg.batch_size}, {n_prompts:,} prompts",
         "tokens": f"prompts of {cfg.min_prompt_len} to {cfg.max_prompt_len}, responses of up to {cfg.response_len}",
-        "optimizer steps": f"{cfg.steps * updates:,}: {cfg.ppo_epochs} epochs a rollout, {cfg.minibatch_size} episodes each",
+        "optimizer steps": f"{cfg.steps * updates:,}: {updates} a rollout, over {cfg.ppo_epochs} epochs",
         "forward passes": f"{cfg.micro_batch_size} episodes each",
         "KL": f"coefficient {cfg.kl_coef}, " + (f"adaptive, target {cfg.kl_target} nats" if cfg.kl_target else "fixed"),
         "device": f"{device}, {'bf16' if policy.gpt2.bf16 else 'fp32'}, about {estimate / 1e9:.1f} GB",

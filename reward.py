@@ -184,7 +184,7 @@ def check_reward(reward_fn):
 
 
 def training_texts(texts, epoch, cfg):
-    """The texts of an epoch: some whole, a crop_share of them cut to a random run of words from crop_words up.
+    """The texts of an epoch: some whole, a crop_share of them cut to a random run of words.
 
     PPO scores a prompt and a short response, reviews are long: a classifier that never met short texts is poor at them.
     """
@@ -192,8 +192,9 @@ def training_texts(texts, epoch, cfg):
     out = []
     for text in texts:
         words = text.split(" ")
-        if rng.random() < cfg.crop_share and len(words) > cfg.crop_words:
-            length = int(cfg.crop_words * (len(words) / cfg.crop_words) ** rng.random())  # log-uniform
+        if rng.random() < cfg.crop_share and len(words) > cfg.min_crop_words:
+            spread = min(cfg.max_crop_words, len(words)) / cfg.min_crop_words
+            length = int(cfg.min_crop_words * spread ** rng.random())  # log-uniform: short ones as often as long ones
             start = rng.integers(0, len(words) - length + 1)
             text = " ".join(words[start : start + length])
         out.append(text)
@@ -239,7 +240,7 @@ def train(name, reviews, cfg, device, bf16):
     model.to(device).train()
     limit = min(cfg.max_length, token_limit(model.config, tokenizer))
     log = RunLog(cfg, model, part=name)
-    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), cfg.lr)
+    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), cfg.lr, fused=device.type != "mps")
     stepper = Stepper(model, optimizer, cfg.grad_clip)
     per_epoch = math.ceil(len(reviews.texts) / cfg.batch_size)
     steps, step = math.ceil(cfg.epochs * per_epoch), 0

@@ -1,4 +1,4 @@
-"""What the tests share: tiny models in Hugging Face's own format, written by transformers with random weights. No network."""
+"""What the tests share: tiny models in Hugging Face's format, written by transformers with random weights."""
 
 import os
 
@@ -85,8 +85,7 @@ def reviews_csv(path, rows=400):
     for i in range(rows):
         label = i % 2
         mood = words[1 - label][i % 3]
-        lines.append(
-            f'"Review {i}: a {mood} film, number {i * 7919 % 997}, with a {mood} story and {mood} acting all the way.",{label}'
-        )
+        text = f"Review {i}: a {mood} film, number {i * 7919 % 997}, with a {mood} story and {mood} acting all the way."
+        lines.append(f'"{text}",{label}')
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
