@@ -115,11 +115,8 @@ class RewardConfig:
     report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
 
     def __post_init__(self):
-        positive(
-            self,
-            "vocab_size hidden_size num_layers num_heads max_length min_crop_words max_crop_words epochs batch_size lr grad_clip",
-        )
-        positive(self, "eval_reviews short_words")
+        positive(self, "vocab_size hidden_size num_layers num_heads max_length min_crop_words max_crop_words epochs")
+        positive(self, "batch_size lr grad_clip eval_reviews short_words")
         between(self, 0, 1, "crop_share")
         between(self, 0, 1, "dropout", open_end=True)
         between(self, 0, None, "weight_decay seed")
