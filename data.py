@@ -36,7 +36,8 @@ class Reviews(NamedTuple):
 
 def clean(text):
     """One cleaning for all stages: runs of <br /> and the space around them become a newline; the ends are stripped."""
-    return re.sub(r"\s*(<br\s*/?>\s*)+", "\n", text).strip()
+    parts = (part.strip() for part in re.split(r"<br\s*/?>", text))
+    return "\n".join(part for part in parts if part)
 
 
 def key(text):
@@ -53,16 +54,13 @@ def load_splits(source):
     that are no UTF-8, are counted, named and left out. Raises BadInput when nothing useful is left.
     """
     train, test = read_source(source)
-    seen = set()
-    evaluation = _unique(test, seen) if test else None
-    rows = _unique(train, seen)
+    evaluation = _unique(test, ())
+    rows = _unique(train, evaluation)
     shares = {name: share for name, share in SHARES.items() if not (test and name == "evaluation")}
     edges = np.cumsum(list(shares.values())) / sum(shares.values())
-    buckets = {name: [] for name in SHARES}
-    for text, label in rows:
-        buckets[list(shares)[int(np.searchsorted(edges, key(text) / 2**64, side="right"))]].append((text, label))
-    if evaluation is not None:
-        buckets["evaluation"] = evaluation
+    buckets = {name: [] for name in SHARES} | {"evaluation": list(evaluation.values())}
+    for k, review in rows.items():
+        buckets[list(shares)[int(np.searchsorted(edges, k / 2**64, side="right"))]].append(review)
     splits = {name: Reviews([t for t, _ in rows], np.array([y for _, y in rows])) for name, rows in buckets.items()}
     for name, reviews in splits.items():
         if len(set(reviews.labels.tolist())) < 2:
@@ -138,17 +136,19 @@ def _usable(rows, source):
             f"dataset {source}: no column {' and '.join(sorted(missing))}; found {', '.join(rows.column_names)}"
         )
     kept, dropped = [], {}
-    for number, (text, label) in enumerate(zip(rows["text"], rows["label"]), start=1):
+    columns = rows.select_columns(["text", "label"])[:]
+    for number, (text, label) in enumerate(zip(columns["text"], columns["label"]), start=1):
+        text = clean(text) if isinstance(text, str) else ""
         label = LABELS.get(str(label).strip().lower().removesuffix(".0"))
         why = (
-            "without text" if not isinstance(text, str) or not clean(text) else
+            "without text" if not text else
             "not UTF-8" if "\ufffd" in text else
             "with a label other than 0, 1, neg, pos" if label is None else None
         )  # fmt: skip
         if why:
             dropped.setdefault(why, []).append(number)
         else:
-            kept.append((clean(text), label))
+            kept.append((text, label))
     if dropped:
         reasons = ", ".join(f"{len(numbers)} {why} (row {numbers[0]})" for why, numbers in dropped.items())
         print(f"{source}: kept {len(kept)} of {len(rows)} rows; left out {reasons}", file=sys.stderr)
@@ -158,12 +158,12 @@ def _usable(rows, source):
 
 
 def _unique(rows, seen):
-    """The first row of each key that is not in `seen`, which it extends."""
-    fresh = []
+    """{key: (text, label)} of the rows, the first of each key, without the keys in `seen`."""
+    fresh = {}
     for text, label in rows:
-        if key(text) not in seen:
-            seen.add(key(text))
-            fresh.append((text, label))
+        k = key(text)
+        if k not in seen:
+            fresh.setdefault(k, (text, label))
     return fresh
 
 
