@@ -17,28 +17,29 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from config import BadInput, differing
+from config import PRESETS, BadInput, differing
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+MADE_BY = {"finetune_checkpoints": "finetune_gpt2.py", "reward_checkpoints": "reward.py", "ppo_checkpoints": "ppo.py"}
 RUN_CONFIG = "run_config.json"  # the config of the run, beside Hugging Face's config.json of the model
 
 
-def locate(name, made_by=None):
+def locate(name):
     """The local folder of a model: `name` itself if it is one, else the hub's copy, from its cache where there is one.
 
-    made_by: the command that makes this folder, for the message. Raises BadInput when config.json or the weights are
-    nowhere to be had. Only the files of a PyTorch checkpoint are fetched.
+    Raises BadInput when config.json or the weights are nowhere to be had; for a folder that a script of this project
+    makes it names the command. Only the files of a PyTorch checkpoint are fetched.
     """
     folder = Path(name)
-    if folder.is_dir() or made_by and not folder.exists() or name.startswith((".", "/", "~")):
-        if not (folder / "config.json").is_file():
-            raise BadInput(
-                f"{name} holds no model: looked for {folder / 'config.json'}"
-                + (f"; make it with: {made_by}" if made_by else "")
-            )
-        weight_file(folder)
-        return folder
-    return _from_hub(name)
+    script = MADE_BY.get(folder.parts[0]) if folder.parts else None
+    if not (folder.is_dir() or script or name.startswith((".", "/", "~"))):
+        return _from_hub(name)
+    if not (folder / "config.json").is_file():
+        preset = next((f" --preset {part}" for part in folder.parts if part in PRESETS), "")
+        hint = f"; make it with: python {script}{preset}" if script else ""
+        raise BadInput(f"{name} holds no model: looked for {folder / 'config.json'}{hint}")
+    weight_file(folder)
+    return folder
 
 
 def _from_hub(name):

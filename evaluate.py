@@ -21,7 +21,7 @@ from log import one_line
 from model import check_context, exact_kl, load_policy, open_gpt2, pick_device, random_generator
 from plot import learning_curves
 from ppo import response_mask
-from reward import SentimentReward, load_reward, made_by
+from reward import SentimentReward, load_reward
 
 
 def prompt_groups(pool, cfg):
@@ -155,10 +155,7 @@ def sample_rows(cfg):
 
 def main(cfg):
     device, bf16 = pick_device(cfg)
-    opened = {
-        "before": open_gpt2(cfg.before, made_by=f"python finetune_gpt2.py --preset {cfg.preset}"),
-        "after": open_gpt2(cfg.after, made_by=f"python ppo.py --preset {cfg.preset}"),
-    }
+    opened = {"before": open_gpt2(cfg.before), "after": open_gpt2(cfg.after)}
     (_, config, tokenizer), (_, after_config, after_tokenizer) = opened.values()
     for what, a, b in (
         ("vocab_size", config.vocab_size, after_config.vocab_size),
@@ -168,7 +165,7 @@ def main(cfg):
         if a != b:
             raise BadInput(f"{what} differs: {a} in {cfg.before}, {b} in {cfg.after}: the KL needs one vocabulary")
     check_context(cfg, config)
-    judge = SentimentReward.load(cfg.judge, device=device, made_by=made_by(cfg.judge, cfg))
+    judge = SentimentReward.load(cfg.judge, device=device)
     reward_fn = load_reward(cfg, device)
     pool = prompt_pool(load_splits(cfg.dataset)["evaluation"].texts, tokenizer, cfg.max_prompt_len, cfg.prompts)
     if len(pool) < cfg.prompts:

@@ -294,9 +294,9 @@ def load_tokenizer(folder, config=None):
     return tokenizer
 
 
-def open_gpt2(name, made_by=None):
+def open_gpt2(name):
     """(folder, GPT2Config, tokenizer) of a folder or hub name: all that can be checked before its weights are read."""
-    folder = locate(name, made_by)
+    folder = locate(name)
     config = read_config(folder)
     return folder, config, load_tokenizer(folder, config)
 

@@ -219,7 +219,7 @@ def update(policy, stepper, batch, cfg, generator=None):
 def main(cfg):
     check_run(cfg)
     device, bf16 = pick_device(cfg)
-    folder, gpt2_config, tokenizer = open_gpt2(cfg.policy, made_by=f"python finetune_gpt2.py --preset {cfg.preset}")
+    folder, gpt2_config, tokenizer = open_gpt2(cfg.policy)
     check_context(cfg, gpt2_config)
     reward_fn = load_reward(cfg, device)
     pool = prompt_pool(load_splits(cfg.dataset)["prompts"].texts, tokenizer, cfg.max_prompt_len)

@@ -57,11 +57,11 @@ class SentimentReward:
         self.truncated = 0  # texts cut to max_length in the last call
 
     @classmethod
-    def load(cls, name, positive_label="", kind="logit", device="cpu", made_by=None):
+    def load(cls, name, positive_label="", kind="logit", device="cpu"):
         """From a folder or hub name. BadInput when its labels do not say which is positive, before weights are read."""
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-        folder = locate(name, made_by)
+        folder = locate(name)
         labels = positive_index(AutoConfig.from_pretrained(folder).id2label, positive_label, name)
         try:
             model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
@@ -133,7 +133,7 @@ def load_reward(cfg, device):
     """cfg.reward as reward_fn(list of B texts) -> (B,) scores: a classifier, or the user's file.py:function."""
     file, _, function = cfg.reward.rpartition(":")
     if not file.endswith(".py"):
-        return SentimentReward.load(cfg.reward, cfg.positive_label, cfg.reward_kind, device, made_by(cfg.reward, cfg))
+        return SentimentReward.load(cfg.reward, cfg.positive_label, cfg.reward_kind, device)
     if not Path(file).is_file():
         raise BadInput(f"reward {cfg.reward}: no file {file}")
     spec = importlib.util.spec_from_file_location("user_reward", file)
@@ -142,11 +142,6 @@ def load_reward(cfg, device):
     if not callable(getattr(module, function, None)):
         raise BadInput(f"reward {cfg.reward}: {file} has no function {function!r}")
     return getattr(module, function)
-
-
-def made_by(name, cfg):
-    """The command that makes a folder under reward_checkpoints/, to be named when it is missing; None for others."""
-    return f"python reward.py --preset {cfg.preset}" if name.startswith("reward_checkpoints") else None
 
 
 def check_finite(what, values, texts):
