@@ -6,7 +6,6 @@
 Writes results.json, samples.md and learning_curves.png into the folder of the policy, ppo_checkpoints/<preset>/.
 """
 
-import html
 import json
 from pathlib import Path
 
@@ -136,8 +135,7 @@ def samples_markdown(answers, cfg):
     """Prompts with both continuations as a Markdown table. Generated text is untrusted: nothing in it stays markup."""
 
     def quote(text):
-        text = html.escape(one_line(text, 400))
-        return "".join(f"&#{ord(c)};" if c in "|\\`*_[]!#~$:@" else c for c in text)
+        return "".join(f"&#{ord(c)};" if c in "<>&|\\`*_[]!#~$:@" else c for c in one_line(text, 400))
 
     lines = ["| prompt | before PPO | judge | after PPO | judge |", "|---|---|---|---|---|"]
     before, after = answers["before"], answers["after"]
