@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,9 +64,9 @@ def _from_hub(name):
 
 def weight_file(folder):
     """The file to read weights from, safetensors before pickles; BadInput names what was looked for."""
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
+    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    if found:
+        return folder / found[0]
     raise BadInput(f"{folder} holds no weights: looked for {', '.join(WEIGHTS)}")
 
 
@@ -83,6 +84,8 @@ def read_tensors(folder):
     A safetensors file is opened once a tensor, so that no more than one tensor is in memory beside the model.
     """
     first = weight_file(Path(folder))
+    if first.suffix == ".safetensors" and (first.parent / "pytorch_model.bin").is_file():
+        print(f"{folder}: reading {first.name}, not the pytorch_model.bin beside it", file=sys.stderr)
     if first.suffix == ".json":
         files = sorted({first.parent / name for name in read_json(first)["weight_map"].values()})
     else:

@@ -176,6 +176,7 @@ class PPOConfig:
     grad_clip: float = 1.0  # largest norm of the gradient
 
     sample_every: int = 20  # rollouts between two tables of samples
+    save_every: int = 50  # rollouts between two saves of the policy; the last one is saved too
     self_check: bool = (
         True  # before the first step: ratio 1, KL 0, KV cache exact, reward sane; False only for random weights
     )
@@ -192,7 +193,7 @@ class PPOConfig:
             self,
             "steps batch_size min_prompt_len max_prompt_len response_len temperature kl_horizon clip_eps value_clip",
         )
-        positive(self, "ppo_epochs minibatch_size micro_batch_size lr adam_eps grad_clip sample_every")
+        positive(self, "ppo_epochs minibatch_size micro_batch_size lr adam_eps grad_clip sample_every save_every")
         between(self, 0, None, "kl_coef kl_target score_clip missing_eos_penalty vf_coef seed")
         between(self, 0, 1, "gamma lam lr_end")
         divides(self, "minibatch_size", "batch_size")

@@ -94,6 +94,16 @@ def rollout_metrics(batch, policy, ref_policy, reward_fn, cfg):
     }  # fmt: skip
 
 
+def average(parts, shares):
+    """Metrics of parts (dicts of the same names) as one: weighted by shares, and of a max_ the largest."""
+    return {
+        name: max(part[name] for part in parts)
+        if name.startswith("max_")
+        else sum(part[name] * share for part, share in zip(parts, shares))
+        for name in parts[0]
+    }
+
+
 def peak_memory(device):
     """The most memory this process had, in GB: of the GPU on CUDA, else resident on the host."""
     if device.type == "cuda":
@@ -134,6 +144,8 @@ def show(progress, step, metrics, batch, cfg):
         tok_s=f"{metrics['tokens_per_second']:.0f}",
         refresh=False,
     )
+    if metrics["kl"] < -1:  # by chance k1 dips below 0 a little; by more only when scored is not what was sampled
+        progress.write(f"warning: KL is {metrics['kl']:.2f} nats: are sampling and log-probabilities one distribution?")
     if step % cfg.sample_every == 0 or step == cfg.steps - 1:
         line = (
             f"step {step} | score {metrics['score']:+.2f} | "

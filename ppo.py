@@ -21,7 +21,7 @@ from tqdm import tqdm
 from checkpoint import check_run
 from config import PPOConfig, run
 from data import load_splits, prompt_batch, prompt_pool
-from log import RunLog, ppo_sheet, rollout_metrics, show
+from log import RunLog, average, ppo_sheet, rollout_metrics, show
 from model import Stepper, check_context, check_policy, load_policy, open_gpt2, pick_device, random_generator, save_gpt2
 from reward import check_finite, check_reward, load_reward
 
@@ -93,7 +93,7 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, cf
     metrics = {
         "pg_loss": pg_loss,
         "vf_loss": vf_loss,
-        "log_ratio": log_ratio.abs().mean(),
+        "max_log_ratio": log_ratio.abs().max(),
         "approx_kl": (
             ratio - 1 - log_ratio
         ).mean(),  # k3 (joschu.net/blog/kl-approx.html) of the old policy from the new
@@ -161,9 +161,8 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
 
     # by the update's own forward and micro-batches, so that its first ratio is 1
     parts = sequences.split(cfg.micro_batch_size)
-    logprobs, values = map(
-        torch.cat, zip(*(policy(part, prompt_len, cfg.temperature) for part in parts))
-    )  # (B, T) each
+    evaluated = [policy(part, prompt_len, cfg.temperature) for part in parts]
+    logprobs, values = (torch.cat(tensors) for tensors in zip(*evaluated))  # (B, T) each
     ref_logprobs = torch.cat([ref_policy(part, prompt_len, cfg.temperature)[0] for part in parts])  # (B, T)
     check_finite("log-probability or value", (logprobs + ref_logprobs + values).sum(1), texts)
     clock.append(time.time())
@@ -188,32 +187,23 @@ def update(policy, stepper, batch, cfg, generator=None):
     """
     minibatches = []
     for _ in range(cfg.ppo_epochs):
-        order = torch.randperm(len(batch.mask), generator=generator).to(
-            batch.mask.device
-        )  # every episode once an epoch
-        for rows in order.split(cfg.minibatch_size):
-            minibatch, n_tokens = [], batch.mask[rows].sum()
+        order = torch.randperm(len(batch.mask), generator=generator)  # every episode once an epoch
+        for rows in order.to(batch.mask.device).split(cfg.minibatch_size):
+            parts, shares = [], []
             for micro in rows.split(cfg.micro_batch_size):
                 mask = batch.mask[micro]
                 logprobs, values = policy(batch.sequences[micro], batch.prompt_len, cfg.temperature)
-                old = (
-                    tensor[micro][mask] for tensor in (batch.logprobs, batch.values, batch.advantages, batch.returns)
-                )
+                old = (x[micro][mask] for x in (batch.logprobs, batch.values, batch.advantages, batch.returns))
                 loss, metrics = ppo_loss(logprobs[mask], values[mask], *old, cfg)
-                share = mask.sum() / n_tokens
+                share = mask.sum() / batch.mask[rows].sum()
                 (loss * share).backward()
-                minibatch.append({name: value * share for name, value in metrics.items()})
-            norm = stepper.step()
-            minibatches.append(
-                {name: float(sum(part[name] for part in minibatch)) for name in metrics} | {"grad_norm": norm}
-            )
-    means = {name: sum(m[name] for m in minibatches) / len(minibatches) for name in minibatches[0]}
-    ends = {
-        f"{end}_{name}": minibatches[i][name]
-        for end, i in (("first", 0), ("last", -1))
-        for name in ("approx_kl", "log_ratio")
-    }
-    return means | ends | {"skipped_steps": stepper.skipped}
+                parts.append(metrics)
+                shares.append(share)
+            minibatches.append(average(parts, shares) | {"grad_norm": stepper.step()})
+    metrics = average(minibatches, [1 / len(minibatches)] * len(minibatches))
+    for end, minibatch in (("first", minibatches[0]), ("last", minibatches[-1])):
+        metrics |= {f"{end}_{name}": minibatch[name] for name in ("approx_kl", "max_log_ratio")}
+    return {name: float(value) for name, value in metrics.items()} | {"skipped_steps": stepper.skipped}
 
 
 def main(cfg):
@@ -235,7 +225,8 @@ def main(cfg):
     if cfg.self_check:
         print("self-check:", check_policy(policy, ref_policy, first_prompts, cfg), "|", check_reward(reward_fn))
     if cfg.compile:
-        policy.compile(), ref_policy.compile()
+        policy.compile()
+        ref_policy.compile()
 
     # Algorithm 1 of Schulman et al. 2017: an actor is a prompt, a timestep is a token
     progress = tqdm(range(cfg.steps), desc="ppo", unit="rollout")
@@ -251,7 +242,8 @@ def main(cfg):
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.time() - start}
         log.write(step, **metrics)
         show(progress, step, metrics, batch, cfg)
-    save_gpt2(policy.gpt2, tokenizer, cfg.out, policy.value_head)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            save_gpt2(policy.gpt2, tokenizer, cfg.out, policy.value_head)
     log.close()
     print(f"the policy is in {cfg.out}; compare it with its start: python evaluate.py --preset {cfg.preset}")
 

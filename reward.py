@@ -54,7 +54,10 @@ class SentimentReward:
         self.model, self.tokenizer, self.positive, self.kind = model.eval().to(device), tokenizer, positive, kind
         self.batch_size, self.device = batch_size, device
         self.max_length = token_limit(model.config, tokenizer)
-        self.truncated = 0  # texts cut to max_length in the last call
+        self.truncated = 0  # texts of the last call that filled max_length
+        if tokenizer.pad_token is None:  # as GPT-2's
+            tokenizer.pad_token = tokenizer.eos_token
+            model.config.pad_token_id = tokenizer.pad_token_id
 
     @classmethod
     def load(cls, name, positive_label="", kind="logit", device="cpu"):
