@@ -3,11 +3,12 @@
     python finetune_gpt2.py                  # gpt2 from the hub on IMDB
     python finetune_gpt2.py --preset mini    # a small GPT-2 from scratch on a CPU, offline
 
-Writes a Hugging Face folder with the weights that were best on the validation stream (a running average would not be
-what PPO samples from, so the weights are plain), metrics.jsonl and the run's config to finetune_checkpoints/<preset>/.
+Writes a Hugging Face folder with the weights that were best on the validation stream, metrics.jsonl and the run's
+config to finetune_checkpoints/<preset>/.
 """
 
 import math
+import time
 
 import numpy as np
 import torch
@@ -122,13 +123,7 @@ def main(cfg):
             f"dataset {cfg.dataset}: {len(stream)} tokens are no block of {cfg.block_size} in {cfg.epochs} epochs"
         )
     held_out = validation_texts(splits["prompts"].texts, tokenizer, cfg.eval_tokens)
-    validation = (
-        pack(held_out, tokenizer),
-        sum(map(len, held_out)),
-        cfg.block_size,
-        cfg.micro_batch_size,
-        tokenizer.eos_token_id,
-    )
+    validation = pack(held_out, tokenizer), sum(map(len, held_out))
 
     log = RunLog(cfg, model)
     optimizer = torch.optim.AdamW(
@@ -137,42 +132,40 @@ def main(cfg):
     stepper = Stepper(model, optimizer, cfg.grad_clip)
     if cfg.compile:
         model.compile()
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        sheet(
-            f"fine-tuning {cfg.init_from} on {cfg.dataset}",
-            {
-                "parameters": f"{parameters:,}",
-                "reviews": f"{len(texts):,} to learn from, {len(held_out):,} for validation",
-                "tokens": f"{len(stream):,} packed, {int(cfg.epochs * n_blocks) * cfg.block_size:,} to learn from, "
-                f"{len(validation[0]):,} for validation",
-                "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
-                "device": f"{device}, {'bf16' if bf16 else 'fp32'}",
-            },
-        )
-    )
+    learned = int(cfg.epochs * n_blocks) * cfg.block_size
+    rows = {
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "reviews": f"{len(texts):,} to learn from, {len(held_out):,} for validation",
+        "tokens": f"{len(stream):,} packed, {learned:,} to learn from, {len(validation[0]):,} for validation",
+        "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
+        "device": f"{device}, {'bf16' if bf16 else 'fp32'}",
+    }
+    print(sheet(f"fine-tuning {cfg.init_from} on {cfg.dataset}", rows))
 
     best = math.inf
     progress = tqdm(range(steps + 1), desc="fine-tune", unit="step")
     for step in progress:
         metrics = {}
         if step % cfg.eval_every == 0 or step == steps:
-            metrics["val_perplexity"], metrics["val_bits_per_character"] = validate(model, *validation)
-            tqdm.write(
-                f"step {step} | validation perplexity {metrics['val_perplexity']:.2f} | "
-                f"{metrics['val_bits_per_character']:.3f} bits/character"
+            perplexity, bits = validate(
+                model, *validation, cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id
             )
-            if metrics["val_perplexity"] < best:
-                best = metrics["val_perplexity"]
+            metrics = {"val_perplexity": perplexity, "val_bits_per_character": bits}
+            progress.write(f"step {step} | validation perplexity {perplexity:.2f} | {bits:.3f} bits a character")
+            if perplexity < best:
+                best = perplexity
                 save_gpt2(model, tokenizer, cfg.out)
         if step < steps:
+            start = time.time()
             x, y = (t.to(device) for t in blocks(stream, block_order(step, n_blocks, cfg), cfg.block_size))
             lr = learning_rate(step, steps, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            metrics["loss"] = train_step(model, x, y, cfg).item()
-            metrics.update(grad_norm=stepper.step(), skipped_steps=stepper.skipped, lr=lr)
-            progress.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{lr:.1e}", refresh=False)
+            loss = train_step(model, x, y, cfg).item()
+            metrics |= dict(loss=loss, lr=lr, grad_norm=stepper.step(), skipped_steps=stepper.skipped)
+            metrics["tokens_per_second"] = y.numel() / (time.time() - start)
+            tok_s = f"{metrics['tokens_per_second']:.0f}"
+            progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=tok_s, refresh=False)
         log.write(step, tokens=step * cfg.batch_size * cfg.block_size, **metrics)
     log.close()
     print(f"best validation perplexity {best:.2f}; the model is in {cfg.out}")
