@@ -1,15 +1,18 @@
-"""Folders on disk: find a model, read its tensors one by one, and save whole or not at all.
+"""Folders on disk: find a model, read it strictly, write it whole or not at all, in Hugging Face's format.
 
 Weights are read from safetensors, or from pytorch_model.bin with weights_only: nothing here can run code from a file.
 """
 
 import json
+import math
 import os
+import pickle
 import re
 import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -17,12 +20,27 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from config import PRESETS, BadInput, differing
+from model import GPT2, GPT2Config, Policy
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MADE_BY = {"finetune_checkpoints": "finetune_gpt2.py", "reward_checkpoints": "reward.py", "ppo_checkpoints": "ppo.py"}
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
+VALUE_HEAD = "value_head.safetensors"
+MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old releases stored among the weights
 RUN_CONFIG = "run_config.json"  # the config of the run, beside Hugging Face's config.json of the model
+
+# fields of config.json that would change the arithmetic, and the values that model.py implements
+SUPPORTED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
 
 
 def locate(name):
@@ -55,7 +73,7 @@ def _from_hub(name):
             except HFValidationError:
                 raise BadInput(f"{name!r} is neither a folder here nor a name on the Hugging Face hub") from None
             except (OSError, ValueError) as error:  # offline, no such name, gated
-                problem = str(error).strip().splitlines()[0]
+                problem = first_line(error)
     raise BadInput(
         f"model {name!r}: no such folder, not in the Hugging Face cache ({HF_HUB_CACHE}), and the hub did not give it "
         f"({problem}). Use --preset mini, which needs no network, or give a local folder"
@@ -79,30 +97,50 @@ def read_json(path):
 
 
 def read_tensors(folder):
-    """Yield (name, tensor) of a checkpoint, single or sharded, on the CPU, each tensor a copy of its own.
-
-    A safetensors file is opened once a tensor, so that no more than one tensor is in memory beside the model.
-    """
+    """Yield (name, tensor) of a checkpoint, single or sharded, on the CPU."""
     first = weight_file(Path(folder))
     if first.suffix == ".safetensors" and (first.parent / "pytorch_model.bin").is_file():
         print(f"{folder}: reading {first.name}, not the pytorch_model.bin beside it", file=sys.stderr)
-    if first.suffix == ".json":
-        files = sorted({first.parent / name for name in read_json(first)["weight_map"].values()})
-    else:
-        files = [first]
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
+    if first.suffix != ".json":
+        yield from read_file(first)
+        return
+    shards = read_json(first).get("weight_map")
+    if not shards:
+        raise BadInput(f"{first} names no shards: it has no weight_map")
+    for name in sorted(set(shards.values())):
+        yield from read_file(first.parent / name)
+
+
+def read_file(file):
+    """Yield (name, tensor) of a weight file; BadInput with its path when it is damaged.
+
+    A safetensors file is mapped anew for each tensor, the largest first: so a model that is filled from it never has
+    much more than its own size in memory.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as f:
+                sizes = {name: math.prod(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+            for name in sorted(sizes, key=sizes.get, reverse=True):
                 with safe_open(file, framework="pt") as f:
-                    names = list(f.keys())
-                for name in names:
-                    with safe_open(file, framework="pt") as f:
-                        tensor = f.get_tensor(name).clone()
-                    yield name, tensor
-            else:
-                yield from torch.load(file, map_location="cpu", weights_only=True).items()
-        except (SafetensorError, OSError, RuntimeError, EOFError) as error:
-            raise BadInput(f"{file} is damaged or missing: {str(error).splitlines()[0]}") from None
+                    tensor = f.get_tensor(name)
+                yield name, tensor
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+                raise BadInput(f"{file} holds more than named tensors")
+            yield from tensors.items()
+    except pickle.UnpicklingError:
+        raise BadInput(
+            f"{file} is damaged or missing, or holds more than plain tensors, and nothing else is read"
+        ) from None
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+        raise BadInput(f"{file} is damaged or missing: {first_line(error)}") from None
+
+
+def first_line(error):
+    """The first line of what an exception says, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_run(cfg):
@@ -153,18 +191,126 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
-def match(state, expected, where):
-    """Raise BadInput unless the tensors in `state` have exactly the names and shapes in `expected` (name -> shape)."""
-    problems = [f"missing {name} {tuple(expected[name])}" for name in expected if name not in state]
-    problems += [f"unexpected {name} {tuple(state[name].shape)}" for name in state if name not in expected]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(expected[name])}"
-        for name in expected
-        if name in state and state[name].shape != expected[name]
-    ]
+def match(found, expected, where):
+    """Raise BadInput unless `found` has exactly the names and shapes of `expected`: {name: tensor} both."""
+    shapes, wanted = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (found, expected))
+    problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in shapes]
+    problems += [f"unexpected {name} {shapes[name]}" for name in shapes if name not in wanted]
+    both = [name for name in wanted if name in shapes]
+    problems += [f"{name} is {shapes[name]}, expected {wanted[name]}" for name in both if shapes[name] != wanted[name]]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise BadInput(f"{where} does not fit: {'; '.join(problems[:5])}{more}")
 
 
-MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old releases stored among the weights
+# ---- GPT-2 folders
+
+
+def read_config(folder):
+    """GPT2Config of a folder; BadInput when its config.json asks for arithmetic that model.py does not have."""
+    file = Path(folder) / "config.json"
+    values = read_json(file)
+    for name, supported in SUPPORTED.items():
+        found = values.get(name, supported[0] if name != "model_type" else None)
+        if found not in supported:
+            raise BadInput(f"{file}: {name} is {found!r}, supported: {', '.join(map(repr, supported))}")
+    sizes = {f.name: values[f.name] for f in fields(GPT2Config) if values.get(f.name) is not None}
+    for name, value in sizes.items():
+        kind = float if name == "layer_norm_epsilon" else int
+        if type(value) is not kind or value <= 0:
+            raise BadInput(f"{file}: {name} is {value!r}, it must be a positive {kind.__name__}")
+    config = GPT2Config(**sizes)
+    if config.n_embd % config.n_head:
+        raise BadInput(f"{file}: n_head {config.n_head} does not divide n_embd {config.n_embd}")
+    return config
+
+
+def load_tokenizer(folder, config=None):
+    """The tokenizer of a folder; BadInput if it has no end-of-text token, or more ids than config.vocab_size."""
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except Exception as error:  # transformers raises whatever its readers do
+        raise BadInput(f"{folder}: no tokenizer can be read ({first_line(error)})") from None
+    if config and len(tokenizer) > config.vocab_size:
+        raise BadInput(f"{folder}: the tokenizer has {len(tokenizer)} ids, the embedding {config.vocab_size} rows")
+    if config and tokenizer.eos_token_id is None:
+        raise BadInput(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
+    return tokenizer
+
+
+def open_gpt2(name):
+    """(folder, GPT2Config, tokenizer) of a folder or hub name: all that can be checked before its weights are read."""
+    folder = locate(name)
+    config = read_config(folder)
+    return folder, config, load_tokenizer(folder, config)
+
+
+def check_context(cfg, config):
+    """BadInput unless the longest prompt and response of cfg fit the model."""
+    if cfg.max_prompt_len + cfg.response_len > config.n_positions:
+        raise BadInput(
+            f"max_prompt_len {cfg.max_prompt_len} + response_len {cfg.response_len} is over the model's "
+            f"{config.n_positions} positions"
+        )
+
+
+def load_gpt2(folder, config, n_tokens=None, bf16=False):
+    """GPT2 from a Hugging Face folder, strictly: every tensor there, none left over, every shape right, or BadInput.
+
+    The network is built without values and filled tensor by tensor, in float32 whatever they were stored in.
+    """
+    with torch.device("meta"):
+        model = GPT2(config, n_tokens, bf16)
+    model.to_empty(device="cpu")
+    state, found, lm_head = model.state_dict(), {}, None
+    for name, tensor in read_tensors(folder):
+        name = name.removeprefix("transformer.")
+        if name == "lm_head.weight":
+            lm_head = tensor
+        elif not MASK_BUFFER.fullmatch(name):
+            tensor = tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+            if name in state and state[name].shape == tensor.shape:
+                state[name].copy_(tensor)
+            found[name] = tensor.to("meta")
+    match(found, state, folder)
+    if lm_head is not None and not torch.equal(lm_head.float(), state["wte.weight"]):
+        raise BadInput(f"{folder}: lm_head.weight differs from wte.weight, and GPT-2 ties them")
+    return model
+
+
+def load_policy(folder, config, tokenizer, bf16=False):
+    """Policy of what open_gpt2 returned, with the value head that lies beside the weights, or else zeros."""
+    policy = Policy(load_gpt2(folder, config, len(tokenizer), bf16))
+    if (folder / VALUE_HEAD).is_file():
+        head = dict(read_file(folder / VALUE_HEAD))
+        match(head, policy.value_head.state_dict(), folder / VALUE_HEAD)
+        policy.value_head.load_state_dict(head)
+    return policy
+
+
+def save_gpt2(model, tokenizer, out, value_head=None):
+    """Write a plain Hugging Face GPT-2 folder into `out`: weights, config, tokenizer; the value head beside them."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu()
+        state["transformer." + name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+    config = dict(
+        asdict(model.config),
+        model_type="gpt2",
+        architectures=["GPT2LMHeadModel"],
+        activation_function="gelu_new",
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype=str(model.wte.weight.dtype).removeprefix("torch."),
+    )
+    with replacing(out) as folder:
+        tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        if value_head is not None:
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in value_head.state_dict().items()},
+                folder / VALUE_HEAD,
+            )

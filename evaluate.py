@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import write_text
+from checkpoint import check_context, load_policy, open_gpt2, write_text
 from config import BadInput, EvaluateConfig, run
 from data import load_splits, prompt_pool
 from log import one_line
-from model import check_context, exact_kl, load_policy, open_gpt2, pick_device, random_generator
+from model import exact_kl, pick_device, random_generator
 from plot import learning_curves
 from ppo import response_mask
 from reward import SentimentReward, load_reward

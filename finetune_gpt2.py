@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import check_run
+from checkpoint import check_run, load_gpt2, open_gpt2, save_gpt2
 from config import BadInput, FinetuneConfig, run
 from data import language_model_texts, load_splits, pack, train_bpe
-from log import RunLog, sheet
-from model import GPT2, GPT2Config, Stepper, decay_groups, load_gpt2, open_gpt2, pick_device, save_gpt2
+from log import RunLog, finetune_sheet
+from model import GPT2, GPT2Config, Stepper, decay_groups, pick_device
 
 
 def block_order(step, n_blocks, cfg):
@@ -33,6 +33,17 @@ def block_order(step, n_blocks, cfg):
         epoch: np.random.default_rng([cfg.seed, epoch]).permutation(n_blocks) for epoch in set(places // n_blocks)
     }
     return np.array([orders[place // n_blocks][place % n_blocks] for place in places])
+
+
+def plan(n_tokens, cfg):
+    """(blocks in a stream of n_tokens, optimizer steps over them); BadInput when there is not one."""
+    n_blocks = (n_tokens - 1) // cfg.block_size  # the last token of a block has a target too
+    steps = math.ceil(int(cfg.epochs * n_blocks) / cfg.batch_size)
+    if steps < 1:
+        raise BadInput(
+            f"dataset {cfg.dataset}: {n_tokens} tokens are no block of {cfg.block_size} in {cfg.epochs} epochs"
+        )
+    return n_blocks, steps
 
 
 def blocks(stream, numbers, block_size):
@@ -116,12 +127,7 @@ def main(cfg):
     model, tokenizer = start_model(cfg, opened, texts, bf16)
     model.to(device)
     stream = pack(texts, tokenizer)
-    n_blocks = (len(stream) - 1) // cfg.block_size
-    steps = math.ceil(int(cfg.epochs * n_blocks) / cfg.batch_size)
-    if steps < 1:
-        raise BadInput(
-            f"dataset {cfg.dataset}: {len(stream)} tokens are no block of {cfg.block_size} in {cfg.epochs} epochs"
-        )
+    n_blocks, steps = plan(len(stream), cfg)
     held_out = validation_texts(splits["prompts"].texts, tokenizer, cfg.eval_tokens)
     validation = pack(held_out, tokenizer), sum(map(len, held_out))
 
@@ -132,15 +138,8 @@ def main(cfg):
     stepper = Stepper(model, optimizer, cfg.grad_clip)
     if cfg.compile:
         model.compile()
-    learned = int(cfg.epochs * n_blocks) * cfg.block_size
-    rows = {
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "reviews": f"{len(texts):,} to learn from, {len(held_out):,} for validation",
-        "tokens": f"{len(stream):,} packed, {learned:,} to learn from, {len(validation[0]):,} for validation",
-        "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
-        "device": f"{device}, {'bf16' if bf16 else 'fp32'}",
-    }
-    print(sheet(f"fine-tuning {cfg.init_from} on {cfg.dataset}", rows))
+    counts = len(texts), len(stream), len(held_out), len(validation[0])
+    print(finetune_sheet(cfg, model, steps, *counts, device))
 
     best = math.inf
     progress = tqdm(range(steps + 1), desc="fine-tune", unit="step")

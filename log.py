@@ -136,6 +136,19 @@ def ppo_sheet(cfg, policy, reward_fn, n_prompts, device):
     return sheet("PPO", rows)
 
 
+def finetune_sheet(cfg, model, steps, n_reviews, n_tokens, n_held_out, n_validation, device):
+    """The fine-tuning in numbers before it starts, as text; n_tokens are packed from n_reviews."""
+    rows = {
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "reviews": f"{n_reviews:,} to learn from, {n_held_out:,} for validation",
+        "tokens": f"{n_tokens:,} packed, {cfg.epochs} epochs of them; {n_validation:,} for validation",
+        "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
+        "device": f"{device}, {'bf16' if model.bf16 else 'fp32'}",
+        "writes": cfg.out,
+    }
+    return sheet(f"fine-tuning {cfg.init_from} on {cfg.dataset}", rows)
+
+
 def show(progress, step, metrics, batch, cfg):
     """The numbers that matter on the progress bar, and every cfg.sample_every rollouts a table of samples above it."""
     progress.set_postfix(

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019) with a value head: the network, generation, log-probabilities and values, load and save.
+"""GPT-2 (Radford et al. 2019) with a value head: the network, generation, log-probabilities and values.
 
 Parts to whole, in the manner of nanoGPT; parameter names are Hugging Face's without their prefix `transformer.`.
 The LM head is the token embedding (`wte`), so there is no second matrix that could come untied.
@@ -7,22 +7,16 @@ Shapes: B sequences, L tokens of a sequence, P tokens of its prompt, T tokens of
 C width, H attention heads.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
-from checkpoint import MASK_BUFFER, locate, match, read_json, read_tensors, replacing
 from config import BadInput
 
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
-VALUE_HEAD = "value_head.safetensors"
 STOP_CHECK = 8  # tokens between two looks at whether all rows have ended: each look makes the host wait for the GPU
 
 
@@ -37,17 +31,6 @@ class GPT2Config:
     n_head: int = 12
     n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
     layer_norm_epsilon: float = 1e-5
-
-
-# fields of config.json that would change the arithmetic, and the values that this file implements
-SUPPORTED = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
 
 
 class KVCache:
@@ -262,115 +245,6 @@ def check_policy(policy, ref_policy, prompts, cfg):
     return ", ".join(f"max |{name}| {error:.1g}" for name, error in found.items()) + " nats"
 
 
-# ---- Hugging Face folders
-
-
-def read_config(folder):
-    """GPT2Config of a folder; BadInput when its config.json asks for arithmetic that this file does not have."""
-    file = Path(folder) / "config.json"
-    values = read_json(file)
-    for name, supported in SUPPORTED.items():
-        found = values.get(name, supported[0] if name != "model_type" else None)
-        if found not in supported:
-            raise BadInput(f"{file}: {name} is {found!r}, supported: {', '.join(map(repr, supported))}")
-    config = GPT2Config(**{f.name: values[f.name] for f in fields(GPT2Config) if f.name in values})
-    if config.n_embd % config.n_head:
-        raise BadInput(f"{file}: n_head {config.n_head} does not divide n_embd {config.n_embd}")
-    return config
-
-
-def load_tokenizer(folder, config=None):
-    """The tokenizer of a folder; BadInput if it has no end-of-text token, or more ids than config.vocab_size."""
-    from transformers import AutoTokenizer  # takes seconds to import
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
-    except Exception as error:  # transformers raises whatever its readers do
-        raise BadInput(f"{folder}: no tokenizer can be read ({str(error).strip().splitlines()[0]})") from None
-    if config and len(tokenizer) > config.vocab_size:
-        raise BadInput(f"{folder}: the tokenizer has {len(tokenizer)} ids, the embedding {config.vocab_size} rows")
-    if config and tokenizer.eos_token_id is None:
-        raise BadInput(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
-    return tokenizer
-
-
-def open_gpt2(name):
-    """(folder, GPT2Config, tokenizer) of a folder or hub name: all that can be checked before its weights are read."""
-    folder = locate(name)
-    config = read_config(folder)
-    return folder, config, load_tokenizer(folder, config)
-
-
-def check_context(cfg, config):
-    """BadInput unless the longest prompt and response of cfg fit the model."""
-    if cfg.max_prompt_len + cfg.response_len > config.n_positions:
-        raise BadInput(
-            f"max_prompt_len {cfg.max_prompt_len} + response_len {cfg.response_len} is over the model's "
-            f"{config.n_positions} positions"
-        )
-
-
-def load_gpt2(folder, config, n_tokens=None, bf16=False):
-    """GPT2 from a Hugging Face folder, strictly: every tensor there, none left over, every shape right, or BadInput.
-
-    The network is built without memory and takes the read tensors as its own, in float32 whatever they were stored in.
-    """
-    with torch.device("meta"):
-        model = GPT2(config, n_tokens, bf16)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state, lm_head = {}, None
-    for name, tensor in read_tensors(folder):
-        name = name.removeprefix("transformer.")
-        if name == "lm_head.weight":
-            lm_head = tensor
-        elif not MASK_BUFFER.fullmatch(name):
-            turn = name.endswith(TRANSPOSED) and tensor.dim() == 2
-            state[name] = (tensor.t() if turn else tensor).to(torch.float32).contiguous()
-    match(state, expected, folder)
-    if lm_head is not None and not torch.equal(lm_head.float(), state["wte.weight"]):
-        raise BadInput(f"{folder}: lm_head.weight differs from wte.weight, and GPT-2 ties them")
-    model.load_state_dict(state, assign=True)
-    return model
-
-
-def load_policy(folder, config, tokenizer, bf16=False):
-    """Policy of what open_gpt2 returned, with the value head that lies beside the weights, or else zeros."""
-    policy = Policy(load_gpt2(folder, config, len(tokenizer), bf16))
-    if (folder / VALUE_HEAD).is_file():
-        head = load_file(folder / VALUE_HEAD)
-        match(
-            head, {name: tensor.shape for name, tensor in policy.value_head.state_dict().items()}, folder / VALUE_HEAD
-        )
-        policy.value_head.load_state_dict(head)
-    return policy
-
-
-def save_gpt2(model, tokenizer, out, value_head=None):
-    """Write a plain Hugging Face GPT-2 folder into `out`: weights, config, tokenizer; the value head beside them."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu()
-        state["transformer." + name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-    config = dict(
-        asdict(model.config),
-        model_type="gpt2",
-        architectures=["GPT2LMHeadModel"],
-        activation_function="gelu_new",
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype=str(model.wte.weight.dtype).removeprefix("torch."),
-    )
-    with replacing(out) as folder:
-        tokenizer.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        if value_head is not None:
-            save_file(
-                {name: t.detach().cpu().contiguous() for name, t in value_head.state_dict().items()},
-                folder / VALUE_HEAD,
-            )
-
-
 # ---- device, randomness and the optimizer step
 
 
@@ -390,6 +264,7 @@ def pick_device(cfg):
 
 def random_generator(device, *key):
     """A generator for each key of integers, such as (seed, step): what a run draws depends on nothing else."""
+    key = (len(key), *key)  # numpy takes (1,) and (1, 0) for the same seed
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(seed)
 

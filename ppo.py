@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from checkpoint import check_run
+from checkpoint import check_context, check_run, load_policy, open_gpt2, save_gpt2
 from config import PPOConfig, run
 from data import load_splits, prompt_batch, prompt_pool
 from log import RunLog, average, ppo_sheet, rollout_metrics, show
-from model import Stepper, check_context, check_policy, load_policy, open_gpt2, pick_device, random_generator, save_gpt2
+from model import Stepper, check_policy, pick_device, random_generator
 from reward import check_finite, check_reward, load_reward
 
 # ---- the arithmetic: tensors in, tensors out

@@ -25,19 +25,10 @@ from log import RunLog, sheet
 from model import Stepper, decay_groups, pick_device
 
 PROBES = (  # (positive, negative): what any sentiment classifier tells apart
-    (
-        "I loved this movie, it was wonderful from start to finish.",
-        "I hated this movie, it was terrible from start to finish.",
-    ),
+    ("I loved this movie, it was wonderful throughout.", "I hated this movie, it was terrible throughout."),
     ("A great film with excellent acting and a beautiful story.", "A bad film with awful acting and a boring story."),
-    (
-        "One of the best movies I have ever seen, simply superb.",
-        "One of the worst movies I have ever seen, simply dreadful.",
-    ),
-    (
-        "Brilliant and moving, I highly recommend it to everyone.",
-        "Stupid and dull, a complete waste of time and money.",
-    ),
+    ("One of the best movies I have ever seen, superb.", "One of the worst movies I have ever seen, dreadful."),
+    ("Brilliant and moving, I recommend it to everyone.", "Stupid and dull, a waste of everyone's time and money."),
 )
 POSITIVE_NAMES = ("positive", "pos")
 

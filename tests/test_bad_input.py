@@ -1,0 +1,162 @@
+"""What cannot work is said in one line with exit status 2, before anything is written."""
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from unittest.mock import Mock
+
+import pytest
+from conftest import ROOT, hf_gpt2, reviews_csv, write_bert
+
+import config
+
+CONFIGS = {
+    "finetune_gpt2": config.FinetuneConfig,
+    "reward": config.RewardConfig,
+    "ppo": config.PPOConfig,
+    "evaluate": config.EvaluateConfig,
+}
+SMALL = "--vocab_size 300 --n_layer 1 --n_head 1 --n_embd 8 --report_to none --device cpu"
+FINETUNE = f"--preset mini --dataset {{csv}} --out out {SMALL}"
+FROM_FOLDER = "--dataset {csv} --out out --init_from {gpt2} --report_to none --device cpu"
+REWARD = "--preset mini --dataset {csv} --out out --report_to none --device cpu"
+PPO = "--preset mini --dataset {csv} --policy {gpt2} --reward {bert} --out out --report_to none --device cpu"
+PPO_16 = PPO + " --batch_size 16 --minibatch_size 16 --micro_batch_size 16"
+EVALUATE = "--preset mini --dataset {csv} --before {gpt2} --after {gpt2} --reward {bert} --judge {bert} --device cpu"
+
+CASES = {  # name: (script, flags, what the message names); of a flag that comes twice the last one counts
+    # models
+    "no fine-tuned model": ("ppo", "--preset mini", ["finetune_checkpoints/mini", "python finetune_gpt2.py"]),
+    "no reward": ("ppo", f"{PPO} --reward reward_checkpoints/mini/reward", ["python reward.py --preset mini"]),
+    "no policy to evaluate": ("evaluate", f"{EVALUATE} --after ppo_checkpoints/mini", ["python ppo.py --preset mini"]),
+    "no judge": ("evaluate", f"{EVALUATE} --judge reward_checkpoints/mini/judge", ["python reward.py --preset mini"]),
+    "no such folder": ("ppo", f"{PPO} --policy ./nowhere", ["./nowhere", "config.json"]),
+    "no weights": ("ppo", f"{PPO} --policy {{hollow}}", ["hollow", "model.safetensors"]),
+    "a classifier as the policy": ("ppo", f"{PPO} --policy {{bert}}", ["model_type", "'bert'", "'gpt2'"]),
+    "model on the hub": ("finetune_gpt2", "--init_from gpt2", ["'gpt2'", "--preset mini"]),
+    "encoder on the hub": ("reward", "", ["'bert-base-cased'", "--preset mini"]),
+    "no name of a model": ("ppo", f"{PPO} --policy a/b/c/d", ["a/b/c/d"]),
+    "labels that say nothing": ("ppo", f"{PPO} --reward {{generic}}", ["LABEL_0", "--positive_label"]),
+    "a judge without labels": ("evaluate", f"{EVALUATE} --judge {{generic}}", ["LABEL_0"]),
+    "no such function": ("ppo", f"{PPO} --reward nothing.py:f", ["nothing.py"]),
+    # data
+    "dataset on the hub": ("reward", f"{REWARD} --dataset stanfordnlp/imdb", ["'stanfordnlp/imdb'", "--preset mini"]),
+    "no such dataset": ("finetune_gpt2", f"{FINETUNE} --dataset nothing.csv", ["nothing.csv"]),
+    "empty dataset": ("reward", f"{REWARD} --dataset {{empty}}", ["empty.csv"]),
+    "a dataset smaller than a batch": ("ppo", PPO, ["batch_size 128", "prompts"]),
+    "a dataset smaller than a block": (
+        "finetune_gpt2",
+        f"{FINETUNE} --block_size 20000 --n_positions 20000",
+        ["toy.csv", "20000"],
+    ),
+    "fewer held-out reviews than prompts": ("evaluate", EVALUATE, ["512", "32"]),
+    "reviews shorter than a prompt": ("ppo", f"{PPO} --max_prompt_len 200 --policy {{long}}", ["longer", "200"]),
+    # sizes
+    "prompt and response over the context": ("ppo", f"{PPO} --response_len 41", ["8", "41", "48"]),
+    "the same when evaluating": ("evaluate", f"{EVALUATE} --response_len 41", ["8", "41", "48"]),
+    "a block over the context": ("finetune_gpt2", f"{FROM_FOLDER} --block_size 49", ["49", "48"]),
+    "batch sizes that do not divide": ("ppo", f"{PPO} --minibatch_size 48", ["48", "128"]),
+    "a number that is none": ("ppo", f"{PPO} --lr nan", ["lr", "nan"]),
+    # the machine and the folder
+    "no CUDA": ("finetune_gpt2", f"{FINETUNE} --device cuda", ["cuda", "cpu"]),
+    "no W&B": ("finetune_gpt2", f"{FINETUNE} --report_to wandb", ["wandb", "pip install wandb"]),
+    "a folder that cannot be written": ("finetune_gpt2", f"{FINETUNE} --out {{csv}}/out", ["toy.csv/out"]),
+    # what the first look at the reward shows
+    "an untrained reward": ("ppo", PPO_16, ["probe sentences", "POSITIVE"]),
+    "a function that gives nan": ("ppo", f"{PPO_16} --reward {{nan}}:f", ["score", "nan"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, gpt2_folder, bert_folder, tokenizer):
+    """What the flags in CASES name, by its name in braces."""
+    folder = tmp_path_factory.mktemp("inputs")
+    generic, hollow, long = (folder / name for name in ("generic", "hollow", "long"))
+    write_bert(generic, ("LABEL_0", "LABEL_1"))
+    hollow.mkdir()
+    (hollow / "config.json").write_text((gpt2_folder / "config.json").read_text())
+    hf_gpt2(len(tokenizer), n_positions=256, n_embd=8).float().save_pretrained(long)
+    tokenizer.save_pretrained(long)
+    (folder / "empty.csv").write_text("text,label\n")
+    (folder / "nan.py").write_text("def f(texts):\n    return [float('nan')] * len(texts)\n")
+    return dict(
+        gpt2=gpt2_folder, bert=bert_folder, csv=reviews_csv(folder / "toy.csv"), empty=folder / "empty.csv",
+        generic=generic, hollow=hollow, long=long, nan=folder / "nan.py",
+    )  # fmt: skip
+
+
+def check(status, error, named):
+    lines = [line for line in error.splitlines() if line and not line.startswith("Loading weights")]  # transformers
+    assert status == 2
+    assert len(lines) == 1, error
+    assert lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in named), lines[0]
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Run a script's main in this process, in an empty folder: (exit status, stderr, seconds)."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(name, flags):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags.split()])
+        capsys.readouterr()
+        begin = time.time()
+        with pytest.raises(SystemExit) as stop:
+            config.run(importlib.import_module(name).main, CONFIGS[name])
+        return stop.value.code, capsys.readouterr().err, time.time() - begin
+
+    return start
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(case, script, paths, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    name, flags, named = CASES[case]
+    status, error, _ = script(name, flags.format(**paths))
+    check(status, error, named)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".cache"] == []
+
+
+def test_a_folder_with_a_run_of_another_config_is_left_alone(script, paths, tmp_path):
+    """The message says which fields differ and how to go on."""
+    (tmp_path / "out").mkdir()
+    flags, file = PPO.format(**paths), tmp_path / "out" / "run_config.json"
+    saved = json.dumps({**vars(config.parse(config.PPOConfig, flags.split())), "steps": 3})
+    file.write_text(saved)
+    status, error, _ = script("ppo", flags)
+    check(status, error, ["(steps 3 -> 60)", "--force", "--out"])
+    assert list((tmp_path / "out").iterdir()) == [file]
+    assert file.read_text() == saved
+
+
+@pytest.mark.parametrize("case", ["model on the hub", "dataset on the hub"])
+def test_a_machine_without_a_network_says_so_within_five_seconds(case, script, paths):
+    """Catches libraries that try again and again."""
+    name, flags, named = CASES[case]
+    status, error, seconds = script(name, flags.format(**paths))
+    check(status, error, named)
+    assert seconds < 5
+
+
+@pytest.mark.parametrize("case", ["no fine-tuned model", "labels that say nothing"])
+def test_a_real_process_ends_the_same_way(case, paths, tmp_path):
+    """Here the libraries' own loggers and progress bars would show."""
+    name, flags, named = CASES[case]
+    command = [sys.executable, str(ROOT / f"{name}.py"), *flags.format(**paths).split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    check(done.returncode, done.stderr, named)
+
+
+def test_a_bug_is_a_traceback_and_ctrl_c_is_not(monkeypatch, capsys):
+    """Only BadInput becomes a line; swallowing other errors would hide where they come from."""
+    monkeypatch.setattr(sys, "argv", ["ppo.py"])
+
+    with pytest.raises(ZeroDivisionError):
+        config.run(Mock(side_effect=ZeroDivisionError), config.PPOConfig)
+    with pytest.raises(SystemExit) as stop:
+        config.run(Mock(side_effect=KeyboardInterrupt), config.PPOConfig)
+    assert stop.value.code == 130
+    assert "Traceback" not in capsys.readouterr().err

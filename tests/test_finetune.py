@@ -1,0 +1,263 @@
+"""Fine-tuning: the order of the data, the targets, the learning rate, perplexity, and a run from start to end."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import reviews_csv
+
+import finetune_gpt2
+from checkpoint import load_gpt2, open_gpt2
+from config import FinetuneConfig
+from data import encode, load_splits, pack
+from finetune_gpt2 import block_order, blocks, learning_rate, train_step, validate, validation_texts
+from model import GPT2, GPT2Config
+
+LN2 = math.log(2)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def tiny(vocab_size=20, n_layer=1, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab_size, n_positions=32, n_embd=32, n_layer=n_layer, n_head=2)).init_weights()
+    with torch.no_grad():
+        model.wte.weight.mul_(10)  # so that tokens are not all equally likely
+    return model.to(dtype)
+
+
+# ---- order and targets
+
+
+def test_the_learning_rate_warms_up_linearly_and_ends_at_min_lr():
+    """The numbers of nanoGPT's schedule; wrong ones start at 0, or never reach min_lr."""
+    cfg = FinetuneConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
+    lr = [learning_rate(step, 100, cfg) for step in range(100)]
+    assert lr[0] == pytest.approx(1 / 11)
+    assert lr[9] == pytest.approx(10 / 11)
+    assert lr[10] == 1.0
+    assert lr[99] == pytest.approx(0.1)
+    assert lr[10:] == sorted(lr[10:], reverse=True)
+    assert learning_rate(0, 1, FinetuneConfig(warmup_steps=0)) == FinetuneConfig().lr  # a run of a single step
+
+
+ORDER = FinetuneConfig(batch_size=4, micro_batch_size=2, epochs=3.0)
+
+
+def test_an_epoch_takes_every_block_once_in_an_order_that_epoch_and_seed_change():
+    """Catches windows drawn with replacement."""
+
+    def epochs(cfg):
+        return np.concatenate([block_order(step, 10, cfg) for step in range(8)]).reshape(3, 10).tolist()
+
+    first = epochs(ORDER)
+    assert all(sorted(epoch) == list(range(10)) for epoch in first)
+    assert first[0] != first[1] != first[2] != first[0]
+    assert epochs(ORDER) == first
+    assert epochs(FinetuneConfig(batch_size=4, micro_batch_size=2, epochs=3.0, seed=1)) != first
+
+
+@pytest.mark.parametrize(("epochs", "sizes"), [(1.0, [4, 4, 2]), (0.75, [4, 3]), (1.2, [4, 4, 4]), (0.5, [4, 1])])
+def test_the_last_step_holds_the_rest_of_the_epochs(epochs, sizes):
+    cfg = FinetuneConfig(batch_size=4, micro_batch_size=2, epochs=epochs)
+    assert [len(block_order(step, 10, cfg)) for step in range(len(sizes))] == sizes
+
+
+def test_a_target_is_the_next_token_and_the_end_of_text_is_one():
+    """Shifted once, across the edge of a block too; catches pad == eos masking the end away."""
+    stream = np.array([5, 6, 0, 7, 8, 0, 9], dtype=np.int32)  # 0 ends a review
+    x, y = blocks(stream, np.array([1, 0]), 3)
+    assert x.tolist() == [[7, 8, 0], [5, 6, 0]]
+    assert y.tolist() == [[8, 0, 9], [6, 0, 7]]
+    assert x.dtype == y.dtype == torch.int64
+
+
+# ---- perplexity
+
+
+class Certain(torch.nn.Module):
+    """Gives token 0 all probability in a block of 18 and 1/e in any other: NLL 0 and 1 a token."""
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        p = torch.tensor([1.0, 0.0] if x.shape[1] == 18 else [1 / math.e, 1 - 1 / math.e])
+        return p.log().clamp(min=-1e4).expand(*x.shape, 2)
+
+
+def test_perplexity_is_of_all_tokens_together_and_no_mean_of_batches():
+    """18 tokens at NLL 0 and 2 at 1: e^(2/20), where the mean of batches says e^.5. Bits per character likewise."""
+    perplexity, bits = validate(Certain(), np.zeros(20), 10, 18, 4, eos_id=0)
+    assert perplexity == pytest.approx(math.exp(0.1), abs=1e-6)
+    assert bits == pytest.approx(2 / LN2 / 10, abs=1e-6)
+
+
+STREAM = np.random.default_rng(0).integers(0, 20, 45)  # five blocks of 8, and 5 tokens
+
+
+def test_validation_is_the_perplexity_worked_out_token_by_token():
+    """A token sees its block only; before the first one stands the end of text; the remainder counts."""
+    model, context, nll = tiny(), [3, *STREAM[:-1].tolist()], 0.0
+    for i, target in enumerate(STREAM.tolist()):
+        seen = torch.tensor([context[i // 8 * 8 : i + 1]])
+        nll -= model(seen)[0, -1].log_softmax(-1)[target].item()
+    perplexity, bits = validate(model, STREAM, 100, 8, 2, eos_id=3)
+    assert perplexity == pytest.approx(math.exp(nll / 45), rel=1e-9)
+    assert bits == pytest.approx(nll / LN2 / 100, rel=1e-9)
+
+
+@pytest.mark.parametrize("block_size", [8, 9, 32])
+def test_the_batch_size_changes_no_perplexity(block_size):
+    model = tiny(dtype=torch.float32)
+    found = [validate(model, STREAM, 100, block_size, batch_size, 0)[0] for batch_size in (1, 2, 3, 100)]
+    assert found == pytest.approx([found[0]] * 4, rel=1e-6)
+
+
+def test_validation_leaves_the_model_as_it_was():
+    model = tiny()
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert validate(model, STREAM, 100, 8, 2, 0) == validate(model, STREAM, 100, 8, 2, 0)
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters()))
+
+
+def test_the_validation_stream_is_whole_reviews_up_to_the_wanted_length(tokenizer):
+    texts = ["A good film.", "A bad film.", "A great film.", "x"]
+    lengths = [len(ids) + 1 for ids in encode(texts, tokenizer)]
+    assert validation_texts(texts, tokenizer, 1) == texts[:1]
+    assert validation_texts(texts, tokenizer, lengths[0]) == texts[:1]
+    assert validation_texts(texts, tokenizer, lengths[0] + 1) == texts[:2]
+    assert validation_texts(texts, tokenizer, 10_000) == texts
+
+
+# ---- learning
+
+
+def gradients(micro_batch_size, rows):
+    model = tiny(n_layer=2)
+    x = torch.from_numpy(np.random.default_rng(1).integers(0, 20, (rows, 9)))
+    cfg = FinetuneConfig(batch_size=4, micro_batch_size=micro_batch_size)
+    loss = train_step(model, x[:, :-1], x[:, 1:], cfg)
+    return [loss, *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_the_micro_batch_size_changes_no_gradient(micro_batch_size, rows):
+    """Also in the last step of a run, whose batch has a row less: catches a mean of unequal means."""
+    for one, other in zip(gradients(micro_batch_size, rows), gradients(4, rows)):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+
+
+def learn(model, x, y, steps):
+    """Full-batch steps of Adam with the project's own train_step; returns the last loss."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(steps):
+        loss = train_step(model, x, y, FinetuneConfig(batch_size=len(x), micro_batch_size=len(x)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def test_eight_blocks_can_be_learnt_by_heart():
+    stream = np.random.default_rng(0).integers(0, 20, 8 * 16 + 1)
+    assert learn(tiny(n_layer=2, dtype=torch.float32), *blocks(stream, np.arange(8), 16), 120) < 0.1
+
+
+def test_a_model_of_reviews_of_three_tokens_learns_to_stop_after_three(tokenizer):
+    """Catches an end of text that is no target: such a model never stops."""
+    words = [f"{a}{b}{c}" for a in "abc" for b in "def" for c in "ghi"]
+    docs = [word for word, ids in zip(words, encode(words, tokenizer)) if len(ids) == 3]
+    stream = pack(docs * 10, tokenizer)
+    assert len(docs) > 10
+    assert len(stream) == len(docs) * 10 * 4
+    model = tiny(len(tokenizer), dtype=torch.float32)
+    n_blocks = (len(stream) - 1) // 15  # so that no place in a block is always the end
+    learn(model, *blocks(stream, np.arange(n_blocks), 15), 100)
+    end = tokenizer.eos_token_id
+    ids = torch.tensor([[end, *encode([word], tokenizer)[0]] for word in docs])
+    probabilities = model(ids).softmax(-1)[..., end]  # of the end, after <|endoftext|> and after each token
+    assert (probabilities[:, 3] > 0.9).all()
+    assert (probabilities[:, :3] < 0.1).all()
+
+
+# ---- whole runs
+
+
+@pytest.fixture(scope="module")
+def scratch_run(tmp_path_factory):
+    """(config, lines of metrics.jsonl) of a run from random weights on toy reviews."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg = FinetuneConfig(
+        dataset=str(reviews_csv(folder / "toy.csv")), init_from="scratch", out=str(folder / "out"), vocab_size=400,
+        n_layer=1, n_head=2, n_embd=32, n_positions=32, block_size=32, batch_size=8, micro_batch_size=4, epochs=1.5,
+        lr=1e-2, min_lr=1e-3, warmup_steps=5, eval_every=20, eval_tokens=500, report_to="none",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        finetune_gpt2.main(cfg)
+    return cfg, [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+def perplexity_of(name, cfg, load):
+    """The perplexity of a folder's model on the validation stream that a run with cfg has, and that stream."""
+    folder, config, tokenizer = open_gpt2(str(name))
+    texts = validation_texts(load_splits(cfg.dataset)["prompts"].texts, tokenizer, cfg.eval_tokens)
+    stream, end = pack(texts, tokenizer), tokenizer.eos_token_id
+    return validate(load(folder, config, len(tokenizer)), stream, sum(map(len, texts)), cfg.block_size, 4, end)
+
+
+def test_a_run_from_scratch_logs_every_step_and_the_validation_perplexity_falls(scratch_run):
+    cfg, lines = scratch_run
+    steps = lines[-1]["step"]
+    looks = {line["step"]: line["val_perplexity"] for line in lines if "val_perplexity" in line}
+    assert [line["step"] for line in lines] == list(range(steps + 1))
+    assert list(looks) == sorted({*range(0, steps, 20), steps})
+    assert {"seconds", "tokens", "loss", "lr", "grad_norm", "skipped_steps"} <= set(lines[1])
+    assert {"val_perplexity", "val_bits_per_character"} <= set(lines[0]) & set(lines[-1])
+    assert looks[0] == pytest.approx(400, rel=0.1)  # random weights: about the size of the vocabulary
+    assert looks[steps] < 0.2 * looks[0]
+    assert lines[3]["tokens"] == 3 * 8 * 32
+    assert lines[0]["lr"] == pytest.approx(cfg.lr / 6)
+    assert lines[steps - 1]["lr"] == pytest.approx(cfg.min_lr)
+
+
+def test_the_folder_holds_the_best_weights_and_the_config_of_the_run(scratch_run):
+    cfg, lines = scratch_run
+    best = min(line["val_perplexity"] for line in lines if "val_perplexity" in line)
+    saved = json.loads(open(f"{cfg.out}/run_config.json").read())
+    assert perplexity_of(cfg.out, cfg, load_gpt2)[0] == pytest.approx(best, rel=1e-5)
+    assert saved == json.loads(json.dumps(vars(cfg)))
+
+
+def test_transformers_opens_the_folder_and_finds_the_same_perplexity(scratch_run):
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    def load(folder, *_):
+        model = GPT2LMHeadModel.from_pretrained(folder).eval()
+        model.forward = lambda x, forward=model.forward: forward(x).logits
+        return model
+
+    cfg, _ = scratch_run
+    here, there = (perplexity_of(cfg.out, cfg, loader) for loader in (load_gpt2, load))
+    assert there == pytest.approx(here, rel=1e-5)
+    assert AutoTokenizer.from_pretrained(cfg.out).eos_token == "<|endoftext|>"
+
+
+def test_a_run_from_a_folder_starts_at_the_perplexity_of_that_model(gpt2_folder, tmp_path):
+    """Catches weights that were read wrongly, or not at all."""
+    cfg = FinetuneConfig(
+        dataset=str(reviews_csv(tmp_path / "toy.csv")), init_from=str(gpt2_folder), out="out", block_size=40,
+        batch_size=4, micro_batch_size=4, epochs=0.05, eval_tokens=500, report_to="none",
+    )  # fmt: skip
+    finetune_gpt2.main(cfg)
+    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    perplexity, bits = perplexity_of(gpt2_folder, cfg, load_gpt2)
+    assert first["val_perplexity"] == pytest.approx(perplexity, rel=1e-6)
+    assert first["val_bits_per_character"] == pytest.approx(bits, rel=1e-6)

@@ -1,0 +1,98 @@
+"""PPO end to end against problems with a known answer: rollout and update as main runs them, on a tiny GPT-2."""
+
+import copy
+
+import pytest
+import torch
+from test_ppo import EOS, Words
+from test_ppo import tiny_policy as any_policy
+
+from config import PPOConfig
+from log import rollout_metrics
+from model import Stepper
+from ppo import rollout, update
+
+
+def config(**changes):
+    small = dict(batch_size=256, minibatch_size=64, micro_batch_size=64, lr=3e-3, lr_end=0.0, kl_target=0)
+    return PPOConfig(**(small | dict(min_prompt_len=1, max_prompt_len=1) | changes))
+
+
+def tiny_policy(vocab_size, seed=0, spread=0.05):
+    """Near enough to uniform that every token is sampled."""
+    return any_policy(seed, vocab_size, spread)
+
+
+def train(policy, reward, cfg, prompt=1, ref_policy=None):
+    """main's loop without files, the learning rate falling to 0: the metrics of every rollout. Changes policy."""
+    ref_policy = ref_policy or copy.deepcopy(policy)
+    optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps)
+    stepper, logs = Stepper(policy, optimizer, cfg.grad_clip), []
+    generator, prompts = torch.Generator().manual_seed(0), torch.full((cfg.batch_size, 1), prompt)
+    for step in range(cfg.steps):
+        optimizer.param_groups[0]["lr"] = cfg.lr * (1 - (1 - cfg.lr_end) * step / cfg.steps)
+        batch = rollout(policy, ref_policy, Words(), reward, prompts, cfg.kl_coef, cfg, generator)
+        logs.append(rollout_metrics(batch, policy, ref_policy, reward, cfg))
+        update(policy, stepper, batch, cfg, generator)
+    return logs
+
+
+def responses(texts):
+    return [text.split()[1:] for text in texts]
+
+
+def first_probs(policy, prompt=1):
+    """What the policy says after the prompt: (V,)."""
+    return policy.gpt2(torch.tensor([[prompt]]))[0, 0].softmax(-1).detach()
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_policy_reaches_the_optimum_of_its_objective(beta):
+    """E2E-1: argmax E[score] - beta KL is ref * exp(score / beta), here over 5 responses of one token.
+
+    A wrong sign of the KL, or k3 in the reward, ends at one token; KL counted twice falls short.
+    """
+    policy = tiny_policy(5)
+    ref_probs, scores = first_probs(policy), torch.tensor([0.0, 0, 1, 0, 0])
+    train(
+        policy,
+        lambda texts: [float(words == ["2"]) for words in responses(texts)],
+        config(steps=40, response_len=1, kl_coef=beta),
+    )
+    optimum = (ref_probs.log() + scores / beta).softmax(-1)
+    assert optimum[2] - ref_probs[2] > 0.15
+    assert (first_probs(policy) - optimum).abs().max() < 0.02
+
+
+def test_kl_alone_pulls_the_policy_back_to_its_reference():
+    """E2E-2: +beta KL would drive it away; a reference that is the policy itself has nothing to pull to."""
+    policy, ref_policy = tiny_policy(8, spread=0.2), tiny_policy(8, seed=1, spread=0.2)
+    cfg = config(steps=20, lr=1e-2, response_len=3, kl_coef=1.0)
+    logs = train(policy, lambda texts: torch.zeros(len(texts)), cfg, ref_policy=ref_policy)
+    first, last = logs[0]["kl_exact"], sum(log["kl_exact"] for log in logs[-3:]) / 3
+    assert first > 0.5 and 0 <= last < 0.1 * first
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_policy_learns_what_is_rewarded_and_unlearns_what_is_punished(sign):
+    """E2E-3: score is the share of id 7 among the response tokens, and drifting is free."""
+    policy = tiny_policy(10)
+
+    def share_of_sevens(texts):
+        return [sign * words.count("7") / 4 for words in responses(texts)]
+
+    logs = train(policy, share_of_sevens, config(steps=20, lr=1e-2, response_len=4, kl_coef=0.0))
+    first, last = logs[0], logs[-1]
+    assert 0.02 < sign * first["score"] < 0.3
+    assert last["score"] >= 0.8 if sign == 1 else abs(last["score"]) < 0.1 * abs(first["score"])
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and last["kl_exact"] > 0.1 and last["kl_k3"] > 0.1
+    assert last["entropy"] < 0.5 * first["entropy"] if sign == 1 else last["entropy"] > 0.5
+
+
+def test_policy_learns_to_end_its_response():
+    """E2E-4: where the end-of-text token is masked out, nothing is learned from ending."""
+    policy = tiny_policy(10)
+    cfg = config(steps=15, lr=1e-2, response_len=3, kl_coef=0.0, missing_eos_penalty=1.0)
+    logs = train(policy, lambda texts: torch.zeros(len(texts)), cfg)
+    assert logs[0]["eos_frac"] < 0.5 and logs[-1]["eos_frac"] > 0.9
+    assert first_probs(policy)[EOS] > first_probs(tiny_policy(10))[EOS]

