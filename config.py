@@ -16,6 +16,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Report = Literal["tensorboard", "wandb", "none"]
 Dtype = Literal["auto", "fp32", "bf16"]
 Preset = Literal["gpt2", "mini"]
+RewardKind = Literal["logit", "log_odds", "probability"]
 
 
 class BadInput(Exception):
@@ -56,9 +57,7 @@ class FinetuneConfig:
     eval_tokens: int = 200_000  # length of the validation stream, tokens: whole reviews of the prompts split
     seed: int = 0  # of weights and data order
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
-    dtype: Dtype = (
-        "auto"  # auto: bf16 on a CUDA device that has it, else fp32; weights, logits and losses are fp32 always
-    )
+    dtype: Dtype = "auto"  # of the trunk; auto: bf16 on a CUDA device that has it, else fp32. All else is fp32
     compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
     report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
 
@@ -109,9 +108,7 @@ class RewardConfig:
     short_words: int = 24  # words of the short texts: about prompt + response of PPO
     seed: int = 0  # of weights, data order and crops
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
-    dtype: Dtype = (
-        "auto"  # auto: bf16 on a CUDA device that has it, else fp32; weights, logits and losses are fp32 always
-    )
+    dtype: Dtype = "auto"  # of the trunk; auto: bf16 on a CUDA device that has it, else fp32. All else is fp32
     report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
 
     def __post_init__(self):
@@ -135,9 +132,7 @@ class PPOConfig:
     policy: str = "finetune_checkpoints/gpt2"  # from finetune_gpt2.py: the start, and the frozen reference
     reward: str = "lvwerra/bert-imdb"  # classifier (hub name or folder), or your own function: file.py:function
     positive_label: str = "LABEL_1"  # the classifier's positive label; empty: found by its name, POSITIVE or POS
-    reward_kind: Literal["logit", "log_odds", "probability"] = (
-        "logit"  # score = z_pos, or z_pos - logsumexp(others), or softmax
-    )
+    reward_kind: RewardKind = "logit"  # the score: z_pos, or z_pos - logsumexp of the others, or softmax
     out: str = "ppo_checkpoints/gpt2"  # folder to write
     force: bool = False  # replace a run of another config in `out`
 
@@ -169,22 +164,16 @@ class PPOConfig:
     minibatch_size: int = 128  # episodes an optimizer step
     micro_batch_size: int = 32  # episodes a forward pass: lower it when memory runs out, the result stays the same
     lr: float = 1.41e-5  # Adam
-    lr_end: float = (
-        1.0  # learning rate after the last rollout, as a share of lr: 1 constant (TRL), 0 linear decay (OpenAI)
-    )
+    lr_end: float = 1.0  # lr after the last rollout, as a share of lr: 1 constant (TRL), 0 linear decay (OpenAI)
     adam_eps: float = 1e-5  # epsilon of Adam, from openai/lm-human-preferences
     grad_clip: float = 1.0  # largest norm of the gradient
 
     sample_every: int = 20  # rollouts between two tables of samples
     save_every: int = 50  # rollouts between two saves of the policy; the last one is saved too
-    self_check: bool = (
-        True  # before the first step: ratio 1, KL 0, KV cache exact, reward sane; False only for random weights
-    )
+    self_check: bool = True  # ratio 1, KL 0, KV cache exact, reward sane before step 0; False only for random weights
     seed: int = 0  # of prompts, sampling and minibatches
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
-    dtype: Dtype = (
-        "auto"  # auto: bf16 on a CUDA device that has it, else fp32; weights, logits and losses are fp32 always
-    )
+    dtype: Dtype = "auto"  # of the trunk; auto: bf16 on a CUDA device that has it, else fp32. All else is fp32
     compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
     report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
 
@@ -211,7 +200,7 @@ class EvaluateConfig:
     after: str = "ppo_checkpoints/gpt2"  # the policy that PPO trained; results are written here
     reward: str = "lvwerra/bert-imdb"  # the classifier that PPO was rewarded by, or file.py:function
     positive_label: str = "LABEL_1"  # its positive label; empty: found by its name, POSITIVE or POS
-    reward_kind: Literal["logit", "log_odds", "probability"] = "logit"  # what its score means, as in PPO
+    reward_kind: RewardKind = "logit"  # what its score means, as in PPO
     judge: str = "reward_checkpoints/gpt2/judge"  # a second classifier, trained on other reviews, that PPO never saw
 
     prompts: int = 512  # held-out prompts, the same for both models
@@ -222,11 +211,10 @@ class EvaluateConfig:
     batch_size: int = 64  # episodes a forward pass
     resamples: int = 2000  # bootstrap samples behind an interval
     samples: int = 8  # texts shown side by side
+    self_check: bool = True  # reward and judge rank probe sentences; False only for random weights
     seed: int = 0  # of prompts, sampling and bootstrap
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
-    dtype: Dtype = (
-        "auto"  # auto: bf16 on a CUDA device that has it, else fp32; weights, logits and losses are fp32 always
-    )
+    dtype: Dtype = "auto"  # of the trunk; auto: bf16 on a CUDA device that has it, else fp32. All else is fp32
 
     def __post_init__(self):
         positive(self, "prompts min_prompt_len max_prompt_len response_len temperature batch_size resamples")

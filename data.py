@@ -61,7 +61,9 @@ def load_splits(source):
     buckets = {name: [] for name in SHARES} | {"evaluation": list(evaluation.values())}
     for k, review in rows.items():
         buckets[list(shares)[int(np.searchsorted(edges, k / 2**64, side="right"))]].append(review)
-    splits = {name: Reviews([t for t, _ in rows], np.array([y for _, y in rows])) for name, rows in buckets.items()}
+    # in the order of their hashes: the first reviews of a split are as mixed as all of them, whatever order a file has
+    splits = {name: sorted(rows, key=lambda row: key(row[0])) for name, rows in buckets.items()}
+    splits = {name: Reviews([t for t, _ in rows], np.array([y for _, y in rows])) for name, rows in splits.items()}
     for name, reviews in splits.items():
         if len(set(reviews.labels.tolist())) < 2:
             counts = ", ".join(f"{name} {len(r.texts)}" for name, r in splits.items())
@@ -92,7 +94,8 @@ def read_source(source):
         if not file.is_file():
             raise BadInput(f"dataset {source}: no such file")
         kind = readers[file.suffix]
-        lenient = {} if kind == "parquet" else {"encoding_errors": "replace"}
+        # bad bytes become U+FFFD, which _usable reports; datasets' JSON reader does so for any name but "utf-8" itself
+        lenient = {} if kind == "parquet" else {"encoding": "utf_8", "encoding_errors": "replace"}
         try:
             rows = load_dataset(kind, data_files=str(file), split="train", **lenient)
         except Exception as error:  # datasets wraps whatever its readers raise
@@ -184,13 +187,18 @@ def train_wordpiece(texts, vocab_size):
     from transformers import PreTrainedTokenizerFast
 
     special = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
-    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
-    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False
-    )
-    wordpiece.train_from_iterator(texts, trainer)
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    letters = sorted(set(normalizer.normalize_str(" ".join(sorted(set().union(*texts))))) - {" "})
+    # the trainer numbers inner letters as it meets them, in random order, and breaks ties by number: given first, as
+    # special tokens, they make the vocabulary the same every time; the tokenizer below does not keep them special
+    given = [*special.values(), *("##" + letter for letter in letters)]
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer, trained.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=given, show_progress=False)
+    trained.train_from_iterator(texts, trainer)
+
+    wordpiece = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
+    wordpiece.normalizer, wordpiece.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
     ids = [(token, wordpiece.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     wordpiece.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ids)
     return PreTrainedTokenizerFast(tokenizer_object=wordpiece, **special)

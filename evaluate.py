@@ -20,7 +20,7 @@ from log import one_line
 from model import exact_kl, pick_device, random_generator
 from plot import learning_curves
 from ppo import response_mask
-from reward import SentimentReward, load_reward
+from reward import SentimentReward, check_finite, check_reward, load_reward
 
 
 def prompt_groups(pool, cfg):
@@ -76,7 +76,9 @@ def interval(values, cfg, statistic=None):
 def measure(answers, reward_fn, judge, cfg):
     """What the table tells of one model, {name: {"value", "low", "high"}}, and the values by response, {name: (M,)}."""
     texts, length = answers["texts"], np.array([len(ids) for ids in answers["tokens"]])
-    answers["scores"] = torch.as_tensor(reward_fn(texts), dtype=torch.float64).numpy()
+    scores = torch.as_tensor(reward_fn(texts), dtype=torch.float64)
+    check_finite("score", scores, texts)
+    answers["scores"] = scores.numpy()
     per_response = {"score": answers["scores"]}
     if isinstance(reward_fn, SentimentReward):
         per_response["positive_by_reward"] = (reward_fn.log_odds(texts) > 0).double().numpy()
@@ -168,6 +170,9 @@ def main(cfg):
     pool = prompt_pool(load_splits(cfg.dataset)["evaluation"].texts, tokenizer, cfg.max_prompt_len, cfg.prompts)
     if len(pool) < cfg.prompts:
         raise BadInput(f"prompts is {cfg.prompts}, and the held-out reviews give {len(pool)}")
+
+    if cfg.self_check:
+        print("self-check: reward:", check_reward(reward_fn), "| judge:", check_reward(judge))
 
     policies = {name: load_policy(*parts, bf16).to(device).eval() for name, parts in opened.items()}
     groups = list(prompt_groups(pool, cfg))

@@ -1,5 +1,6 @@
 """What a run leaves to read: its config, metrics.jsonl, TensorBoard or W&B beside it; and tables for the terminal."""
 
+import importlib.util
 import json
 import resource
 import shutil
@@ -24,6 +25,8 @@ class RunLog:
 
     def __init__(self, cfg, model, part=""):
         self.out, self.start, self.tensorboard, self.wandb = Path(cfg.out, part), time.time(), None, None
+        if cfg.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise BadInput("report_to is wandb, which is not installed: pip install wandb, or --report_to tensorboard")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             need_disk(self.out, model)
@@ -37,12 +40,8 @@ class RunLog:
             shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
             self.tensorboard = SummaryWriter(self.out / "tensorboard")
         elif cfg.report_to == "wandb":
-            try:
-                import wandb
-            except ImportError:
-                raise BadInput(
-                    "report_to is wandb, which is not installed: pip install wandb, or --report_to tensorboard"
-                ) from None
+            import wandb
+
             self.wandb = wandb.init(project="mini-rlhf", name=self.out.as_posix(), config=asdict(cfg))
 
     def write(self, step, **metrics):

@@ -220,10 +220,10 @@ def main(cfg):
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps, fused=device.type != "mps")
     stepper = Stepper(policy, optimizer, cfg.grad_clip)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
-    log = RunLog(cfg, policy)
     print(ppo_sheet(cfg, policy, reward_fn, len(pool), device))
     if cfg.self_check:
         print("self-check:", check_policy(policy, ref_policy, first_prompts, cfg), "|", check_reward(reward_fn))
+    log = RunLog(cfg, policy)
     if cfg.compile:
         policy.compile()
         ref_policy.compile()

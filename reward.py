@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import check_run, locate, replacing, write_text
+from checkpoint import check_run, first_line, locate, replacing, write_text
 from config import BadInput, RewardConfig, run
 from data import load_splits, train_wordpiece
 from log import RunLog, sheet
@@ -45,7 +45,7 @@ class SentimentReward:
         self.model, self.tokenizer, self.positive, self.kind = model.eval().to(device), tokenizer, positive, kind
         self.batch_size, self.device = batch_size, device
         self.max_length = token_limit(model.config, tokenizer)
-        self.truncated = 0  # texts of the last call that filled max_length
+        self.truncated = 0  # texts of the last call that lost their beginning
         if tokenizer.pad_token is None:  # as GPT-2's
             tokenizer.pad_token = tokenizer.eos_token
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -53,15 +53,16 @@ class SentimentReward:
     @classmethod
     def load(cls, name, positive_label="", kind="logit", device="cpu"):
         """From a folder or hub name. BadInput when its labels do not say which is positive, before weights are read."""
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, logging
 
+        logging.disable_progress_bar()
         folder = locate(name)
         labels = positive_index(AutoConfig.from_pretrained(folder).id2label, positive_label, name)
         try:
             model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # transformers raises whatever its readers do
-            raise BadInput(f"classifier {name} cannot be read: {str(error).strip().splitlines()[0]}") from None
+            raise BadInput(f"classifier {name} cannot be read: {first_line(error)}") from None
         return cls(model, tokenizer, labels, kind, device=device)
 
     @torch.no_grad()
@@ -70,7 +71,7 @@ class SentimentReward:
         tokenizer = self.tokenizer
         ids = tokenize(tokenizer, texts, self.max_length)
         lengths = np.array([len(row) for row in ids["input_ids"]])
-        self.truncated = int((lengths == self.max_length).sum())
+        self.truncated = sum(bool(encoding.overflowing) for encoding in ids.encodings or [])
         scores = torch.empty(len(texts), self.model.config.num_labels)
         order = np.argsort(-lengths, kind="stable")
         for rows in np.split(order, range(self.batch_size, len(order), self.batch_size)):
@@ -114,7 +115,7 @@ def token_limit(config, tokenizer):
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):
         positions -= config.pad_token_id + 1  # their positions start behind the padding's
-    return int(min(tokenizer.model_max_length, positions))
+    return int(min(tokenizer.model_max_length, positions, 1_000_000))
 
 
 def tokenize(tokenizer, texts, max_length):
@@ -126,6 +127,8 @@ def tokenize(tokenizer, texts, max_length):
 def load_reward(cfg, device):
     """cfg.reward as reward_fn(list of B texts) -> (B,) scores: a classifier, or the user's file.py:function."""
     file, _, function = cfg.reward.rpartition(":")
+    if cfg.reward.endswith(".py"):
+        raise BadInput(f"reward {cfg.reward}: name the function too, {cfg.reward}:function")
     if not file.endswith(".py"):
         return SentimentReward.load(cfg.reward, cfg.positive_label, cfg.reward_kind, device)
     if not Path(file).is_file():

@@ -1,8 +1,10 @@
 """What the tests share: tiny models in Hugging Face's format, written by transformers with random weights."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sys

