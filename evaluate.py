@@ -160,10 +160,12 @@ def main(cfg):
     for what, a, b in (
         ("vocab_size", config.vocab_size, after_config.vocab_size),
         ("n_positions", config.n_positions, after_config.n_positions),
-        ("tokenizer", len(tokenizer), len(after_tokenizer)),
+        ("size of the tokenizer", len(tokenizer), len(after_tokenizer)),
     ):
         if a != b:
             raise BadInput(f"{what} differs: {a} in {cfg.before}, {b} in {cfg.after}: the KL needs one vocabulary")
+    if tokenizer.get_vocab() != after_tokenizer.get_vocab():
+        raise BadInput(f"{cfg.before} and {cfg.after} have different tokenizers: the KL needs one vocabulary")
     check_context(cfg, config)
     judge = SentimentReward.load(cfg.judge, device=device)
     reward_fn = load_reward(cfg, device)

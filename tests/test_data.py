@@ -158,6 +158,21 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path, capsys):
     assert "1 not UTF-8 (row 8)" in message
 
 
+def test_a_hub_dataset_is_read_from_its_snapshot_by_the_parts_its_card_names(tmp_path, monkeypatch):
+    """As stanfordnlp/imdb lies on the hub: Parquet files, and a README that says which part each belongs to."""
+    parts = {"train": 300, "test": 40, "unsupervised": 20}
+    files = "".join(f"  - split: {part}\n    path: plain_text/{part}-*\n" for part in parts)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: plain_text\n  data_files:\n{files}---\n")
+    (tmp_path / "plain_text").mkdir()
+    for part, count in parts.items():
+        rows = {"text": [f"{part} review {i}<br />end" for i in range(count)], "label": [i % 2 for i in range(count)]}
+        pandas.DataFrame(rows).to_parquet(tmp_path / "plain_text" / f"{part}-00000-of-00001.parquet")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    splits = load_splits("stanfordnlp/imdb")
+    assert sorted(splits["evaluation"].texts) == sorted(f"test review {i}\nend" for i in range(40))
+    assert sum(len(splits[name].texts) for name in ("reward", "judge", "prompts")) == 300
+
+
 def test_a_jsonl_line_that_is_not_utf8_is_left_out(tmp_path, capsys):
     lines = [json.dumps({"text": f"film {i}", "label": i % 2}).encode() for i in range(3)]
     lines[1] = lines[1].replace(b"film", b"f\xeflm")
