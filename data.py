@@ -53,6 +53,7 @@ def load_splits(source):
     dropped, a training review that stands again in the test part too. Rows without a text or a label, or with bytes
     that are no UTF-8, are counted, named and left out. Raises BadInput when nothing useful is left.
     """
+    print(f"reading the reviews of {source}", flush=True)
     train, test = read_source(source)
     evaluation = _unique(test, ())
     rows = _unique(train, evaluation)

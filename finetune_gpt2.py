@@ -109,6 +109,7 @@ def start_model(cfg, opened, texts, bf16):
     if opened:
         folder, config, tokenizer = opened
         return load_gpt2(folder, config, len(tokenizer), bf16), tokenizer
+    print(f"training a tokenizer of {cfg.vocab_size:,} tokens", flush=True)
     tokenizer = train_bpe(texts, cfg.vocab_size)
     torch.manual_seed(cfg.seed)
     config = GPT2Config(len(tokenizer), cfg.n_positions, cfg.n_embd, cfg.n_layer, cfg.n_head)
@@ -139,7 +140,7 @@ def main(cfg):
     if cfg.compile:
         model.compile()
     counts = len(texts), len(stream), len(held_out), len(validation[0])
-    print(finetune_sheet(cfg, model, steps, *counts, device))
+    print(finetune_sheet(cfg, model, steps, *counts, device), flush=True)
 
     best = math.inf
     progress = tqdm(range(steps + 1), desc="fine-tune", unit="step")

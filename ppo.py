@@ -220,7 +220,7 @@ def main(cfg):
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps, fused=device.type != "mps")
     stepper = Stepper(policy, optimizer, cfg.grad_clip)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
-    print(ppo_sheet(cfg, policy, reward_fn, len(pool), device))
+    print(ppo_sheet(cfg, policy, reward_fn, len(pool), device), flush=True)
     if cfg.self_check:
         print("self-check:", check_policy(policy, ref_policy, first_prompts, cfg), "|", check_reward(reward_fn))
     log = RunLog(cfg, policy)

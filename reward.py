@@ -318,25 +318,16 @@ def main(cfg):
     )
     results = {}
     for name in ("reward", "judge"):
-        print(
-            sheet(
-                f"training the {name}",
-                {
-                    "from": cfg.init_from,
-                    "reviews": f"{len(splits[name].texts):,} of the split {name!r}",
-                    "device": device,
-                },
-            )
-        )
+        rows = {"from": cfg.init_from, "reviews": f"{len(splits[name].texts):,} of its own", "device": device}
+        print(sheet(f"training the {name}", rows), flush=True)
         classifier = train(name, splits[name], cfg, device, bf16)
         results[name] = report(classifier, held_out, cfg)
         write_text(Path(cfg.out) / "results.json", json.dumps(results, indent=1))
-        whole, short = results[name]["reviews"], results[name]["short_texts"]
-        print(
-            f"{name}: accuracy on {len(held_out.texts):,} held-out reviews {whole['accuracy']:.1%} (calibration error "
-            f"{whole['calibration_error']:.3f}), on their first {cfg.short_words} words {short['accuracy']:.1%} "
-            f"({short['calibration_error']:.3f})"
-        )
+        for what, texts in (("reviews", "reviews"), ("short_texts", f"first {cfg.short_words} words")):
+            accuracy, error = results[name][what].values()
+            print(
+                f"{name}, {len(held_out.texts):,} held-out {texts}: {accuracy:.1%} right, calibration error {error:.3f}"
+            )
 
 
 if __name__ == "__main__":
