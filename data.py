@@ -103,9 +103,8 @@ def read_source(source):
             raise BadInput(f"dataset {source} cannot be read: {error.__cause__ or error}") from None
         return _usable(rows, source), []
     parts = _from_hub(source)
-    return _usable(parts["train"], f"{source} train"), _usable(
-        parts["test"], f"{source} test"
-    ) if "test" in parts else []
+    test = _usable(parts["test"], f"{source} test") if "test" in parts else []
+    return _usable(parts["train"], f"{source} train"), test
 
 
 def _from_hub(name):
@@ -114,10 +113,7 @@ def _from_hub(name):
     from huggingface_hub.constants import HF_HUB_CACHE
 
     problem = None
-    for local in (
-        True,
-        False,
-    ):  # the cache first; and not by datasets, which tries again for half a minute when offline
+    for local in (True, False):  # the cache first; datasets itself would try again for half a minute when offline
         try:
             folder = snapshot_download(name, repo_type="dataset", local_files_only=local)
             parts = load_dataset(folder)
@@ -125,7 +121,7 @@ def _from_hub(name):
                 raise BadInput(f"dataset {name}: no part named train, only {', '.join(parts)}")
             return parts
         except (OSError, ValueError) as error:
-            problem = str(error).strip().splitlines()[0]
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise BadInput(
         f"dataset {name!r}: no such file, not in the Hugging Face cache ({HF_HUB_CACHE}), and the hub did not give it "
         f"({problem}). Use --preset mini, which needs no network, or --dataset with a CSV, JSONL or Parquet file"
