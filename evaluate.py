@@ -90,7 +90,10 @@ def measure(answers, reward_fn, judge, cfg):
     table = {name: row(values.mean(), interval(values, cfg)) for name, values in per_response.items()}
 
     nll = np.array(answers["ref_nll"])
-    perplexity = lambda rows: np.exp(nll[rows].sum() / length[rows].sum())  # noqa: E731
+
+    def perplexity(rows):  # a ratio of sums: a mean over responses would weigh the tokens of short ones more
+        return np.exp(nll[rows].sum() / length[rows].sum())
+
     table["perplexity"] = row(perplexity(np.arange(len(nll))), interval(nll, cfg, perplexity))
     table["distinct_1"] = row(distinct(answers["tokens"], 1))
     table["distinct_2"] = row(distinct(answers["tokens"], 2))
@@ -98,10 +101,11 @@ def measure(answers, reward_fn, judge, cfg):
 
 
 def row(value, bounds=None):
+    """A number of the table as it stands in results.json."""
     return {"value": float(value)} | ({"low": bounds[0], "high": bounds[1]} if bounds else {})
 
 
-LABELS = {
+CAPTIONS = {
     "score": "score",
     "positive_by_reward": "positive, by the reward",
     "positive_by_judge": "positive, by the judge",
@@ -124,7 +128,7 @@ def table_text(results):
     cells = [("", "before PPO", "after PPO")]
     cells += [
         (label, cell(results["before"][name]), cell(results["after"][name]))
-        for name, label in LABELS.items()
+        for name, label in CAPTIONS.items()
         if name in results["before"]
     ]
     widths = [max(len(line[i]) for line in cells) for i in range(3)]
@@ -150,6 +154,7 @@ def samples_markdown(answers, cfg):
 
 
 def sample_rows(cfg):
+    """Which of the cfg.prompts answers are shown: a random few, the same in the terminal and in samples.md."""
     return sorted(np.random.default_rng([cfg.seed, 4]).permutation(cfg.prompts)[: cfg.samples].tolist())
 
 

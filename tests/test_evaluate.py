@@ -13,7 +13,7 @@ from conftest import reviews_csv
 import evaluate
 from checkpoint import load_policy, open_gpt2
 from config import EvaluateConfig
-from evaluate import LABELS, distinct, interval, measure, prompt_groups, respond, samples_markdown, table_text
+from evaluate import CAPTIONS, distinct, interval, measure, prompt_groups, respond, samples_markdown, table_text
 from plot import PANELS, learning_curves
 
 CFG = EvaluateConfig(prompts=16, max_prompt_len=4, response_len=12, batch_size=3, resamples=200, samples=3)
@@ -90,13 +90,13 @@ def test_the_samples_are_as_many_as_wanted_with_the_prompt_cut_off_the_text():
 
 
 def test_the_table_is_rectangular_and_shows_each_value_with_its_interval():
-    one = {name: {"value": i, "low": i - 0.5, "high": i + 100} for i, name in enumerate(LABELS)}
+    one = {name: {"value": i, "low": i - 0.5, "high": i + 100} for i, name in enumerate(CAPTIONS)}
     one["distinct_1"] = {"value": 0.25}
     lines = table_text({"before": one, "after": one}).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert {line.count("|") for line in lines} == {4}
-    assert len(lines) == 2 + len(LABELS)
-    assert "| 3.00 [2.50, 103.00] " in lines[2 + list(LABELS).index("kl")]
+    assert len(lines) == 2 + len(CAPTIONS)
+    assert "| 3.00 [2.50, 103.00] " in lines[2 + list(CAPTIONS).index("kl")]
     assert re.search(r"distinct-1 +\| 0.25 +\| 0.25 +\|", "\n".join(lines))
 
 
