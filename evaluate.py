@@ -16,7 +16,7 @@ from tqdm import tqdm
 from checkpoint import check_context, load_policy, open_gpt2, write_text
 from config import BadInput, EvaluateConfig, run
 from data import load_splits, prompt_pool
-from log import one_line
+from log import one_line, side_by_side
 from model import exact_kl, pick_device, random_generator
 from plot import learning_curves
 from ppo import response_mask
@@ -144,18 +144,20 @@ def samples_markdown(answers, cfg):
         return "".join(f"&#{ord(c)};" if c in "<>&|\\`*_[]!#~$:@" else c for c in one_line(text, 400))
 
     lines = ["| prompt | before PPO | judge | after PPO | judge |", "|---|---|---|---|---|"]
-    before, after = answers["before"], answers["after"]
-    for i in sample_rows(cfg):
-        cells = [quote(before["prompts"][i])]
-        for side in (before, after):
-            cells += [quote(side["texts"][i][len(side["prompts"][i]) :]), f"{side['judge_probability'][i]:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+    for prompt, sides in shown(answers, cfg):
+        cells = [cell for text, probability in sides for cell in (quote(text), f"{probability:.2f}")]
+        lines.append("| " + " | ".join([quote(prompt), *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def sample_rows(cfg):
-    """Which of the cfg.prompts answers are shown: a random few, the same in the terminal and in samples.md."""
-    return sorted(np.random.default_rng([cfg.seed, 4]).permutation(cfg.prompts)[: cfg.samples].tolist())
+def shown(answers, cfg):
+    """A random few answers, the same in the terminal and in samples.md: (prompt, [(response, judge) before, after])."""
+    samples = []
+    for i in sorted(np.random.default_rng([cfg.seed, 4]).permutation(cfg.prompts)[: cfg.samples].tolist()):
+        prompt = answers["before"]["prompts"][i]
+        sides = [(side["texts"][i][len(prompt) :], float(side["judge_probability"][i])) for side in answers.values()]
+        samples.append((prompt, sides))
+    return samples
 
 
 def main(cfg):
@@ -197,11 +199,7 @@ def main(cfg):
     write_text(out / "results.json", json.dumps(results, indent=1))
     write_text(out / "samples.md", samples_markdown(answers, cfg))
     print(f"\n{cfg.prompts} held-out prompts, the same for both; 95 % bootstrap intervals\n\n{table_text(results)}\n")
-    for i in sample_rows(cfg):
-        print(f"{one_line(answers['before']['prompts'][i], 60)} …")
-        for name in ("before", "after"):
-            response = answers[name]["texts"][i][len(answers[name]["prompts"][i]) :]
-            print(f"  {name:>6} {answers[name]['scores'][i]:+6.2f}  {one_line(response, 110)}")
+    print(side_by_side(shown(answers, cfg)))
     figure = learning_curves(out) if (out / "metrics.jsonl").is_file() else "no metrics.jsonl, so no learning curves"
     print(f"\nwritten: {out / 'results.json'}, {out / 'samples.md'}, {figure}")
 

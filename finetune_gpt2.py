@@ -3,23 +3,38 @@
     python finetune_gpt2.py                  # gpt2 from the hub on IMDB
     python finetune_gpt2.py --preset mini    # a small GPT-2 from scratch on a CPU, offline
 
-Writes a Hugging Face folder with the weights that were best on the validation stream, metrics.jsonl and the run's
-config to finetune_checkpoints/<preset>/.
+Writes a Hugging Face folder with the weights that were best on the validation stream, metrics.jsonl, results.json and
+the run's config to finetune_checkpoints/<preset>/. A run that was stopped goes on with --resume True.
 """
 
+import json
 import math
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import check_run, load_gpt2, open_gpt2, save_gpt2
+from checkpoint import (
+    CHECKPOINTS,
+    check_run,
+    latest_checkpoint,
+    load_checkpoint,
+    load_gpt2,
+    open_gpt2,
+    save_checkpoint,
+    save_gpt2,
+    write_text,
+)
 from config import BadInput, FinetuneConfig, run
-from data import language_model_texts, load_splits, pack, train_bpe
+from data import digest, language_model_texts, load_splits, pack, train_bpe
 from log import RunLog, finetune_sheet
-from model import GPT2, GPT2Config, Stepper, decay_groups, pick_device
+from model import GPT2, GPT2Config, Muon, Stepper, decay_groups, pick_device
+
+SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def block_order(step, n_blocks, cfg):
@@ -104,6 +119,19 @@ def train_step(model, x, y, cfg):
     return loss
 
 
+def make_optimizers(model, cfg):
+    """The optimizers of cfg.optimizer: AdamW of all, or Muon of the matrices inside the blocks and AdamW of the rest.
+
+    Embeddings are tables of vectors, not maps: Muon is not meant for them (kellerjordan.github.io/posts/muon).
+    """
+    matrices = [p for p in model.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
+    chosen = set(matrices)
+    rest = decay_groups([p for p in model.parameters() if p not in chosen], cfg.weight_decay)
+    fused = model.wte.weight.device.type != "mps"
+    optimizers = [torch.optim.AdamW(rest, cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)]
+    return optimizers + ([Muon(matrices, cfg.muon_lr, cfg.weight_decay)] if matrices else [])
+
+
 def start_model(cfg, opened, texts, bf16):
     """(GPT2, tokenizer): from what open_gpt2 returned, or random weights and a tokenizer trained on texts."""
     if opened:
@@ -132,43 +160,57 @@ def main(cfg):
     held_out = validation_texts(splits["prompts"].texts, tokenizer, cfg.eval_tokens)
     validation = pack(held_out, tokenizer), sum(map(len, held_out))
 
-    log = RunLog(cfg, model)
-    optimizer = torch.optim.AdamW(
-        decay_groups(model, cfg.weight_decay), cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type != "mps"
-    )
-    stepper = Stepper(model, optimizer, cfg.grad_clip)
+    stepper = Stepper(model, make_optimizers(model, cfg), cfg.grad_clip)
+    state = {"step": 0, "start": None, "best": None, "skipped_steps": 0}
+    if checkpoint := latest_checkpoint(cfg.out) if cfg.resume else None:
+        state = load_checkpoint(checkpoint, model, stepper.optimizers)
+        print(f"going on from {checkpoint}")
+    first_step, start, best, stepper.skipped = (state[name] for name in ("step", "start", "best", "skipped_steps"))
+    log = RunLog(cfg, model, first_step=first_step)
     if cfg.compile:
         model.compile()
     counts = len(texts), len(stream), len(held_out), len(validation[0])
     print(finetune_sheet(cfg, model, steps, *counts, device), flush=True)
 
-    best = math.inf
-    progress = tqdm(range(steps + 1), desc="fine-tune", unit="step")
+    progress = tqdm(range(first_step, steps + 1), "fine-tune", initial=first_step, total=steps + 1, unit="step")
     for step in progress:
         metrics = {}
+        if step > first_step and step % cfg.save_every == 0:
+            state = dict(step=step, start=start, best=best, skipped_steps=stepper.skipped)
+            save_checkpoint(cfg.out, model, stepper.optimizers, state)
         if step % cfg.eval_every == 0 or step == steps:
-            perplexity, bits = validate(
-                model, *validation, cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id
-            )
-            metrics = {"val_perplexity": perplexity, "val_bits_per_character": bits}
-            progress.write(f"step {step} | validation perplexity {perplexity:.2f} | {bits:.3f} bits a character")
-            if perplexity < best:
-                best = perplexity
-                save_gpt2(model, tokenizer, cfg.out)
+            now = validate(model, *validation, cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id)
+            metrics = dict(zip(("val_perplexity", "val_bits_per_character"), now))
+            progress.write(f"step {step} | validation perplexity {now[0]:.2f} | {now[1]:.3f} bits a character")
+            start = start or now
+            if best is None or now[0] < best[0]:
+                best = now
+                save_gpt2(model, tokenizer, cfg.out, dtype=SAVE_DTYPES[cfg.save_dtype])
         if step < steps:
-            start = time.time()
+            clock = time.time()
             x, y = (t.to(device) for t in blocks(stream, block_order(step, n_blocks, cfg), cfg.block_size))
             lr = learning_rate(step, steps, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            stepper.set_lr(lr / cfg.lr)
             loss = train_step(model, x, y, cfg).item()
             metrics |= dict(loss=loss, lr=lr, grad_norm=stepper.step(), skipped_steps=stepper.skipped)
-            metrics["tokens_per_second"] = y.numel() / (time.time() - start)
+            metrics["tokens_per_second"] = y.numel() / (time.time() - clock)
             tok_s = f"{metrics['tokens_per_second']:.0f}"
             progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=tok_s, refresh=False)
         log.write(step, tokens=step * cfg.batch_size * cfg.block_size, **metrics)
-    log.close()
-    print(f"best validation perplexity {best:.2f}; the model is in {cfg.out}")
+    results = {
+        "data": digest(texts),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": int(cfg.epochs * n_blocks) * cfg.block_size,
+        "seconds": log.close(),
+        "validation_tokens": len(validation[0]),
+        "before": dict(zip(("perplexity", "bits_per_character"), start)),
+        "after": dict(zip(("perplexity", "bits_per_character"), best)),
+    }
+    write_text(Path(cfg.out) / "results.json", json.dumps(results, indent=1))
+    shutil.rmtree(Path(cfg.out) / CHECKPOINTS, ignore_errors=True)  # the run is whole
+    print(
+        f"validation perplexity {start[0]:.2f} before, {best[0]:.2f} after, {best[1]:.3f} bits a character: {cfg.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """What a run leaves to read: its config, metrics.jsonl, TensorBoard or W&B beside it; and tables for the terminal."""
 
 import importlib.util
+import itertools
 import json
+import os
 import resource
 import shutil
 import sys
+import textwrap
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from checkpoint import RUN_CONFIG, need_disk, write_text
+from checkpoint import CHECKPOINTS, RUN_CONFIG, need_disk, write_text
 from config import BadInput
 from model import exact_kl
 
@@ -19,11 +22,12 @@ from model import exact_kl
 class RunLog:
     """The log of a run in cfg.out, or of a part of it in a folder there: a JSON line a step, the same to cfg.report_to.
 
-    Making one starts the run's folder: the config is written, the log of an earlier run there begins anew. BadInput
-    when the folder cannot be written or the disk has no room for the model.
+    Making one starts the run's folder: the config is written, log and checkpoints of an earlier run there are deleted;
+    where a run goes on with first_step, the log up to it stays and so do the checkpoints. BadInput when the folder
+    cannot be written or the disk has no room for the model.
     """
 
-    def __init__(self, cfg, model, part=""):
+    def __init__(self, cfg, model, part="", first_step=0):
         self.out, self.start, self.tensorboard, self.wandb = Path(cfg.out, part), time.time(), None, None
         if cfg.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
             raise BadInput("report_to is wandb, which is not installed: pip install wandb, or --report_to tensorboard")
@@ -31,14 +35,22 @@ class RunLog:
             self.out.mkdir(parents=True, exist_ok=True)
             need_disk(self.out, model)
             write_text(Path(cfg.out, RUN_CONFIG), json.dumps(asdict(cfg), indent=1))
-            self.file = open(self.out / "metrics.jsonl", "w", encoding="utf-8")
+            file = self.out / "metrics.jsonl"
+            earlier = file.read_text(encoding="utf-8").splitlines()[:first_step] if first_step else []
+            write_text(file, "".join(line + "\n" for line in earlier))
+            self.file = open(file, "a", encoding="utf-8")
+            if earlier:
+                self.start -= json.loads(earlier[-1])["seconds"]
+            else:
+                shutil.rmtree(self.out / CHECKPOINTS, ignore_errors=True)
         except OSError as error:
             raise BadInput(f"cannot write to {self.out}: {error}") from None
         if cfg.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
-            self.tensorboard = SummaryWriter(self.out / "tensorboard")
+            if not first_step:
+                shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
+            self.tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=first_step)
         elif cfg.report_to == "wandb":
             import wandb
 
@@ -56,11 +68,13 @@ class RunLog:
             self.wandb.log(metrics, step=step)
 
     def close(self):
+        """End the log; returns the seconds that the run took, its earlier parts included."""
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+        return round(time.time() - self.start, 2)
 
 
 @torch.no_grad()
@@ -178,3 +192,25 @@ def sheet(title, rows):
     """Names and values in two aligned columns under a title, as text."""
     width = max(len(name) for name in rows)
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def side_by_side(samples, width=None):
+    """Answers before and after PPO in two columns, as text: what the judge finds positive is green, the rest red.
+
+    samples: (prompt, [(response, judge's probability of POSITIVE) before, and after]) each. Colours only for a terminal
+    (or FORCE_COLOR), and never with NO_COLOR (no-color.org). width: of the whole, the terminal's when None.
+    """
+    colours = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+    column = min(width or shutil.get_terminal_size().columns, 160) // 2 - 2
+
+    def paint(text, code):
+        return f"\033[{code}m{text}\033[0m" if colours else text
+
+    lines = [f"{'before PPO (judge)':<{column}}    after PPO (judge)"]
+    for prompt, answers in samples:
+        lines += ["", paint(one_line(prompt, 2 * column) + " …", 1)]
+        cells = [textwrap.wrap(f"({p:.2f}) {one_line(text, 600)}", column) for text, p in answers]
+        codes = [32 if p > 0.5 else 31 for _, p in answers]
+        for row in itertools.zip_longest(*cells, fillvalue=""):
+            lines.append("    ".join(paint(f"{text:<{column}}", code) for text, code in zip(row, codes)).rstrip())
+    return "\n".join(lines)

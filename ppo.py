@@ -218,7 +218,7 @@ def main(cfg):
     policy = load_policy(folder, gpt2_config, tokenizer, bf16).to(device)
     ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)  # frozen: where the KL is measured from
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps, fused=device.type != "mps")
-    stepper = Stepper(policy, optimizer, cfg.grad_clip)
+    stepper = Stepper(policy, [optimizer], cfg.grad_clip)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     print(ppo_sheet(cfg, policy, reward_fn, len(pool), device), flush=True)
     if cfg.self_check:
@@ -231,8 +231,7 @@ def main(cfg):
     # Algorithm 1 of Schulman et al. 2017: an actor is a prompt, a timestep is a token
     progress = tqdm(range(cfg.steps), desc="ppo", unit="rollout")
     for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * (1 - (1 - cfg.lr_end) * step / cfg.steps)
+        stepper.set_lr(1 - (1 - cfg.lr_end) * step / cfg.steps)
         prompts, generator = prompt_batch(pool, step, cfg).to(device), random_generator(device, cfg.seed, step)
         batch = rollout(policy, ref_policy, tokenizer, reward_fn, prompts, controller.coef, cfg, generator)
         metrics = rollout_metrics(batch, policy, ref_policy, reward_fn, cfg) | {"kl_coef": controller.coef}

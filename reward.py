@@ -232,8 +232,10 @@ def train(name, reviews, cfg, device, bf16):
     model.to(device).train()
     limit = min(cfg.max_length, token_limit(model.config, tokenizer))
     log = RunLog(cfg, model, part=name)
-    optimizer = torch.optim.AdamW(decay_groups(model, cfg.weight_decay), cfg.lr, fused=device.type != "mps")
-    stepper = Stepper(model, optimizer, cfg.grad_clip)
+    optimizer = torch.optim.AdamW(
+        decay_groups(model.parameters(), cfg.weight_decay), cfg.lr, fused=device.type != "mps"
+    )
+    stepper = Stepper(model, [optimizer], cfg.grad_clip)
     per_epoch = math.ceil(len(reviews.texts) / cfg.batch_size)
     steps, step = math.ceil(cfg.epochs * per_epoch), 0
     progress = tqdm(total=steps, desc=f"train the {name}", unit="step")
@@ -242,9 +244,7 @@ def train(name, reviews, cfg, device, bf16):
         for rows in length_batches([len(row) for row in ids["input_ids"]], cfg.batch_size, [seed, 3, epoch])[
             : steps - step
         ]:
-            lr = cfg.lr * min((step + 1) / math.ceil(steps / 10), (steps - step) / steps / 0.9)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            stepper.set_lr(min((step + 1) / math.ceil(steps / 10), (steps - step) / steps / 0.9))
             batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(**batch.to(device)).logits
@@ -252,9 +252,8 @@ def train(name, reviews, cfg, device, bf16):
             loss.backward()
             norm = stepper.step()
             accuracy = (logits.argmax(1).cpu().numpy() == reviews.labels[rows]).mean()
-            log.write(
-                step, loss=loss.item(), accuracy=float(accuracy), lr=lr, grad_norm=norm, skipped_steps=stepper.skipped
-            )
+            metrics = dict(loss=loss.item(), accuracy=float(accuracy), lr=optimizer.param_groups[0]["lr"])
+            log.write(step, **metrics, grad_norm=norm, skipped_steps=stepper.skipped)
             step += 1
             progress.update()
             progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}", refresh=False)

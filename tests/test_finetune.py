@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +11,10 @@ import torch
 from conftest import reviews_csv
 
 import finetune_gpt2
-from checkpoint import load_gpt2, open_gpt2
-from config import FinetuneConfig
+from checkpoint import latest_checkpoint, load_checkpoint, load_gpt2, open_gpt2, read_tensors, save_checkpoint
+from config import BadInput, FinetuneConfig
 from data import encode, load_splits, pack
-from finetune_gpt2 import block_order, blocks, learning_rate, train_step, validate, validation_texts
+from finetune_gpt2 import block_order, blocks, learning_rate, make_optimizers, train_step, validate, validation_texts
 from model import GPT2, GPT2Config
 
 LN2 = math.log(2)
@@ -261,3 +263,97 @@ def test_a_run_from_a_folder_starts_at_the_perplexity_of_that_model(gpt2_folder,
     perplexity, bits = perplexity_of(gpt2_folder, cfg, load_gpt2)
     assert first["val_perplexity"] == pytest.approx(perplexity, rel=1e-6)
     assert first["val_bits_per_character"] == pytest.approx(bits, rel=1e-6)
+
+
+# ---- a run that is stopped goes on
+
+
+class Killed(Exception):
+    """What a test stops a run with, where kill -9 would."""
+
+
+def lines_of(out):
+    """metrics.jsonl without what a clock wrote."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def unbroken(tmp_path_factory, request):
+    """(config, folder) of a run of 10 steps over the border of an epoch, with checkpoints, that nothing stopped."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    cfg = FinetuneConfig(
+        dataset=str(reviews_csv(folder / "toy.csv", rows=120)), init_from="scratch", out=str(folder / "out"),
+        vocab_size=400, n_layer=1, n_head=2, n_embd=32, n_positions=32, block_size=32, batch_size=8,
+        micro_batch_size=4, epochs=1.3, lr=1e-2, warmup_steps=2, eval_every=4, eval_tokens=200, save_every=3,
+        optimizer=request.param, save_dtype="fp16", report_to="none",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        finetune_gpt2.main(cfg)
+    return cfg, folder
+
+
+@pytest.mark.parametrize("killed_in", [4, 7])
+def test_a_run_that_was_killed_and_goes_on_equals_the_unbroken_one_to_the_bit(
+    unbroken, killed_in, monkeypatch, tmp_path
+):
+    """Catches a moment of the optimizer, a counter, the best perplexity or the place in the data left behind."""
+    cfg, folder = unbroken
+    monkeypatch.chdir(folder)
+    broken, step = replace(cfg, out=str(tmp_path / "out")), finetune_gpt2.train_step
+
+    def dies(*args, taken=[]):  # noqa: B006, the count of calls
+        taken.append(1)
+        if len(taken) > killed_in:
+            raise Killed
+        return step(*args)
+
+    monkeypatch.setattr(finetune_gpt2, "train_step", dies)
+    with pytest.raises(Killed):
+        finetune_gpt2.main(broken)
+    monkeypatch.setattr(finetune_gpt2, "train_step", step)
+    assert latest_checkpoint(broken.out).name == f"{killed_in // 3 * 3:08d}"
+    with pytest.raises(BadInput, match="holds an unfinished run: --resume True goes on with it"):
+        finetune_gpt2.main(broken)
+    finetune_gpt2.main(replace(broken, resume=True))
+    assert lines_of(broken.out) == lines_of(cfg.out) and len(lines_of(cfg.out)) > 8
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "out/model.safetensors").read_bytes()
+    assert latest_checkpoint(broken.out) is None  # the run is whole: nothing to go on from
+
+
+def test_resume_where_there_is_nothing_to_resume_starts_the_run(unbroken, monkeypatch, tmp_path):
+    cfg, folder = unbroken
+    monkeypatch.chdir(folder)
+    finetune_gpt2.main(replace(cfg, out=str(tmp_path / "out"), resume=True))
+    assert lines_of(tmp_path / "out") == lines_of(cfg.out)
+
+
+def test_the_latest_two_checkpoints_are_kept_and_one_that_was_cut_short_is_none(tmp_path):
+    model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (3, 6, 9):
+        save_checkpoint(tmp_path, model, [optimizer], {"step": step, "best": [1.5, 2.0]})
+    (tmp_path / "checkpoints/.saving-x/checkpoint").mkdir(parents=True)
+    assert [f.name for f in sorted((tmp_path / "checkpoints").glob("[0-9]*"))] == ["00000006", "00000009"]
+    assert load_checkpoint(latest_checkpoint(tmp_path), tiny(), [optimizer]) == {"step": 9, "best": [1.5, 2.0]}
+
+
+def test_weights_stored_in_16_bits_are_the_trained_ones_rounded(unbroken):
+    """The folder says so, half the bytes are there, and the perplexity is that of the run."""
+    cfg, _ = unbroken
+    best = min(line["val_perplexity"] for line in lines_of(cfg.out) if "val_perplexity" in line)
+    assert json.loads((Path(cfg.out) / "config.json").read_text())["dtype"] == "float16"
+    assert {tensor.dtype for _, tensor in read_tensors(cfg.out)} == {torch.float16}
+    assert perplexity_of(cfg.out, cfg, load_gpt2)[0] == pytest.approx(best, rel=1e-3)
+
+
+def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_all_else():
+    model = tiny()
+    adamw, muon = make_optimizers(model, FinetuneConfig(optimizer="muon"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    of_muon = [names[id(p)] for group in muon.param_groups for p in group["params"]]
+    of_adamw = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
+    weights = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert of_muon == [f"h.0.{name}.weight" for name in weights]
+    assert sorted(of_muon + of_adamw) == sorted(names.values())

@@ -27,7 +27,7 @@ def train(policy, reward, cfg, prompt=1, ref_policy=None):
     """main's loop without files, the learning rate falling to 0: the metrics of every rollout. Changes policy."""
     ref_policy = ref_policy or copy.deepcopy(policy)
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps)
-    stepper, logs = Stepper(policy, optimizer, cfg.grad_clip), []
+    stepper, logs = Stepper(policy, [optimizer], cfg.grad_clip), []
     generator, prompts = torch.Generator().manual_seed(0), torch.full((cfg.batch_size, 1), prompt)
     for step in range(cfg.steps):
         optimizer.param_groups[0]["lr"] = cfg.lr * (1 - (1 - cfg.lr_end) * step / cfg.steps)

@@ -99,7 +99,7 @@ def play(cfg, policy=None, ref_policy=None, reward=sevens, prompts=None):
 
 def sgd(policy, lr=0.1, grad_clip=1e9):
     """A stepper whose steps are linear in the gradient, so that equal parameters mean equal gradients."""
-    return Stepper(policy, torch.optim.SGD(policy.parameters(), lr), grad_clip)
+    return Stepper(policy, [torch.optim.SGD(policy.parameters(), lr)], grad_clip)
 
 
 def state(policy):
@@ -449,7 +449,7 @@ def test_every_minibatch_of_every_epoch_takes_one_step(ppo_epochs, minibatch_siz
     """O2."""
     policy, cfg, taken = tiny_policy(0), config(ppo_epochs=ppo_epochs, minibatch_size=minibatch_size), []
     stepper = sgd(policy)
-    stepper.optimizer.register_step_post_hook(lambda *_: taken.append(1))
+    stepper.optimizers[0].register_step_post_hook(lambda *_: taken.append(1))
     update(policy, stepper, play(cfg), cfg)
     assert len(taken) == steps
 
@@ -620,7 +620,7 @@ def test_a_run_logs_every_metric_of_every_rollout(trained):
 def test_learning_rate_falls_linearly_to_0_behind_the_last_rollout(trained):
     """O5: the last step still learns, and every group of parameters follows."""
     assert [line["lr"] for line in trained.metrics] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
-    assert {group["lr"] for group in trained.stepper.optimizer.param_groups} == {trained.metrics[2]["lr"]}
+    assert {group["lr"] for group in trained.stepper.optimizers[0].param_groups} == {trained.metrics[2]["lr"]}
 
 
 def test_coefficient_moves_once_a_rollout_by_that_rollouts_kl(trained):
@@ -633,7 +633,7 @@ def test_coefficient_moves_once_a_rollout_by_that_rollouts_kl(trained):
 
 def test_optimizer_is_adam_without_weight_decay_over_the_policy_alone(trained):
     """O4, O6: AdamW would pull the policy to 0, not to its reference."""
-    optimizer = trained.stepper.optimizer
+    optimizer = trained.stepper.optimizers[0]
     assert type(optimizer) is torch.optim.Adam
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-5, 0)
