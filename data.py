@@ -238,6 +238,16 @@ def pack(texts, tokenizer):
     return stream
 
 
+def block_order(step, n_blocks, batch_size, epochs, seed):
+    """Numbers of the blocks in an optimizer step: a new permutation each epoch, every block once in it.
+
+    A function of (seed, step) alone. The last step holds what is left of the epochs.
+    """
+    places = np.arange(step * batch_size, min((step + 1) * batch_size, int(epochs * n_blocks)))
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n_blocks) for epoch in set(places // n_blocks)}
+    return np.array([orders[place // n_blocks][place % n_blocks] for place in places])
+
+
 def prompt_pool(texts, tokenizer, prompt_len, limit=None):
     """The first prompt_len tokens of the first `limit` reviews that go on after them, (M, prompt_len) int64."""
     pool = []

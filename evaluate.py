@@ -137,14 +137,14 @@ def table_text(results):
     return "\n".join(lines)
 
 
-def samples_markdown(answers, cfg):
-    """Prompts with both continuations as a Markdown table. Generated text is untrusted: nothing in it stays markup."""
+def samples_markdown(samples):
+    """What shown returns as a Markdown table. Generated text is untrusted: nothing in it stays markup."""
 
     def quote(text):
         return "".join(f"&#{ord(c)};" if c in "<>&|\\`*_[]!#~$:@" else c for c in one_line(text, 400))
 
     lines = ["| prompt | before PPO | judge | after PPO | judge |", "|---|---|---|---|---|"]
-    for prompt, sides in shown(answers, cfg):
+    for prompt, sides in samples:
         cells = [cell for text, probability in sides for cell in (quote(text), f"{probability:.2f}")]
         lines.append("| " + " | ".join([quote(prompt), *cells]) + " |")
     return "\n".join(lines) + "\n"
@@ -194,13 +194,18 @@ def main(cfg):
         paired = rows["after"][name] - rows["before"][name]
         results["difference"][name] = row(paired.mean(), interval(paired, cfg))
     results["prompts"], results["config"] = cfg.prompts, {"before": cfg.before, "after": cfg.after, "seed": cfg.seed}
+    samples = shown(answers, cfg)
+    results["samples"] = [
+        {"prompt": prompt} | {name: {"text": text, "judge": p} for name, (text, p) in zip(answers, sides)}
+        for prompt, sides in samples
+    ]
 
     out = Path(cfg.after)
     write_text(out / "results.json", json.dumps(results, indent=1))
-    write_text(out / "samples.md", samples_markdown(answers, cfg))
+    write_text(out / "samples.md", samples_markdown(samples))
     print(f"\n{cfg.prompts} held-out prompts, the same for both; 95 % bootstrap intervals\n\n{table_text(results)}\n")
-    print(side_by_side(shown(answers, cfg)))
-    figure = learning_curves(out) if (out / "metrics.jsonl").is_file() else "no metrics.jsonl, so no learning curves"
+    print(side_by_side(samples))
+    figure = learning_curves(out) if (out / "log.jsonl").is_file() else "no log.jsonl, so no learning curves"
     print(f"\nwritten: {out / 'results.json'}, {out / 'samples.md'}, {figure}")
 
 

@@ -3,7 +3,7 @@
     python finetune_gpt2.py                  # gpt2 from the hub on IMDB
     python finetune_gpt2.py --preset mini    # a small GPT-2 from scratch on a CPU, offline
 
-Writes a Hugging Face folder with the weights that were best on the validation stream, metrics.jsonl, results.json and
+Writes a Hugging Face folder with the weights that were best on the validation stream, log.jsonl, results.json and
 the run's config to finetune_checkpoints/<preset>/. A run that was stopped goes on with --resume True.
 """
 
@@ -30,24 +30,9 @@ from checkpoint import (
     write_text,
 )
 from config import BadInput, FinetuneConfig, run
-from data import digest, language_model_texts, load_splits, pack, train_bpe
+from data import block_order, digest, language_model_texts, load_splits, pack, train_bpe
 from log import RunLog, finetune_sheet
-from model import GPT2, GPT2Config, Muon, Stepper, decay_groups, pick_device
-
-SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-
-
-def block_order(step, n_blocks, cfg):
-    """Numbers of the blocks in an optimizer step: a new permutation each epoch, every block once in it.
-
-    A function of (seed, step) alone. The last step holds what is left of cfg.epochs.
-    """
-    last = min((step + 1) * cfg.batch_size, int(cfg.epochs * n_blocks))
-    places = np.arange(step * cfg.batch_size, last)
-    orders = {
-        epoch: np.random.default_rng([cfg.seed, epoch]).permutation(n_blocks) for epoch in set(places // n_blocks)
-    }
-    return np.array([orders[place // n_blocks][place % n_blocks] for place in places])
+from model import GPT2, SAVE_DTYPES, GPT2Config, Stepper, make_optimizers, pick_device
 
 
 def plan(n_tokens, cfg):
@@ -119,19 +104,6 @@ def train_step(model, x, y, cfg):
     return loss
 
 
-def make_optimizers(model, cfg):
-    """The optimizers of cfg.optimizer: AdamW of all, or Muon of the matrices inside the blocks and AdamW of the rest.
-
-    Embeddings are tables of vectors, not maps: Muon is not meant for them (kellerjordan.github.io/posts/muon).
-    """
-    matrices = [p for p in model.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
-    chosen = set(matrices)
-    rest = decay_groups([p for p in model.parameters() if p not in chosen], cfg.weight_decay)
-    fused = model.wte.weight.device.type != "mps"
-    optimizers = [torch.optim.AdamW(rest, cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)]
-    return optimizers + ([Muon(matrices, cfg.muon_lr, cfg.weight_decay)] if matrices else [])
-
-
 def start_model(cfg, opened, texts, bf16):
     """(GPT2, tokenizer): from what open_gpt2 returned, or random weights and a tokenizer trained on texts."""
     if opened:
@@ -160,7 +132,9 @@ def main(cfg):
     held_out = validation_texts(splits["prompts"].texts, tokenizer, cfg.eval_tokens)
     validation = pack(held_out, tokenizer), sum(map(len, held_out))
 
-    stepper = Stepper(model, make_optimizers(model, cfg), cfg.grad_clip)
+    matrices = [p for p in model.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
+    optimizers = make_optimizers(model, matrices, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), muon_lr=cfg.muon_lr)
+    stepper = Stepper(model, optimizers, cfg.grad_clip)
     state = {"step": 0, "start": None, "best": None, "skipped_steps": 0}
     if checkpoint := latest_checkpoint(cfg.out) if cfg.resume else None:
         state = load_checkpoint(checkpoint, model, stepper.optimizers)
@@ -188,7 +162,12 @@ def main(cfg):
                 save_gpt2(model, tokenizer, cfg.out, dtype=SAVE_DTYPES[cfg.save_dtype])
         if step < steps:
             clock = time.time()
-            x, y = (t.to(device) for t in blocks(stream, block_order(step, n_blocks, cfg), cfg.block_size))
+            x, y = (
+                t.to(device)
+                for t in blocks(
+                    stream, block_order(step, n_blocks, cfg.batch_size, cfg.epochs, cfg.seed), cfg.block_size
+                )
+            )
             lr = learning_rate(step, steps, cfg)
             stepper.set_lr(lr / cfg.lr)
             loss = train_step(model, x, y, cfg).item()

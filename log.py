@@ -1,4 +1,4 @@
-"""What a run leaves to read: its config, metrics.jsonl, TensorBoard or W&B beside it; and tables for the terminal."""
+"""What a run leaves to read: its config, log.jsonl, TensorBoard or W&B beside it; and tables for the terminal."""
 
 import importlib.util
 import itertools
@@ -35,7 +35,7 @@ class RunLog:
             self.out.mkdir(parents=True, exist_ok=True)
             need_disk(self.out, model)
             write_text(Path(cfg.out, RUN_CONFIG), json.dumps(asdict(cfg), indent=1))
-            file = self.out / "metrics.jsonl"
+            file = self.out / "log.jsonl"
             earlier = file.read_text(encoding="utf-8").splitlines()[:first_step] if first_step else []
             write_text(file, "".join(line + "\n" for line in earlier))
             self.file = open(file, "a", encoding="utf-8")
@@ -78,8 +78,10 @@ class RunLog:
 
 
 @torch.no_grad()
-def rollout_metrics(batch, policy, ref_policy, reward_fn, cfg):
+def rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg):
     """What the log tells of a Rollout, as floats: see the README for what healthy values look like.
+
+    Where there is a judge, the share of texts that it finds positive is told beside the share by the reward.
 
     kl is the one that is penalised (k1, summed over a response, mean over responses) with its standard error; kl_k3 is
     the estimator that is never negative, and kl_exact takes the whole vocabulary at each token, on 8 episodes.
@@ -101,6 +103,10 @@ def rollout_metrics(batch, policy, ref_policy, reward_fn, cfg):
         "eos_frac": batch.ended.float().mean(),
         "truncated_frac": getattr(reward_fn, "truncated", 0) / len(batch.texts),
     }
+    if judge:
+        for name, classifier in (("reward", reward_fn), ("judge", judge)):
+            if hasattr(classifier, "log_odds"):  # a user's function has no opinion on what is positive
+                metrics[f"positive_by_{name}"] = (classifier.log_odds(batch.texts) > 0).float().mean()
     return {k: float(v) for k, v in metrics.items()} | {f"seconds_{k}": v for k, v in batch.seconds.items()} | {
         "tokens_per_second": int(mask.sum()) / batch.seconds["generate"],
         "peak_memory_gb": peak_memory(mask.device),

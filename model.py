@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from config import BadInput
 
+SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # of stored weights
 STOP_CHECK = 8  # tokens between two looks at whether all rows have ended: each look makes the host wait for the GPU
 
 
@@ -276,6 +277,18 @@ def decay_groups(parameters, weight_decay):
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+
+
+def make_optimizers(model, matrices, lr, weight_decay, betas=(0.9, 0.999), muon_lr=None):
+    """[AdamW] of all parameters, or [AdamW, Muon] where Muon is given some matrices inside the blocks.
+
+    Embeddings are tables of vectors, not maps: Muon is not meant for them (kellerjordan.github.io/posts/muon).
+    """
+    chosen = set(matrices)
+    rest = decay_groups([p for p in model.parameters() if p not in chosen], weight_decay)
+    fused = next(model.parameters()).device.type != "mps"
+    optimizers = [torch.optim.AdamW(rest, lr, betas=betas, fused=fused)]
+    return optimizers + ([Muon(matrices, muon_lr, weight_decay)] if matrices else [])
 
 
 class Muon(torch.optim.Optimizer):

@@ -23,7 +23,7 @@ from config import PPOConfig, run
 from data import load_splits, prompt_batch, prompt_pool
 from log import RunLog, average, ppo_sheet, rollout_metrics, show
 from model import Stepper, check_policy, pick_device, random_generator
-from reward import check_finite, check_reward, load_reward
+from reward import SentimentReward, check_finite, check_reward, load_reward
 
 # ---- the arithmetic: tensors in, tensors out
 
@@ -212,6 +212,7 @@ def main(cfg):
     folder, gpt2_config, tokenizer = open_gpt2(cfg.policy)
     check_context(cfg, gpt2_config)
     reward_fn = load_reward(cfg, device)
+    judge = SentimentReward.load(cfg.judge, device=device) if cfg.judge else None  # only watches
     pool = prompt_pool(load_splits(cfg.dataset)["prompts"].texts, tokenizer, cfg.max_prompt_len)
     first_prompts = prompt_batch(pool, 0, cfg).to(device)
 
@@ -234,7 +235,7 @@ def main(cfg):
         stepper.set_lr(1 - (1 - cfg.lr_end) * step / cfg.steps)
         prompts, generator = prompt_batch(pool, step, cfg).to(device), random_generator(device, cfg.seed, step)
         batch = rollout(policy, ref_policy, tokenizer, reward_fn, prompts, controller.coef, cfg, generator)
-        metrics = rollout_metrics(batch, policy, ref_policy, reward_fn, cfg) | {"kl_coef": controller.coef}
+        metrics = rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg) | {"kl_coef": controller.coef}
         start = time.time()
         metrics |= update(policy, stepper, batch, cfg, random_generator("cpu", cfg.seed, step, 1))
         controller.update(metrics["kl"], cfg.batch_size)

@@ -1,11 +1,12 @@
 """The reward: sentiment of a text by a BERT classifier (Devlin et al. 2018), and the training of such a classifier.
 
-    python reward.py                  # fine-tunes bert-base-cased on IMDB, twice: the reward and the judge
-    python reward.py --preset mini    # two small BERTs from scratch on a CPU, offline
+    python reward.py                                      # bert-base-cased on IMDB, twice: the reward and the judge
+    python reward.py --preset mini                        # a minute more for the two small ones in asset/mini, offline
+    python reward.py --preset mini --init_from scratch    # how those were made
 
 The two learn from disjoint reviews. PPO is rewarded by the first; evaluate.py asks the second, which PPO never saw,
 whether the policy became positive or only found what the first one likes. Each is written as a Hugging Face folder
-with the labels NEGATIVE and POSITIVE to reward_checkpoints/<preset>/reward and judge.
+with the labels NEGATIVE and POSITIVE, log.jsonl and results.json to reward_checkpoints/<preset>/reward and judge.
 """
 
 import importlib.util
@@ -20,9 +21,9 @@ from tqdm import tqdm
 
 from checkpoint import check_run, first_line, locate, replacing, write_text
 from config import BadInput, RewardConfig, run
-from data import load_splits, train_wordpiece
+from data import Reviews, block_order, digest, encode, language_model_texts, load_splits, train_wordpiece
 from log import RunLog, sheet
-from model import Stepper, decay_groups, pick_device
+from model import SAVE_DTYPES, Stepper, make_optimizers, pick_device, random_generator
 
 PROBES = (  # (positive, negative): what any sentiment classifier tells apart
     ("I loved this movie, it was wonderful throughout.", "I hated this movie, it was terrible throughout."),
@@ -193,23 +194,30 @@ def training_texts(texts, epoch, cfg):
     return out
 
 
-def start_model(cfg, texts, seed):
-    """(classifier, tokenizer) with the labels NEGATIVE and POSITIVE: a pretrained encoder, or random weights."""
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        BertConfig,
-        BertForSequenceClassification,
-    )
+def masked(ids, tokenizer, generator):
+    """What masked-token prediction asks (Devlin et al. 2018, section 3.1): ids (B, L) -> inputs and asked, (B, L) each.
 
-    labels = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
-    torch.manual_seed(seed)
-    if cfg.init_from != "scratch":
-        folder = locate(cfg.init_from)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **labels)
-        return model, AutoTokenizer.from_pretrained(folder)
+    15 % of the tokens are asked for, [CLS] and [SEP] never; of those 80 % are [MASK] in the inputs, 10 % random tokens.
+    """
+    special = (ids == tokenizer.cls_token_id) | (ids == tokenizer.sep_token_id)
+    asked = (torch.rand(ids.shape, generator=generator) < 0.15) & ~special
+    fate = torch.rand(ids.shape, generator=generator)
+    inputs = torch.where(asked & (fate < 0.8), tokenizer.mask_token_id, ids)
+    anything = torch.randint(len(tokenizer), ids.shape, generator=generator)
+    return torch.where(asked & (fate >= 0.9), anything, inputs), asked
+
+
+def pretrain(cfg, texts, device, bf16):
+    """Make an encoder from scratch: a WordPiece of texts, and a BERT that learned to fill in their masked tokens.
+
+    Writes a Hugging Face folder, <out>/encoder, and returns its path: a start for the classifiers like bert-base-cased.
+    """
+    from transformers import BertConfig, BertForMaskedLM
+
+    print(f"training a tokenizer of {cfg.vocab_size:,} tokens", flush=True)
     tokenizer = train_wordpiece(texts, cfg.vocab_size)
     tokenizer.model_max_length = cfg.max_length
+    torch.manual_seed(cfg.seed)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=cfg.hidden_size,
@@ -217,52 +225,99 @@ def start_model(cfg, texts, seed):
         num_attention_heads=cfg.num_heads,
         intermediate_size=4 * cfg.hidden_size,
         max_position_embeddings=cfg.max_length,
-        hidden_dropout_prob=cfg.dropout,
-        attention_probs_dropout_prob=cfg.dropout,
+        hidden_dropout_prob=0.0,  # 15 % of a few epochs is too little to learn by heart
+        attention_probs_dropout_prob=0.0,
         pad_token_id=tokenizer.pad_token_id,
-        **labels,
     )
-    return BertForSequenceClassification(config), tokenizer
+    model = BertForMaskedLM(config).to(device).train()
+    inside = [p for p in model.bert.encoder.parameters() if p.dim() == 2]
+    optimizers = make_optimizers(model, inside, cfg.pretrain_lr, cfg.weight_decay, muon_lr=cfg.muon_lr)
+    stepper, log = Stepper(model, optimizers, cfg.grad_clip), RunLog(cfg, model, part="encoder")
+    inner = cfg.max_length - 2  # [CLS] and [SEP] stand around each block
+    stream = np.concatenate(encode(texts, tokenizer))
+    blocks = stream[: len(stream) // inner * inner].reshape(-1, inner)
+    blocks = np.pad(
+        blocks, ((0, 0), (1, 1)), constant_values=((0, 0), (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    )
+    blocks = torch.from_numpy(blocks)
+    steps = math.ceil(int(cfg.pretrain_epochs * len(blocks)) / cfg.batch_size)
+    progress = tqdm(range(steps), "pretrain the encoder", unit="step")
+    for step in progress:
+        rows = block_order(step, len(blocks), cfg.batch_size, cfg.pretrain_epochs, cfg.seed)
+        inputs, asked = masked(blocks[rows], tokenizer, random_generator("cpu", cfg.seed, 6, step))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            hidden = model.bert(inputs.to(device)).last_hidden_state[asked]  # (asked tokens, C): the rest is not asked
+            logits = model.cls(hidden)
+        loss = F.cross_entropy(logits.float(), blocks[rows][asked].to(device))
+        loss.backward()
+        stepper.set_lr(warm_up_and_decay(step, steps))
+        log.write(step, loss=loss.item(), grad_norm=stepper.step(), skipped_steps=stepper.skipped)
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    log.close()
+    with replacing(log.out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return str(log.out)
 
 
-def train(name, reviews, cfg, device, bf16):
-    """Train one classifier on reviews; returns it as a SentimentReward. Batches hold texts of like length."""
+def warm_up_and_decay(step, steps):
+    """Share of the peak learning rate: linearly up over a tenth of the steps, then linearly to 0 behind the last."""
+    return min((step + 1) / math.ceil(steps / 10), (steps - step) / steps / 0.9)
+
+
+def open_classifier(name, dropout):
+    """(classifier, tokenizer) of a folder or hub name, labels NEGATIVE and POSITIVE; an encoder gets a new head."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, logging
+
+    logging.set_verbosity_error()  # that the head of an encoder is new is what is wanted here
+    folder = locate(name)
+    labels = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
+    config = AutoConfig.from_pretrained(folder, **labels)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises whatever its readers do
+        raise BadInput(f"encoder {name} cannot be read: {first_line(error)}") from None
+
+
+def train(name, classifier, reviews, cfg, bf16):
+    """Train a SentimentReward on reviews and write it to <out>/<name>; returns the seconds that took.
+
+    Batches hold texts of like length.
+    """
     seed = cfg.seed if name == "reward" else cfg.seed + 1
-    model, tokenizer = start_model(cfg, reviews.texts, seed)
-    model.to(device).train()
-    limit = min(cfg.max_length, token_limit(model.config, tokenizer))
+    torch.manual_seed(seed)  # of dropout
+    model, tokenizer, device = classifier.model.train(), classifier.tokenizer, classifier.device
     log = RunLog(cfg, model, part=name)
-    optimizer = torch.optim.AdamW(
-        decay_groups(model.parameters(), cfg.weight_decay), cfg.lr, fused=device.type != "mps"
-    )
-    stepper = Stepper(model, [optimizer], cfg.grad_clip)
+    stepper = Stepper(model, make_optimizers(model, [], cfg.lr, cfg.weight_decay), cfg.grad_clip)
     per_epoch = math.ceil(len(reviews.texts) / cfg.batch_size)
     steps, step = math.ceil(cfg.epochs * per_epoch), 0
     progress = tqdm(total=steps, desc=f"train the {name}", unit="step")
     for epoch in range(math.ceil(cfg.epochs)):
-        ids = tokenize(tokenizer, training_texts(reviews.texts, epoch, cfg), limit)
-        for rows in length_batches([len(row) for row in ids["input_ids"]], cfg.batch_size, [seed, 3, epoch])[
-            : steps - step
-        ]:
-            stepper.set_lr(min((step + 1) / math.ceil(steps / 10), (steps - step) / steps / 0.9))
+        ids = tokenize(tokenizer, training_texts(reviews.texts, epoch, cfg), min(cfg.max_length, classifier.max_length))
+        batches = length_batches([len(row) for row in ids["input_ids"]], cfg.batch_size, [seed, 3, epoch])
+        for rows in batches[: steps - step]:
             batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(**batch.to(device)).logits
             loss = F.cross_entropy(logits.float(), torch.from_numpy(reviews.labels[rows]).to(device))
             loss.backward()
-            norm = stepper.step()
-            accuracy = (logits.argmax(1).cpu().numpy() == reviews.labels[rows]).mean()
-            metrics = dict(loss=loss.item(), accuracy=float(accuracy), lr=optimizer.param_groups[0]["lr"])
-            log.write(step, **metrics, grad_norm=norm, skipped_steps=stepper.skipped)
+            share = warm_up_and_decay(step, steps)
+            stepper.set_lr(share)
+            accuracy = float((logits.argmax(1).cpu().numpy() == reviews.labels[rows]).mean())
+            metrics = dict(loss=loss.item(), accuracy=accuracy, lr=share * cfg.lr)
+            log.write(step, **metrics, grad_norm=stepper.step(), skipped_steps=stepper.skipped)
             step += 1
             progress.update()
-            progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
+            progress.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
     progress.close()
-    log.close()
+    model.eval().to(SAVE_DTYPES[cfg.save_dtype])
     with replacing(log.out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    return SentimentReward(model, tokenizer, positive=1, device=device)
+    model.float()  # what is reported of it is true of what was stored
+    return log.close()
 
 
 def length_batches(lengths, batch_size, key):
@@ -292,40 +347,64 @@ def calibration_error(probabilities, labels, bins=10):
 
 
 def report(classifier, reviews, cfg):
-    """Held-out accuracy on whole reviews and on texts as short as PPO's, and calibration on both."""
+    """Held-out accuracy and calibration on whole reviews and on texts as short as PPO's; of those a histogram too.
+
+    The histogram counts truly positive and truly negative texts by the log-odds that the classifier gives them.
+    """
     results = {}
     for name, texts in (
         ("reviews", reviews.texts),
         ("short_texts", [" ".join(t.split(" ")[: cfg.short_words]) for t in reviews.texts]),
     ):
-        probabilities = classifier.log_odds(texts).sigmoid().numpy().astype(float)
+        odds = classifier.log_odds(texts)
+        probabilities = odds.sigmoid().numpy().astype(float)
         results[name] = {
             "accuracy": float(((probabilities > 0.5) == reviews.labels).mean()),
             "calibration_error": calibration_error(probabilities, reviews.labels),
         }
+    edges = np.histogram_bin_edges(odds, bins=24)
+    counts = {
+        label: np.histogram(odds[reviews.labels == i], edges)[0] for i, label in enumerate(("negative", "positive"))
+    }
+    results["histogram"] = {name: values.tolist() for name, values in (("edges", edges), *counts.items())}
     return results
 
 
 def main(cfg):
     check_run(cfg)
     device, bf16 = pick_device(cfg)
+    # a folder with reward/ and judge/ in it: each goes on from its own; else both begin with the same encoder
+    starts = {name: f"{cfg.init_from}/{name}" for name in ("reward", "judge")}
+    if not all(Path(start).is_dir() for start in starts.values()):
+        starts = dict.fromkeys(starts, cfg.init_from)
     if cfg.init_from != "scratch":
-        locate(cfg.init_from)
+        for start in starts.values():
+            locate(start)
     splits = load_splits(cfg.dataset)
-    held_out = splits["evaluation"]._replace(
-        texts=splits["evaluation"].texts[: cfg.eval_reviews], labels=splits["evaluation"].labels[: cfg.eval_reviews]
-    )
-    results = {}
-    for name in ("reward", "judge"):
-        rows = {"from": cfg.init_from, "reviews": f"{len(splits[name].texts):,} of its own", "device": device}
+    held_out = Reviews(*(rows[: cfg.eval_reviews] for rows in splits["evaluation"]))
+    if cfg.init_from == "scratch":
+        starts = dict.fromkeys(starts, pretrain(cfg, language_model_texts(splits), device, bf16))
+    for name, start in starts.items():
+        rows = {"from": start, "reviews": f"{len(splits[name].texts):,} of its own", "device": device}
         print(sheet(f"training the {name}", rows), flush=True)
-        classifier = train(name, splits[name], cfg, device, bf16)
-        results[name] = report(classifier, held_out, cfg)
-        write_text(Path(cfg.out) / "results.json", json.dumps(results, indent=1))
+        torch.manual_seed(cfg.seed)  # of the new head
+        classifier = SentimentReward(*open_classifier(start, cfg.dropout), positive=1, device=device)
+        before = report(classifier, held_out, cfg)
+        seconds = train(name, classifier, splits[name], cfg, bf16)
+        results = {
+            "data": digest(splits[name].texts),
+            "parameters": sum(p.numel() for p in classifier.model.parameters()),
+            "seconds": seconds,
+            "held_out": len(held_out.texts),
+            "before": before,
+            "after": report(classifier, held_out, cfg),
+        }
+        write_text(Path(cfg.out, name, "results.json"), json.dumps(results, indent=1))
         for what, texts in (("reviews", "reviews"), ("short_texts", f"first {cfg.short_words} words")):
-            accuracy, error = results[name][what].values()
+            accuracy, error = results["after"][what].values()
             print(
-                f"{name}, {len(held_out.texts):,} held-out {texts}: {accuracy:.1%} right, calibration error {error:.3f}"
+                f"{name}, {results['held_out']:,} held-out {texts}: {before[what]['accuracy']:.1%} right before, "
+                f"{accuracy:.1%} after; calibration error {error:.3f}"
             )
 
 

@@ -212,7 +212,7 @@ def test_a_mismatch_lists_five_problems_and_counts_the_rest():
 def out(tmp_path):
     """A folder with a file that a save replaces and one that it does not touch."""
     (tmp_path / "model.bin").write_text("old")
-    (tmp_path / "metrics.jsonl").write_text("kept")
+    (tmp_path / "log.jsonl").write_text("kept")
     return tmp_path
 
 
@@ -225,7 +225,7 @@ def test_a_save_replaces_its_files_and_leaves_the_others(out):
         (folder / "model.bin").write_text("new")
         (folder / "config.json").write_text("{}")
         assert (out / "model.bin").read_text() == "old"
-    assert contents(out) == {"model.bin": "new", "config.json": "{}", "metrics.jsonl": "kept"}
+    assert contents(out) == {"model.bin": "new", "config.json": "{}", "log.jsonl": "kept"}
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("unexpected pos"), KeyboardInterrupt()])
@@ -249,7 +249,7 @@ def test_a_text_file_is_replaced_whole_and_its_temporary_one_is_gone(out):
     write_text(out / "model.bin", "naïve")
     write_text(out / "new.json", "{}")
     assert (out / "model.bin").read_text(encoding="utf-8") == "naïve"
-    assert sorted(file.name for file in out.iterdir()) == ["metrics.jsonl", "model.bin", "new.json"]
+    assert sorted(file.name for file in out.iterdir()) == ["log.jsonl", "model.bin", "new.json"]
 
 
 def test_a_text_file_that_cannot_be_finished_stays_as_it_was(out, monkeypatch):

@@ -13,7 +13,8 @@ from conftest import reviews_csv
 import evaluate
 from checkpoint import load_policy, open_gpt2
 from config import EvaluateConfig
-from evaluate import CAPTIONS, distinct, interval, measure, prompt_groups, respond, samples_markdown, table_text
+from evaluate import CAPTIONS, distinct, interval, measure, prompt_groups, respond, samples_markdown, shown, table_text
+from log import side_by_side
 from plot import PANELS, learning_curves
 
 CFG = EvaluateConfig(prompts=16, max_prompt_len=4, response_len=12, batch_size=3, resamples=200, samples=3)
@@ -63,7 +64,7 @@ def test_generated_text_cannot_become_markup_in_the_samples():
         side: {"prompts": ["A film"], "texts": ["A film" + nasty], "judge_probability": [0.5]}
         for side in ("before", "after")
     }
-    markdown = samples_markdown(sides, EvaluateConfig(prompts=1, samples=1))
+    markdown = samples_markdown(shown(sides, EvaluateConfig(prompts=1, samples=1)))
     header, rule, line = markdown.splitlines()
     cells = line.split("|")[1:-1]
     assert header.count("|") == rule.count("|") == line.count("|") == 6
@@ -80,13 +81,35 @@ def test_the_samples_are_as_many_as_wanted_with_the_prompt_cut_off_the_text():
         }
         for side in ("before", "after")
     }
-    lines = samples_markdown(sides, EvaluateConfig(prompts=5, samples=3)).splitlines()[2:]
+    lines = samples_markdown(shown(sides, EvaluateConfig(prompts=5, samples=3))).splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len(cells) == len({row[0] for row in cells}) == 3
     for prompt, before, judge, after, _ in cells:
         i = int(prompt[1])
         assert (before, after, judge) == (f"before{i}", f"after{i}", f"{i / 4:.2f}")
-    assert len(samples_markdown(sides, EvaluateConfig(prompts=5, samples=50)).splitlines()) == 2 + 5
+    assert len(samples_markdown(shown(sides, EvaluateConfig(prompts=5, samples=50))).splitlines()) == 2 + 5
+
+
+SAMPLES = [("A film", [("was dull " * 9, 0.2), ("was\033[2J great\n" * 5, 0.9)])]
+
+
+def test_samples_stand_side_by_side_within_the_width():
+    """Every word of both, in two columns; what the model wrote reaches no terminal as a control sequence."""
+    text = side_by_side(SAMPLES, width=60)
+    rows = [line for line in text.splitlines()[3:]]
+    assert "\033" not in text and all(len(line) <= 60 for line in text.splitlines())
+    assert " ".join(row[:28].strip() for row in rows).split() == ["(0.20)", *("was dull " * 9).split()]
+    assert " ".join(row[28:].strip() for row in rows).split() == ["(0.90)", *("was [2J great " * 5).split()]
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_what_the_judge_finds_positive_is_green_and_the_rest_red(monkeypatch, no_color):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    text = side_by_side(SAMPLES, width=60)
+    assert ("\033[31m(0.20)" in text and "\033[32m(0.90)" in text) != no_color
 
 
 def test_the_table_is_rectangular_and_shows_each_value_with_its_interval():
@@ -196,13 +219,16 @@ def test_a_model_compared_with_itself_differs_in_nothing(tmp_path, monkeypatch, 
     assert ("positive_by_reward" in results["before"]) == (by == "classifier")
     assert results["before"]["kl"]["value"] == 0
     assert len((tmp_path / "after" / "samples.md").read_text().splitlines()) == 2 + 3
+    assert [set(sample) for sample in results["samples"]] == 3 * [{"prompt", "before", "after"}]
+    assert results["samples"][0]["before"] == results["samples"][0]["after"]
+    assert set(results["samples"][0]["before"]) == {"text", "judge"}
     assert table_text(results) in capsys.readouterr().out
 
 
 def test_the_learning_curves_are_a_picture_of_the_metrics(tmp_path):
     names = [name for names, _ in PANELS for name in names] + ["kl_stderr"]
     lines = [json.dumps({"step": step} | dict.fromkeys(names, step * 0.5)) for step in range(3)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     path = learning_curves(tmp_path)
     assert path == tmp_path / "learning_curves.png"
     assert path.read_bytes().startswith(b"\x89PNG")

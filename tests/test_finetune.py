@@ -13,8 +13,8 @@ from conftest import reviews_csv
 import finetune_gpt2
 from checkpoint import latest_checkpoint, load_checkpoint, load_gpt2, open_gpt2, read_tensors, save_checkpoint
 from config import BadInput, FinetuneConfig
-from data import encode, load_splits, pack
-from finetune_gpt2 import block_order, blocks, learning_rate, make_optimizers, train_step, validate, validation_texts
+from data import block_order, encode, load_splits, pack
+from finetune_gpt2 import blocks, learning_rate, train_step, validate, validation_texts
 from model import GPT2, GPT2Config
 
 LN2 = math.log(2)
@@ -48,26 +48,22 @@ def test_the_learning_rate_warms_up_linearly_and_ends_at_min_lr():
     assert learning_rate(0, 1, FinetuneConfig(warmup_steps=0)) == FinetuneConfig().lr  # a run of a single step
 
 
-ORDER = FinetuneConfig(batch_size=4, micro_batch_size=2, epochs=3.0)
-
-
 def test_an_epoch_takes_every_block_once_in_an_order_that_epoch_and_seed_change():
     """Catches windows drawn with replacement."""
 
-    def epochs(cfg):
-        return np.concatenate([block_order(step, 10, cfg) for step in range(8)]).reshape(3, 10).tolist()
+    def epochs(seed):
+        return np.concatenate([block_order(step, 10, 4, 3.0, seed) for step in range(8)]).reshape(3, 10).tolist()
 
-    first = epochs(ORDER)
+    first = epochs(seed=0)
     assert all(sorted(epoch) == list(range(10)) for epoch in first)
     assert first[0] != first[1] != first[2] != first[0]
-    assert epochs(ORDER) == first
-    assert epochs(FinetuneConfig(batch_size=4, micro_batch_size=2, epochs=3.0, seed=1)) != first
+    assert epochs(seed=0) == first
+    assert epochs(seed=1) != first
 
 
 @pytest.mark.parametrize(("epochs", "sizes"), [(1.0, [4, 4, 2]), (0.75, [4, 3]), (1.2, [4, 4, 4]), (0.5, [4, 1])])
 def test_the_last_step_holds_the_rest_of_the_epochs(epochs, sizes):
-    cfg = FinetuneConfig(batch_size=4, micro_batch_size=2, epochs=epochs)
-    assert [len(block_order(step, 10, cfg)) for step in range(len(sizes))] == sizes
+    assert [len(block_order(step, 10, 4, epochs, seed=0)) for step in range(len(sizes))] == sizes
 
 
 def test_a_target_is_the_next_token_and_the_end_of_text_is_one():
@@ -194,7 +190,7 @@ def test_a_model_of_reviews_of_three_tokens_learns_to_stop_after_three(tokenizer
 
 @pytest.fixture(scope="module")
 def scratch_run(tmp_path_factory):
-    """(config, lines of metrics.jsonl) of a run from random weights on toy reviews."""
+    """(config, lines of log.jsonl) of a run from random weights on toy reviews."""
     folder = tmp_path_factory.mktemp("run")
     cfg = FinetuneConfig(
         dataset=str(reviews_csv(folder / "toy.csv")), init_from="scratch", out=str(folder / "out"), vocab_size=400,
@@ -204,7 +200,7 @@ def scratch_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         finetune_gpt2.main(cfg)
-    return cfg, [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    return cfg, [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
 
 
 def perplexity_of(name, cfg, load):
@@ -259,7 +255,7 @@ def test_a_run_from_a_folder_starts_at_the_perplexity_of_that_model(gpt2_folder,
         batch_size=4, micro_batch_size=4, epochs=0.05, eval_tokens=500, report_to="none",
     )  # fmt: skip
     finetune_gpt2.main(cfg)
-    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    first = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])
     perplexity, bits = perplexity_of(gpt2_folder, cfg, load_gpt2)
     assert first["val_perplexity"] == pytest.approx(perplexity, rel=1e-6)
     assert first["val_bits_per_character"] == pytest.approx(bits, rel=1e-6)
@@ -273,8 +269,8 @@ class Killed(Exception):
 
 
 def lines_of(out):
-    """metrics.jsonl without what a clock wrote."""
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    """log.jsonl without what a clock wrote."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
@@ -348,12 +344,20 @@ def test_weights_stored_in_16_bits_are_the_trained_ones_rounded(unbroken):
     assert perplexity_of(cfg.out, cfg, load_gpt2)[0] == pytest.approx(best, rel=1e-3)
 
 
-def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_all_else():
-    model = tiny()
-    adamw, muon = make_optimizers(model, FinetuneConfig(optimizer="muon"))
-    names = {id(p): name for name, p in model.named_parameters()}
-    of_muon = [names[id(p)] for group in muon.param_groups for p in group["params"]]
-    of_adamw = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
-    weights = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    assert of_muon == [f"h.0.{name}.weight" for name in weights]
-    assert sorted(of_muon + of_adamw) == sorted(names.values())
+def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_all_else(unbroken, monkeypatch):
+    cfg, folder = unbroken
+    monkeypatch.chdir(folder)
+    seen = {}
+
+    def stop(model, optimizers, grad_clip):
+        names = {id(p): name for name, p in model.named_parameters()}
+        seen.update({type(o).__name__: [names[id(p)] for g in o.param_groups for p in g["params"]] for o in optimizers})
+        seen["all"] = list(names.values())
+        raise Killed
+
+    monkeypatch.setattr(finetune_gpt2, "Stepper", stop)
+    with pytest.raises(Killed):
+        finetune_gpt2.main(replace(cfg, out="elsewhere"))
+    matrices = [f"h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert seen.get("Muon", []) == (matrices if cfg.optimizer == "muon" else [])
+    assert sorted(seen["AdamW"] + seen.get("Muon", [])) == sorted(seen["all"])

@@ -32,7 +32,7 @@ def train(policy, reward, cfg, prompt=1, ref_policy=None):
     for step in range(cfg.steps):
         optimizer.param_groups[0]["lr"] = cfg.lr * (1 - (1 - cfg.lr_end) * step / cfg.steps)
         batch = rollout(policy, ref_policy, Words(), reward, prompts, cfg.kl_coef, cfg, generator)
-        logs.append(rollout_metrics(batch, policy, ref_policy, reward, cfg))
+        logs.append(rollout_metrics(batch, policy, ref_policy, reward, None, cfg))
         update(policy, stepper, batch, cfg, generator)
     return logs
 

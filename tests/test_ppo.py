@@ -384,12 +384,27 @@ def hand_made(values=0.0):
 def test_metrics_sum_kl_over_a_response_and_average_over_responses():
     """K2, L7. A mean over tokens would say .1; a mean over the padded table .08; garbage behind the end is not seen."""
     policy = tiny_policy()
-    metrics = rollout_metrics(hand_made(), policy, policy, types.SimpleNamespace(truncated=1), config())
+    metrics = rollout_metrics(hand_made(), policy, policy, types.SimpleNamespace(truncated=1), None, config())
     expected = dict(
         kl=0.4, kl_stderr=0.1 / math.sqrt(2), kl_k3=4 * (math.exp(-0.1) - 0.9), kl_exact=0, entropy=2, score=2,
         score_std=1, response_length=4, eos_frac=0.5, truncated_frac=0.5, tokens_per_second=4, explained_variance=0,
     )  # fmt: skip
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-8)
+
+
+def test_the_shares_that_reward_and_judge_find_positive_are_logged_where_there_is_a_judge():
+    """The judge's own opinion: catches the reward's under both names. A user's function has none."""
+
+    def opinion(*odds):
+        return types.SimpleNamespace(log_odds=lambda texts: torch.tensor(odds))
+
+    policy, batch = tiny_policy(), hand_made()
+    assert len(batch.texts) == 2
+    metrics = rollout_metrics(batch, policy, policy, opinion(1.0, 2.0), opinion(0.5, -3.0), config())
+    assert (metrics["positive_by_reward"], metrics["positive_by_judge"]) == (1.0, 0.5)
+    metrics = rollout_metrics(batch, policy, policy, len, opinion(0.5, -3.0), config())
+    assert "positive_by_reward" not in metrics and metrics["positive_by_judge"] == 0.5
+    assert "positive_by_judge" not in rollout_metrics(batch, policy, policy, opinion(1.0, 2.0), None, config())
 
 
 @pytest.mark.parametrize("kl, warned", [(-0.9, False), (-1.1, True)])
@@ -404,7 +419,7 @@ def test_kl_far_below_0_is_a_warning(kl, warned):
 @pytest.mark.parametrize("share, expected", [(1.0, 1.0), (0.5, 0.75), (-1.0, -3.0)])
 def test_explained_variance_is_1_for_perfect_values_and_below_0_for_harmful_ones(share, expected):
     policy = tiny_policy()
-    metrics = rollout_metrics(hand_made(values=share), policy, policy, None, config())
+    metrics = rollout_metrics(hand_made(values=share), policy, policy, None, None, config())
     assert metrics["explained_variance"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -412,7 +427,7 @@ def test_exact_kl_is_the_mean_of_k1_over_what_the_policy_would_say():
     """One token after one prompt: sum over the vocabulary of p (log p - log ref)."""
     policy, ref, prompts = tiny_policy(0), tiny_policy(1), torch.ones(8, 3).long()
     cfg = config(response_len=1, temperature=0.7)
-    metrics = rollout_metrics(play(cfg, policy, ref, prompts=prompts), policy, ref, None, cfg)
+    metrics = rollout_metrics(play(cfg, policy, ref, prompts=prompts), policy, ref, None, None, cfg)
     p, q = ((model.gpt2(prompts)[0, -1] / 0.7).softmax(-1) for model in (policy, ref))
     assert metrics["kl_exact"] == pytest.approx((p * (p / q).log()).sum().item())
 
@@ -503,7 +518,7 @@ def test_what_lies_behind_the_end_changes_no_metric_and_no_step():
             assert behind.any()
             tables = {name: getattr(batch, name) + 7.0 * ~batch.mask for name in TABLES}
             batch = replace(batch, sequences=torch.where(behind, 9, batch.sequences), **tables)
-        metrics = rollout_metrics(batch, policy, ref, None, cfg)
+        metrics = rollout_metrics(batch, policy, ref, None, None, cfg)
         metrics |= update(policy, sgd(policy), batch, cfg, torch.Generator().manual_seed(0))
         found.append([v for k, v in metrics.items() if "second" not in k and "memory" not in k])
         found[-1].append(state(policy).tolist())
@@ -590,7 +605,7 @@ def train(tmp_path_factory, gpt2_folder):
             return rollout(*args)
 
         def keep_saves(*args):
-            kept.saved_after.append(len((kept.out / "metrics.jsonl").read_text().splitlines()))
+            kept.saved_after.append(len((kept.out / "log.jsonl").read_text().splitlines()))
             save_gpt2(*args)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -598,7 +613,7 @@ def train(tmp_path_factory, gpt2_folder):
             patch.setattr(ppo, "Stepper", keep_stepper)
             patch.setattr(ppo, "rollout", keep_policies)
             ppo.main(cfg)
-        kept.metrics = [json.loads(line) for line in (kept.out / "metrics.jsonl").read_text().splitlines()]
+        kept.metrics = [json.loads(line) for line in (kept.out / "log.jsonl").read_text().splitlines()]
         return kept
 
     return run

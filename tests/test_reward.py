@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from tokenizers import ByteLevelBPETokenizer
 
 import reward
 from config import BadInput, PPOConfig, RewardConfig
-from data import EOS, encode, load_splits
+from data import EOS, digest, encode, load_splits, train_wordpiece
+from model import random_generator
 from ppo import rollout
 from reward import (
     PROBES,
@@ -24,6 +26,7 @@ from reward import (
     length_batches,
     load_reward,
     log_odds,
+    masked,
     token_limit,
     tokenize,
     training_texts,
@@ -363,24 +366,31 @@ def trained(tmp_path_factory):
     cfg = RewardConfig(
         dataset=str(reviews_csv(folder / "toy.csv")), init_from="scratch", out=str(folder / "out"), vocab_size=300,
         hidden_size=32, num_layers=1, num_heads=2, max_length=64, crop_share=0.2, dropout=0.0, epochs=15.0,
-        batch_size=16, lr=3e-3, short_words=8, report_to="none",
+        batch_size=16, lr=3e-3, short_words=8, pretrain_epochs=8.0, save_dtype="fp16", report_to="none",
     )  # fmt: skip
     learned, train = {}, reward.train
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            reward, "train", lambda name, reviews, *a: learned.update({name: reviews.texts}) or train(name, reviews, *a)
+            reward,
+            "train",
+            lambda name, c, reviews, *a: learned.update({name: reviews.texts}) or train(name, c, reviews, *a),
         )
         reward.main(cfg)
     return folder / "out", cfg, learned
 
 
 def test_training_learns_the_toy_reviews(trained):
-    folder, _, _ = trained
-    results = json.loads((folder / "results.json").read_text())
+    folder, _, learned = trained
     for name in ("reward", "judge"):
-        assert results[name]["reviews"]["accuracy"] > 0.9
-        assert results[name]["short_texts"]["accuracy"] > 0.9
-        assert results[name]["reviews"]["calibration_error"] < 0.2
+        results = json.loads((folder / name / "results.json").read_text())
+        assert results["before"]["reviews"]["accuracy"] < 0.8
+        assert results["after"]["reviews"]["accuracy"] > 0.9
+        assert results["after"]["short_texts"]["accuracy"] > 0.9
+        assert results["after"]["reviews"]["calibration_error"] < 0.2
+        assert results["data"] == digest(learned[name])
+        counts = results["after"]["histogram"]
+        assert len(counts["edges"]) == len(counts["negative"]) + 1 == len(counts["positive"]) + 1
+        assert sum(counts["negative"]) + sum(counts["positive"]) == results["held_out"]
 
 
 def test_transformers_opens_what_training_wrote_and_finds_the_same_accuracy(trained):
@@ -392,8 +402,8 @@ def test_transformers_opens_what_training_wrote_and_finds_the_same_accuracy(trai
     for name in ("reward", "judge"):
         found = pipeline("text-classification", model=str(folder / name), device="cpu")(held_out.texts)
         right = [one["label"] == NAMES[label] for one, label in zip(found, held_out.labels)]
-        results = json.loads((folder / "results.json").read_text())
-        assert np.mean(right) == results[name]["reviews"]["accuracy"]
+        results = json.loads((folder / name / "results.json").read_text())
+        assert np.mean(right) == results["after"]["reviews"]["accuracy"]
 
 
 def test_the_reward_and_the_judge_learn_from_different_reviews_and_none_is_held_out(trained):
@@ -407,10 +417,41 @@ def test_the_reward_and_the_judge_learn_from_different_reviews_and_none_is_held_
 def test_each_classifier_logs_its_steps(trained):
     folder, cfg, learned = trained
     for name in ("reward", "judge"):
-        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(15 * -(-len(learned[name]) // cfg.batch_size)))
         assert {"loss", "accuracy", "lr", "grad_norm", "skipped_steps"} <= set(lines[0])
         assert lines[-1]["loss"] < lines[0]["loss"]
         assert max(line["lr"] for line in lines) <= cfg.lr
         assert 0 < lines[-1]["lr"] < 0.05 * cfg.lr
     assert re.match(r"\{", (folder / "run_config.json").read_text())
+
+
+def test_a_folder_with_a_reward_and_a_judge_is_gone_on_from_each_by_its_own(trained, tmp_path):
+    """What was right after the first run is right before the second: the weights, not new ones, and not the other's."""
+    folder, cfg, _ = trained
+    reward.main(replace(cfg, init_from=str(folder), out=str(tmp_path), epochs=0.1, lr=1e-5))
+    for name in ("reward", "judge"):
+        first, second = (json.loads((f / name / "results.json").read_text()) for f in (folder, tmp_path))
+        assert second["before"] == first["after"]
+    assert not (tmp_path / "encoder").exists()
+
+
+def test_an_encoder_fills_in_what_is_masked_better_than_by_chance(trained):
+    folder, cfg, _ = trained
+    losses = [json.loads(line)["loss"] for line in (folder / "encoder/log.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(np.log(300), rel=0.1)  # random weights: about the size of the vocabulary
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_masking_asks_for_15_percent_of_the_tokens_and_hides_80_percent_of_those():
+    """Catches special tokens that are asked for, and inputs that give away what is asked."""
+    wordpiece = train_wordpiece(TEXTS, 200)
+    cls_id, sep_id, mask_id = (wordpiece.convert_tokens_to_ids(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
+    ids = torch.full((400, 200), 150)
+    ids[:, 0], ids[:, -1] = cls_id, sep_id
+    inputs, asked = masked(ids, wordpiece, random_generator("cpu", 0))
+    assert torch.equal(inputs[~asked], ids[~asked])
+    assert asked[:, 1:-1].float().mean() == pytest.approx(0.15, abs=0.005)
+    assert not asked[:, 0].any() and not asked[:, -1].any()
+    assert (inputs[asked] == mask_id).float().mean() == pytest.approx(0.8, abs=0.02)
+    assert (inputs[asked] == 150).float().mean() == pytest.approx(0.1, abs=0.02)
