@@ -162,12 +162,8 @@ def main(cfg):
                 save_gpt2(model, tokenizer, cfg.out, dtype=SAVE_DTYPES[cfg.save_dtype])
         if step < steps:
             clock = time.time()
-            x, y = (
-                t.to(device)
-                for t in blocks(
-                    stream, block_order(step, n_blocks, cfg.batch_size, cfg.epochs, cfg.seed), cfg.block_size
-                )
-            )
+            numbers = block_order(step, n_blocks, cfg.batch_size, cfg.epochs, cfg.seed)
+            x, y = (t.to(device) for t in blocks(stream, numbers, cfg.block_size))
             lr = learning_rate(step, steps, cfg)
             stepper.set_lr(lr / cfg.lr)
             loss = train_step(model, x, y, cfg).item()

@@ -15,7 +15,6 @@ from checkpoint import load_policy, open_gpt2
 from config import EvaluateConfig
 from evaluate import CAPTIONS, distinct, interval, measure, prompt_groups, respond, samples_markdown, shown, table_text
 from log import side_by_side
-from plot import PANELS, learning_curves
 
 CFG = EvaluateConfig(prompts=16, max_prompt_len=4, response_len=12, batch_size=3, resamples=200, samples=3)
 CPU = torch.device("cpu")
@@ -96,7 +95,7 @@ SAMPLES = [("A film", [("was dull " * 9, 0.2), ("was\033[2J great\n" * 5, 0.9)])
 def test_samples_stand_side_by_side_within_the_width():
     """Every word of both, in two columns; what the model wrote reaches no terminal as a control sequence."""
     text = side_by_side(SAMPLES, width=60)
-    rows = [line for line in text.splitlines()[3:]]
+    rows = text.splitlines()[3:]
     assert "\033" not in text and all(len(line) <= 60 for line in text.splitlines())
     assert " ".join(row[:28].strip() for row in rows).split() == ["(0.20)", *("was dull " * 9).split()]
     assert " ".join(row[28:].strip() for row in rows).split() == ["(0.90)", *("was [2J great " * 5).split()]
@@ -223,13 +222,3 @@ def test_a_model_compared_with_itself_differs_in_nothing(tmp_path, monkeypatch, 
     assert results["samples"][0]["before"] == results["samples"][0]["after"]
     assert set(results["samples"][0]["before"]) == {"text", "judge"}
     assert table_text(results) in capsys.readouterr().out
-
-
-def test_the_learning_curves_are_a_picture_of_the_metrics(tmp_path):
-    names = [name for names, _ in PANELS for name in names] + ["kl_stderr"]
-    lines = [json.dumps({"step": step} | dict.fromkeys(names, step * 0.5)) for step in range(3)]
-    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
-    path = learning_curves(tmp_path)
-    assert path == tmp_path / "learning_curves.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert path.stat().st_size > 10_000
