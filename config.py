@@ -41,7 +41,7 @@ class FinetuneConfig:
     n_layer: int = 4  # transformer blocks
     n_head: int = 4  # attention heads
     n_embd: int = 256  # width
-    n_positions: int = 256  # longest context, tokens
+    n_positions: int = 512  # longest context, tokens
 
     # optimisation: AdamW with the betas and clipping of GPT-3 (Brown et al. 2020, appendix B), or Muon for the matrices
     block_size: int = 512  # context of a training example, tokens
@@ -301,6 +301,9 @@ FROM_SCRATCH = {
     "mini": {
         FinetuneConfig: dict(
             out="finetune_checkpoints/scratch",
+            n_positions=256,
+            block_size=256,
+            vocab_size=8192,
             batch_size=16,
             epochs=4.0,
             optimizer="muon",

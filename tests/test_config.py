@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 from config import (
+    FROM_SCRATCH,
     PRESETS,
     BadInput,
     EvaluateConfig,
@@ -73,7 +74,8 @@ def test_every_constant_has_a_comment_and_help_shows_it(cls, capsys, monkeypatch
 def test_a_preset_overrides_only_fields_that_exist():
     wrong = [
         (preset, cls.__name__, name)
-        for preset, overrides in PRESETS.items()
+        for table in (PRESETS, FROM_SCRATCH)
+        for preset, overrides in table.items()
         for cls, values in overrides.items()
         for name in values
         if name not in {f.name for f in fields(cls)}
@@ -85,6 +87,8 @@ def test_a_preset_overrides_only_fields_that_exist():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_passes_its_own_checks(cls, preset):
     assert parse(cls, ["--preset", preset]).preset == preset
+    if cls in (FinetuneConfig, RewardConfig):
+        assert parse(cls, ["--preset", preset, "--init_from", "scratch"]).init_from == "scratch"
 
 
 def test_a_flag_beats_the_preset_and_the_preset_beats_the_default():
@@ -92,6 +96,15 @@ def test_a_flag_beats_the_preset_and_the_preset_beats_the_default():
     assert parse(PPOConfig, ["--preset", "mini"]).steps == PRESETS["mini"][PPOConfig]["steps"] == 60
     assert parse(PPOConfig, ["--steps", "3", "--preset", "mini"]).steps == 3
     assert parse(PPOConfig, ["--preset=mini", "--steps", "200"]).steps == 200  # the default's value, given as a flag
+
+
+def test_from_scratch_has_more_overrides_that_a_flag_beats_too():
+    """How the models in asset/mini were made: catches the constants of the short run in the long one."""
+    long = FROM_SCRATCH["mini"][FinetuneConfig]
+    cfg = parse(FinetuneConfig, ["--preset", "mini", "--init_from", "scratch", "--lr", "0.5"])
+    assert (cfg.epochs, cfg.optimizer, cfg.out, cfg.lr) == (long["epochs"], "muon", long["out"], 0.5)
+    assert cfg.dataset == PRESETS["mini"][FinetuneConfig]["dataset"]  # what both share stands in one place
+    assert parse(FinetuneConfig, ["--init_from", "scratch"]) == FinetuneConfig(init_from="scratch")
 
 
 def test_a_config_cannot_be_changed_after_it_was_checked():

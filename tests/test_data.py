@@ -15,6 +15,7 @@ from data import (
     clean,
     encode,
     key,
+    language_model_texts,
     load_splits,
     pack,
     prompt_batch,
@@ -73,6 +74,13 @@ def test_no_review_is_in_two_splits_and_none_is_lost(source):
     splits = source(ROWS)
     assert sum(len(reviews.texts) for reviews in splits.values()) == 400
     assert set().union(*texts_by_split(splits).values()) == {text for text, _ in ROWS}
+
+
+def test_gpt2_learns_from_no_review_that_gives_prompts_or_is_held_out(source):
+    splits = source(ROWS)
+    learned = set(language_model_texts(splits))
+    assert learned == set(splits["reward"].texts) | set(splits["judge"].texts)
+    assert not learned & set(splits["prompts"].texts + splits["evaluation"].texts)
 
 
 def test_every_split_has_both_labels_and_about_its_share(source):

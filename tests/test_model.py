@@ -817,6 +817,19 @@ def test_three_bad_gradients_in_a_row_stop_the_run_and_two_with_a_good_one_betwe
     assert stepper.model.weight.tolist() == [[-0.5, 0]]
 
 
+def test_every_group_of_every_optimizer_follows_the_schedule_from_its_own_peak():
+    """O5: catches a rate that only the first group gets, and one that is cut from what the last step left."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    adamw = torch.optim.AdamW(decay_groups(model[0].parameters(), 0.1), lr=0.5)
+    stepper = Stepper(model, [adamw, Muon([model[1].weight], lr=0.2)], grad_clip=1.0)
+    for share in (0.1, 0.5):
+        stepper.set_lr(share)
+        assert [[group["lr"] for group in o.param_groups] for o in stepper.optimizers] == [
+            [0.5 * share] * 2,
+            [0.2 * share],
+        ]
+
+
 def test_weight_decay_takes_matrices_and_leaves_biases_and_gains():
     with torch.device("meta"):
         gpt2 = GPT2(GPT2Config())
