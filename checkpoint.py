@@ -31,6 +31,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 VALUE_HEAD = "value_head.safetensors"
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old releases stored among the weights
 RUN_CONFIG = "run_config.json"  # the config of the run, beside Hugging Face's config.json of the model
+RESULTS = "results.json"  # the figures of a run that is whole
 CHECKPOINTS = "checkpoints"  # in the folder of a run: a folder a step, what --resume True goes on from
 
 # fields of config.json that would change the arithmetic, and the values that model.py implements
@@ -154,16 +155,19 @@ def check_run(cfg):
                 f"{cfg.out} holds a run of another config ({', '.join(changed[:5])}): --force True replaces it, "
                 "--out names another folder"
             )
-    if latest_checkpoint(cfg.out) and not (cfg.force or cfg.resume):
+    unfinished, resume = latest_checkpoint(cfg.out), getattr(cfg, "resume", False)
+    if unfinished and not (cfg.force or resume):
         raise BadInput(
             f"{cfg.out} holds an unfinished run: --resume True goes on with it, --force True begins anew, --out names "
             "another folder"
         )
+    if resume and not unfinished and (Path(cfg.out) / RESULTS).is_file():
+        raise BadInput(f"{cfg.out} holds a finished run: there is nothing to resume; without --resume it begins anew")
 
 
-def need_disk(out, model):
-    """BadInput unless the disk has room for two copies of the model: the old one stays until the new one is whole."""
-    need, free = 2 * sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(out).free
+def need_disk(out, model, copies=2):
+    """BadInput unless the disk has room for so many copies of the model: an old one stays until its heir is whole."""
+    need, free = copies * sum(p.numel() * p.element_size() for p in model.parameters()), shutil.disk_usage(out).free
     if free < need:
         raise BadInput(
             f"{out} has {free:,} bytes free, saving the model needs {need:,}: free some, or use another folder by --out"
@@ -216,6 +220,9 @@ def match(found, expected, where):
 # ---- what a run goes on from
 
 
+COPIES_WITH_CHECKPOINTS = 2 + 3 * 3  # of a model on disk: old and new weights; two checkpoints kept, a third written
+
+
 def save_checkpoint(out, model, optimizers, state, keep=2):
     """Write all that a run needs to go on: weights, the optimizers' moments and the loop's own state, JSON with "step".
 
@@ -243,8 +250,16 @@ def latest_checkpoint(out):
     return max((Path(out) / CHECKPOINTS).glob("[0-9]*"), default=None)
 
 
-def load_checkpoint(folder, model, optimizers):
-    """Put weights and moments back where save_checkpoint took them from; returns the loop's own state."""
+def load_checkpoint(folder, model, optimizers, data):
+    """Put weights and moments back where save_checkpoint took them from; returns the loop's own state.
+
+    data: the hash of the texts that the run learns from; BadInput where the checkpoint's state has another.
+    """
+    state = read_json(folder / "state.json")
+    if state["data"] != data:
+        raise BadInput(
+            f"{folder} learned from other texts: their hash is {state['data']}, that of the dataset now {data}"
+        )
     tensors, moments = {}, [{} for _ in optimizers]
     for name, tensor in read_file(folder / "tensors.safetensors"):
         kind, _, name = name.partition(".")
@@ -257,7 +272,7 @@ def load_checkpoint(folder, model, optimizers):
     model.load_state_dict(tensors)
     for optimizer, found in zip(optimizers, moments):
         optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
-    return read_json(folder / "state.json")
+    return state
 
 
 # ---- GPT-2 folders
@@ -365,6 +380,8 @@ def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32):
         eos_token_id=tokenizer.eos_token_id,
         dtype=str(dtype).removeprefix("torch."),
     )
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise BadInput(f"{out} was not written: a weight is not a finite number in {dtype}")
     with replacing(out) as folder:
         tokenizer.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(config, indent=1))

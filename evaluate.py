@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import check_context, load_policy, open_gpt2, write_text
+from checkpoint import RESULTS, check_context, load_policy, open_gpt2, write_text
 from config import BadInput, EvaluateConfig, run
 from data import load_splits, prompt_pool
 from log import one_line, side_by_side
@@ -141,7 +141,7 @@ def samples_markdown(samples):
     """What shown returns as a Markdown table. Generated text is untrusted: nothing in it stays markup."""
 
     def quote(text):
-        return "".join(f"&#{ord(c)};" if c in "<>&|\\`*_[]!#~$:@" else c for c in one_line(text, 400))
+        return "".join(f"&#{ord(c)};" if c in "<>&|\\`*_[]!#~$:@." else c for c in one_line(text, 400))
 
     lines = ["| prompt | before PPO | judge | after PPO | judge |", "|---|---|---|---|---|"]
     for prompt, sides in samples:
@@ -181,7 +181,7 @@ def main(cfg):
         raise BadInput(f"prompts is {cfg.prompts}, and the held-out reviews give {len(pool)}")
 
     if cfg.self_check:
-        print("self-check: reward:", check_reward(reward_fn), "| judge:", check_reward(judge))
+        print("self-check: reward:", check_reward(reward_fn), "| judge:", check_reward(judge, "judge"))
 
     policies = {name: load_policy(*parts, bf16).to(device).eval() for name, parts in opened.items()}
     groups = list(prompt_groups(pool, cfg))
@@ -201,7 +201,7 @@ def main(cfg):
     ]
 
     out = Path(cfg.after)
-    write_text(out / "results.json", json.dumps(results, indent=1))
+    write_text(out / RESULTS, json.dumps(results, indent=1))
     write_text(out / "samples.md", samples_markdown(samples))
     print(f"\n{cfg.prompts} held-out prompts, the same for both; 95 % bootstrap intervals\n\n{table_text(results)}\n")
     print(side_by_side(samples))

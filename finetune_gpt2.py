@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from checkpoint import (
     CHECKPOINTS,
+    COPIES_WITH_CHECKPOINTS,
+    RESULTS,
     check_run,
     latest_checkpoint,
     load_checkpoint,
@@ -32,7 +34,8 @@ from checkpoint import (
 from config import BadInput, FinetuneConfig, run
 from data import block_order, digest, language_model_texts, load_splits, pack, train_bpe
 from log import RunLog, finetune_sheet
-from model import GPT2, SAVE_DTYPES, GPT2Config, Stepper, make_optimizers, pick_device
+from model import GPT2, SAVE_DTYPES, GPT2Config, pick_device
+from optimizer import Stepper, make_optimizers
 
 
 def plan(n_tokens, cfg):
@@ -76,10 +79,10 @@ def validate(model, stream, characters, block_size, batch_size, eos_id):
     if whole < len(stream):
         batches.append((inputs[None, whole:], targets[None, whole:]))
     nll = sum(
-        F.cross_entropy(model(x.to(device)).flatten(0, 1), y.to(device).flatten(), reduction="sum").double()
+        F.cross_entropy(model(x.to(device)).flatten(0, 1), y.to(device).flatten(), reduction="sum").item()
         for x, y in batches
     )
-    return math.exp(nll.item() / len(stream)), nll.item() / math.log(2) / characters
+    return math.exp(nll / len(stream)), nll / math.log(2) / characters
 
 
 def validation_texts(texts, tokenizer, n_tokens):
@@ -129,29 +132,29 @@ def main(cfg):
     model.to(device)
     stream = pack(texts, tokenizer)
     n_blocks, steps = plan(len(stream), cfg)
-    held_out = validation_texts(splits["prompts"].texts, tokenizer, cfg.eval_tokens)
-    validation = pack(held_out, tokenizer), sum(map(len, held_out))
+    validation_reviews = validation_texts(splits["prompts"].texts, tokenizer, cfg.eval_tokens)
+    validation = pack(validation_reviews, tokenizer), sum(map(len, validation_reviews))
 
     matrices = [p for p in model.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     optimizers = make_optimizers(model, matrices, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), muon_lr=cfg.muon_lr)
     stepper = Stepper(model, optimizers, cfg.grad_clip)
     state = {"step": 0, "start": None, "best": None, "skipped_steps": 0}
     if checkpoint := latest_checkpoint(cfg.out) if cfg.resume else None:
-        state = load_checkpoint(checkpoint, model, stepper.optimizers)
+        state = load_checkpoint(checkpoint, model, optimizers, digest(texts))
         print(f"going on from {checkpoint}")
     first_step, start, best, stepper.skipped = (state[name] for name in ("step", "start", "best", "skipped_steps"))
-    log = RunLog(cfg, model, first_step=first_step)
+    log = RunLog(cfg, model, first_step=first_step, copies=COPIES_WITH_CHECKPOINTS)
     if cfg.compile:
         model.compile()
-    counts = len(texts), len(stream), len(held_out), len(validation[0])
+    counts = len(texts), len(stream), len(validation_reviews), len(validation[0])
     print(finetune_sheet(cfg, model, steps, *counts, device), flush=True)
 
     progress = tqdm(range(first_step, steps + 1), "fine-tune", initial=first_step, total=steps + 1, unit="step")
     for step in progress:
         metrics = {}
         if step > first_step and step % cfg.save_every == 0:
-            state = dict(step=step, start=start, best=best, skipped_steps=stepper.skipped)
-            save_checkpoint(cfg.out, model, stepper.optimizers, state)
+            state = dict(step=step, start=start, best=best, skipped_steps=stepper.skipped, data=digest(texts))
+            save_checkpoint(cfg.out, model, optimizers, state)
         if step % cfg.eval_every == 0 or step == steps:
             now = validate(model, *validation, cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id)
             metrics = dict(zip(("val_perplexity", "val_bits_per_character"), now))
@@ -172,6 +175,8 @@ def main(cfg):
             tok_s = f"{metrics['tokens_per_second']:.0f}"
             progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=tok_s, refresh=False)
         log.write(step, tokens=step * cfg.batch_size * cfg.block_size, **metrics)
+    stored = load_gpt2(Path(cfg.out), model.config, len(tokenizer), bf16).to(device)  # as it was rounded
+    after = validate(stored, *validation, cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id)
     results = {
         "data": digest(texts),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -179,12 +184,12 @@ def main(cfg):
         "seconds": log.close(),
         "validation_tokens": len(validation[0]),
         "before": dict(zip(("perplexity", "bits_per_character"), start)),
-        "after": dict(zip(("perplexity", "bits_per_character"), best)),
+        "after": dict(zip(("perplexity", "bits_per_character"), after)),
     }
-    write_text(Path(cfg.out) / "results.json", json.dumps(results, indent=1))
+    write_text(Path(cfg.out) / RESULTS, json.dumps(results, indent=1))
     shutil.rmtree(Path(cfg.out) / CHECKPOINTS, ignore_errors=True)  # the run is whole
     print(
-        f"validation perplexity {start[0]:.2f} before, {best[0]:.2f} after, {best[1]:.3f} bits a character: {cfg.out}"
+        f"validation perplexity {start[0]:.2f} before, {after[0]:.2f} after, {after[1]:.3f} bits a character: {cfg.out}"
     )
 
 

@@ -1,5 +1,6 @@
 """What a run leaves to read: its config, log.jsonl, TensorBoard or W&B beside it; and tables for the terminal."""
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CHECKPOINTS, RUN_CONFIG, need_disk, write_text
-from config import BadInput
+from checkpoint import CHECKPOINTS, RESULTS, RUN_CONFIG, need_disk, write_text
+from config import BadInput, printable
 from model import exact_kl
 
 
@@ -24,25 +25,27 @@ class RunLog:
 
     Making one starts the run's folder: the config is written, log and checkpoints of an earlier run there are deleted;
     where a run goes on with first_step, the log up to it stays and so do the checkpoints. BadInput when the folder
-    cannot be written or the disk has no room for the model.
+    cannot be written or the disk has no room for so many copies of the model.
     """
 
-    def __init__(self, cfg, model, part="", first_step=0):
+    def __init__(self, cfg, model, part="", first_step=0, copies=2):
         self.out, self.start, self.tensorboard, self.wandb = Path(cfg.out, part), time.time(), None, None
         if cfg.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
             raise BadInput("report_to is wandb, which is not installed: pip install wandb, or --report_to tensorboard")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            need_disk(self.out, model)
+            need_disk(self.out, model, copies)
             write_text(Path(cfg.out, RUN_CONFIG), json.dumps(asdict(cfg), indent=1))
             file = self.out / "log.jsonl"
-            earlier = file.read_text(encoding="utf-8").splitlines()[:first_step] if first_step else []
-            write_text(file, "".join(line + "\n" for line in earlier))
+            earlier = [line for line in read_lines(file) if line["step"] < first_step]
+            write_text(file, "".join(json.dumps(line) + "\n" for line in earlier))
             self.file = open(file, "a", encoding="utf-8")
             if earlier:
-                self.start -= json.loads(earlier[-1])["seconds"]
-            else:
+                self.start -= earlier[-1]["seconds"]
+            if not first_step:
                 shutil.rmtree(self.out / CHECKPOINTS, ignore_errors=True)
+                for old in (RESULTS, "samples.md", "learning_curves.png"):  # of other weights than those to come
+                    (self.out / old).unlink(missing_ok=True)
         except OSError as error:
             raise BadInput(f"cannot write to {self.out}: {error}") from None
         if cfg.report_to == "tensorboard":
@@ -75,6 +78,15 @@ class RunLog:
         if self.wandb:
             self.wandb.finish()
         return round(time.time() - self.start, 2)
+
+
+def read_lines(file):
+    """The lines of a log as dicts; one that a crash left half written is none, nor is there any without a file."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
 
 
 @torch.no_grad()
@@ -190,7 +202,7 @@ def show(progress, step, metrics, batch, cfg):
 
 def one_line(text, width):
     """Text for a table: control characters and newlines as spaces, cut to width with an ellipsis."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = printable(text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -206,8 +218,8 @@ def side_by_side(samples, width=None):
     samples: (prompt, [(response, judge's probability of POSITIVE) before, and after]) each. Colours only for a terminal
     (or FORCE_COLOR), and never with NO_COLOR (no-color.org). width: of the whole, the terminal's when None.
     """
-    colours = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
-    column = min(width or shutil.get_terminal_size().columns, 160) // 2 - 2
+    colours = not os.environ.get("NO_COLOR") and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+    column = max(20, min(width or shutil.get_terminal_size().columns, 160)) // 2 - 2
 
     def paint(text, code):
         return f"\033[{code}m{text}\033[0m" if colours else text

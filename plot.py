@@ -21,6 +21,8 @@ from matplotlib.textpath import text_to_path
 matplotlib.use("Agg")  # files only, no screen
 import matplotlib.pyplot as plt
 
+from config import printable
+
 ASSET = Path("asset")
 WIDTH, SMALL, LINE = 10, 10, 0.19  # inches; points, 11.5 pixels at the 830 of GitHub's README; inches between two lines
 INK, GREY = "#222222", "#6b6b6b"
@@ -227,7 +229,7 @@ def ppo():
 def wrap(text, width, weight="normal"):
     """Text as lines of at most this width, too long words broken. Control characters and newlines become spaces."""
     font, lines = FontProperties(size=SMALL, weight=weight), [""]
-    for c in " ".join("".join(c if c.isprintable() else " " for c in text).split()):
+    for c in printable(text):
         line = lines[-1] + c
         if text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] <= width * 72:
             lines[-1:] = [line]
@@ -285,6 +287,8 @@ def main(argv):
             return 0
     except OSError as error:
         message = f"{error.filename}: {error.strerror}"
+    except (KeyError, ValueError) as error:
+        message = f"a log or results.json is damaged, or of another version: {error!r}"
     print(f"error: {message}", file=sys.stderr)
     return 2
 

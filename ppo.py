@@ -22,7 +22,8 @@ from checkpoint import check_context, check_run, load_policy, open_gpt2, save_gp
 from config import PPOConfig, run
 from data import load_splits, prompt_batch, prompt_pool
 from log import RunLog, average, ppo_sheet, rollout_metrics, show
-from model import Stepper, check_policy, pick_device, random_generator
+from model import check_policy, pick_device, random_generator
+from optimizer import Stepper
 from reward import SentimentReward, check_finite, check_reward, load_reward
 
 # ---- the arithmetic: tensors in, tensors out
@@ -224,6 +225,8 @@ def main(cfg):
     print(ppo_sheet(cfg, policy, reward_fn, len(pool), device), flush=True)
     if cfg.self_check:
         print("self-check:", check_policy(policy, ref_policy, first_prompts, cfg), "|", check_reward(reward_fn))
+        if judge:
+            print("self-check: judge:", check_reward(judge, "judge"))
     log = RunLog(cfg, policy)
     if cfg.compile:
         policy.compile()

@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import check_run, first_line, locate, replacing, write_text
+from checkpoint import RESULTS, check_run, first_line, locate, replacing, write_text
 from config import BadInput, RewardConfig, run
-from data import Reviews, block_order, digest, encode, language_model_texts, load_splits, train_wordpiece
+from data import Reviews, digest, language_model_texts, load_splits
+from encoder import pretrain
 from log import RunLog, sheet
-from model import SAVE_DTYPES, Stepper, make_optimizers, pick_device, random_generator
+from model import SAVE_DTYPES, pick_device
+from optimizer import Stepper, make_optimizers, warm_up_and_decay
 
 PROBES = (  # (positive, negative): what any sentiment classifier tells apart
     ("I loved this movie, it was wonderful throughout.", "I hated this movie, it was terrible throughout."),
@@ -58,10 +60,12 @@ class SentimentReward:
 
         logging.disable_progress_bar()
         folder = locate(name)
-        labels = positive_index(AutoConfig.from_pretrained(folder).id2label, positive_label, name)
         try:
+            labels = positive_index(AutoConfig.from_pretrained(folder).id2label, positive_label, name)
             model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder)
+        except BadInput:
+            raise
         except Exception as error:  # transformers raises whatever its readers do
             raise BadInput(f"classifier {name} cannot be read: {first_line(error)}") from None
         return cls(model, tokenizer, labels, kind, device=device)
@@ -151,7 +155,7 @@ def check_finite(what, values, texts):
         raise BadInput(f"{what} of text {row} is {values[row].item()}: {texts[row]!r}")
 
 
-def check_reward(reward_fn):
+def check_reward(reward_fn, name="reward"):
     """What the reward makes of the probe sentences, as text; BadInput when it ranks them wrongly or not at all.
 
     A classifier must put the positive ones a log-odd above the negative ones on average. A user's function may reward
@@ -164,7 +168,7 @@ def check_reward(reward_fn):
         if not gap > 1:
             label = reward_fn.model.config.id2label[reward_fn.positive]
             raise BadInput(
-                f"the reward ranks probe sentences wrongly: the log-odds of {label!r} are {gap:.2f} higher on positive "
+                f"the {name} ranks probe sentences wrongly: the log-odds of {label!r} are {gap:.2f} higher on positive "
                 f"sentences than on negative ones, and must be 1 higher: is it the positive label, the model trained?"
             )
         return f"probe sentences {gap:.1f} log-odds apart"
@@ -194,77 +198,6 @@ def training_texts(texts, epoch, cfg):
     return out
 
 
-def masked(ids, tokenizer, generator):
-    """What masked-token prediction asks (Devlin et al. 2018, section 3.1): ids (B, L) -> inputs and asked, (B, L) each.
-
-    15 % of the tokens are asked for, [CLS] and [SEP] never; of those 80 % are [MASK] in the inputs, 10 % random tokens.
-    """
-    special = (ids == tokenizer.cls_token_id) | (ids == tokenizer.sep_token_id)
-    asked = (torch.rand(ids.shape, generator=generator) < 0.15) & ~special
-    fate = torch.rand(ids.shape, generator=generator)
-    inputs = torch.where(asked & (fate < 0.8), tokenizer.mask_token_id, ids)
-    anything = torch.randint(len(tokenizer), ids.shape, generator=generator)
-    return torch.where(asked & (fate >= 0.9), anything, inputs), asked
-
-
-def pretrain(cfg, texts, device, bf16):
-    """Make an encoder from scratch: a WordPiece of texts, and a BERT that learned to fill in their masked tokens.
-
-    Writes a Hugging Face folder, <out>/encoder, and returns its path: a start for the classifiers like bert-base-cased.
-    """
-    from transformers import BertConfig, BertForMaskedLM
-
-    print(f"training a tokenizer of {cfg.vocab_size:,} tokens", flush=True)
-    tokenizer = train_wordpiece(texts, cfg.vocab_size)
-    tokenizer.model_max_length = cfg.max_length
-    torch.manual_seed(cfg.seed)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=cfg.hidden_size,
-        num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads,
-        intermediate_size=4 * cfg.hidden_size,
-        max_position_embeddings=cfg.max_length,
-        hidden_dropout_prob=0.0,  # 15 % of a few epochs is too little to learn by heart
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = BertForMaskedLM(config).to(device).train()
-    inside = [p for p in model.bert.encoder.parameters() if p.dim() == 2]
-    optimizers = make_optimizers(model, inside, cfg.pretrain_lr, cfg.weight_decay, muon_lr=cfg.muon_lr)
-    stepper, log = Stepper(model, optimizers, cfg.grad_clip), RunLog(cfg, model, part="encoder")
-    inner = cfg.max_length - 2  # [CLS] and [SEP] stand around each block
-    stream = np.concatenate(encode(texts, tokenizer))
-    blocks = stream[: len(stream) // inner * inner].reshape(-1, inner)
-    blocks = np.pad(
-        blocks, ((0, 0), (1, 1)), constant_values=((0, 0), (tokenizer.cls_token_id, tokenizer.sep_token_id))
-    )
-    blocks = torch.from_numpy(blocks)
-    steps = math.ceil(int(cfg.pretrain_epochs * len(blocks)) / cfg.batch_size)
-    progress = tqdm(range(steps), "pretrain the encoder", unit="step")
-    for step in progress:
-        rows = block_order(step, len(blocks), cfg.batch_size, cfg.pretrain_epochs, cfg.seed)
-        inputs, asked = masked(blocks[rows], tokenizer, random_generator("cpu", cfg.seed, 6, step))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            hidden = model.bert(inputs.to(device)).last_hidden_state[asked]  # (asked tokens, C): the rest is not asked
-            logits = model.cls(hidden)
-        loss = F.cross_entropy(logits.float(), blocks[rows][asked].to(device))
-        loss.backward()
-        stepper.set_lr(warm_up_and_decay(step, steps))
-        log.write(step, loss=loss.item(), grad_norm=stepper.step(), skipped_steps=stepper.skipped)
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    log.close()
-    with replacing(log.out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return str(log.out)
-
-
-def warm_up_and_decay(step, steps):
-    """Share of the peak learning rate: linearly up over a tenth of the steps, then linearly to 0 behind the last."""
-    return min((step + 1) / math.ceil(steps / 10), (steps - step) / steps / 0.9)
-
-
 def open_classifier(name, dropout):
     """(classifier, tokenizer) of a folder or hub name, labels NEGATIVE and POSITIVE; an encoder gets a new head."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, logging
@@ -272,9 +205,9 @@ def open_classifier(name, dropout):
     logging.set_verbosity_error()  # that the head of an encoder is new is what is wanted here
     folder = locate(name)
     labels = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
-    config = AutoConfig.from_pretrained(folder, **labels)
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     try:
+        config = AutoConfig.from_pretrained(folder, **labels)
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
         model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever its readers do
@@ -313,6 +246,8 @@ def train(name, classifier, reviews, cfg, bf16):
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
     progress.close()
     model.eval().to(SAVE_DTYPES[cfg.save_dtype])
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise BadInput(f"{log.out} was not written: a weight is not a finite number in {cfg.save_dtype}")
     with replacing(log.out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -375,7 +310,7 @@ def main(cfg):
     device, bf16 = pick_device(cfg)
     # a folder with reward/ and judge/ in it: each goes on from its own; else both begin with the same encoder
     starts = {name: f"{cfg.init_from}/{name}" for name in ("reward", "judge")}
-    if not all(Path(start).is_dir() for start in starts.values()):
+    if not any(Path(start).is_dir() for start in starts.values()):
         starts = dict.fromkeys(starts, cfg.init_from)
     if cfg.init_from != "scratch":
         for start in starts.values():
@@ -387,7 +322,7 @@ def main(cfg):
     for name, start in starts.items():
         rows = {"from": start, "reviews": f"{len(splits[name].texts):,} of its own", "device": device}
         print(sheet(f"training the {name}", rows), flush=True)
-        torch.manual_seed(cfg.seed)  # of the new head
+        torch.manual_seed(cfg.seed + (name == "judge"))  # of the new head: not twice the same
         classifier = SentimentReward(*open_classifier(start, cfg.dropout), positive=1, device=device)
         before = report(classifier, held_out, cfg)
         seconds = train(name, classifier, splits[name], cfg, bf16)
@@ -396,10 +331,10 @@ def main(cfg):
             "parameters": sum(p.numel() for p in classifier.model.parameters()),
             "seconds": seconds,
             "held_out": len(held_out.texts),
-            "before": before,
+            "before": {name: before[name] for name in ("reviews", "short_texts")},
             "after": report(classifier, held_out, cfg),
         }
-        write_text(Path(cfg.out, name, "results.json"), json.dumps(results, indent=1))
+        write_text(Path(cfg.out, name, RESULTS), json.dumps(results, indent=1))
         for what, texts in (("reviews", "reviews"), ("short_texts", f"first {cfg.short_words} words")):
             accuracy, error = results["after"][what].values()
             print(

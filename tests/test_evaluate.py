@@ -58,7 +58,7 @@ def test_every_prompt_is_in_one_group_and_a_group_has_one_length(prompts):
 
 def test_generated_text_cannot_become_markup_in_the_samples():
     """Nothing but letters of it is left, and a reader sees the text as it was."""
-    nasty = "<script>alert('a')</script> | `code` **bold** [x](y) ![i](j) $m$ a\nb\r\u2028c @you"
+    nasty = "<script>alert('a')</script> | `code` **bold** [x](y) ![i](j) $m$ a\nb\r\u2028c @you www.x.org"
     sides = {
         side: {"prompts": ["A film"], "texts": ["A film" + nasty], "judge_probability": [0.5]}
         for side in ("before", "after")
@@ -67,7 +67,7 @@ def test_generated_text_cannot_become_markup_in_the_samples():
     header, rule, line = markdown.splitlines()
     cells = line.split("|")[1:-1]
     assert header.count("|") == rule.count("|") == line.count("|") == 6
-    assert not re.search(r"[<>`*\[\]!$@]|&(?!#\d+;|\w+;)", line)
+    assert not re.search(r"[<>`*\[\]!$@]|www\.|&(?!#\d+;|\w+;)", line)
     assert html.unescape(cells[1]).strip() == " ".join(nasty.split())
 
 

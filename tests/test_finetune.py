@@ -11,10 +11,19 @@ import torch
 from conftest import reviews_csv
 
 import finetune_gpt2
-from checkpoint import latest_checkpoint, load_checkpoint, load_gpt2, open_gpt2, read_tensors, save_checkpoint
+from checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_gpt2,
+    open_gpt2,
+    read_tensors,
+    save_checkpoint,
+    save_gpt2,
+)
 from config import BadInput, FinetuneConfig
 from data import block_order, encode, load_splits, pack
 from finetune_gpt2 import blocks, learning_rate, train_step, validate, validation_texts
+from log import RunLog
 from model import GPT2, GPT2Config
 
 LN2 = math.log(2)
@@ -325,14 +334,83 @@ def test_resume_where_there_is_nothing_to_resume_starts_the_run(unbroken, monkey
     assert lines_of(tmp_path / "out") == lines_of(cfg.out)
 
 
+def test_a_finished_run_is_not_resumed_and_stays_as_it_is(unbroken, monkeypatch):
+    """A restart loop would train it anew, over the weights that are there."""
+    cfg, folder = unbroken
+    monkeypatch.chdir(folder)
+    weights = (folder / "out/model.safetensors").read_bytes()
+    with pytest.raises(BadInput, match="holds a finished run"):
+        finetune_gpt2.main(replace(cfg, resume=True))
+    assert (folder / "out/model.safetensors").read_bytes() == weights
+
+
+def test_a_run_is_not_resumed_on_other_reviews(unbroken, monkeypatch, tmp_path):
+    """Weights would meet other token ids without a word."""
+    cfg, folder = unbroken
+    monkeypatch.chdir(tmp_path)
+    cfg, taken = replace(cfg, dataset=str(reviews_csv(tmp_path / "toy.csv", rows=120)), out="out"), []
+
+    def dies(*args):
+        taken.append(args)
+        raise Killed
+
+    save = finetune_gpt2.save_checkpoint
+    monkeypatch.setattr(finetune_gpt2, "save_checkpoint", lambda *args: save(*args) or dies(*args))
+    with pytest.raises(Killed):
+        finetune_gpt2.main(cfg)
+    reviews_csv(tmp_path / "toy.csv", rows=124)
+    with pytest.raises(BadInput, match="00000003 learned from other texts"):
+        finetune_gpt2.main(replace(cfg, resume=True))
+    assert len(taken) == 1
+
+
+def test_a_new_run_leaves_no_figures_of_the_weights_before(tmp_path):
+    cfg = FinetuneConfig(out=str(tmp_path), report_to="none")
+    for name in ("results.json", "samples.md", "learning_curves.png", "config.json"):
+        (tmp_path / name).write_text("old")
+    RunLog(cfg, tiny()).close()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "log.jsonl", "run_config.json"]
+
+
+@pytest.mark.parametrize("lost", ["", "the last line", "everything", "the file"])
+def test_a_log_that_a_crash_left_short_or_torn_goes_on_without_a_step_twice(tmp_path, lost):
+    """The checkpoint is on the disk for certain, the end of the log is not."""
+    cfg, file = FinetuneConfig(out=str(tmp_path), report_to="none"), tmp_path / "log.jsonl"
+    log = RunLog(cfg, tiny())
+    for step in range(5):
+        log.write(step, loss=1.0)
+    log.close()
+    save_checkpoint(tmp_path, tiny(), [], {"step": 3})
+    whole = file.read_text()
+    kept = {"": whole, "the last line": whole[:-10], "everything": "", "the file": None}[lost]
+    file.unlink() if kept is None else file.write_text(kept)
+    log = RunLog(cfg, tiny(), first_step=3)
+    for step in range(3, 6):
+        log.write(step, loss=1.0)
+    log.close()
+    assert [line["step"] for line in lines_of(tmp_path)] == list(range(0 if kept else 3, 6))
+    assert latest_checkpoint(tmp_path).name == "00000003"
+
+
+def test_a_weight_too_large_for_16_bits_is_refused_and_the_old_weights_stay(tokenizer, tmp_path):
+    model = tiny()
+    save_gpt2(model, tokenizer, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.ln_f.weight[0] = 7e4
+    with pytest.raises(BadInput, match=r"not a finite number in torch\.float16"):
+        save_gpt2(model, tokenizer, tmp_path, dtype=torch.float16)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 def test_the_latest_two_checkpoints_are_kept_and_one_that_was_cut_short_is_none(tmp_path):
     model = tiny()
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (3, 6, 9):
-        save_checkpoint(tmp_path, model, [optimizer], {"step": step, "best": [1.5, 2.0]})
+        save_checkpoint(tmp_path, model, [optimizer], {"step": step, "data": "a", "best": [1.5, 2.0]})
     (tmp_path / "checkpoints/.saving-x/checkpoint").mkdir(parents=True)
     assert [f.name for f in sorted((tmp_path / "checkpoints").glob("[0-9]*"))] == ["00000006", "00000009"]
-    assert load_checkpoint(latest_checkpoint(tmp_path), tiny(), [optimizer]) == {"step": 9, "best": [1.5, 2.0]}
+    assert load_checkpoint(latest_checkpoint(tmp_path), tiny(), [optimizer], "a")["best"] == [1.5, 2.0]
 
 
 def test_weights_stored_in_16_bits_are_the_trained_ones_rounded(unbroken):

@@ -9,7 +9,7 @@ from test_ppo import tiny_policy as any_policy
 
 from config import PPOConfig
 from log import rollout_metrics
-from model import Stepper
+from optimizer import Stepper
 from ppo import rollout, update
 
 

@@ -34,18 +34,15 @@ from model import (
     GPT2,
     GPT2Config,
     KVCache,
-    Muon,
     Policy,
-    Stepper,
     cached_logprobs,
     check_policy,
-    decay_groups,
     exact_kl,
-    orthogonal,
     pick_device,
     random_generator,
     token_logprobs,
 )
+from optimizer import Muon, Stepper, decay_groups, orthogonal
 
 CLOSE = dict(atol=1e-9, rtol=0)
 N_POSITIONS = 48  # of conftest.hf_gpt2

@@ -18,7 +18,8 @@ import ppo
 from checkpoint import save_gpt2
 from config import BadInput, PPOConfig
 from log import rollout_metrics, show
-from model import GPT2, GPT2Config, Policy, Stepper
+from model import GPT2, GPT2Config, Policy
+from optimizer import Stepper
 from ppo import AdaptiveKL, Rollout, gae, ppo_loss, response_mask, rollout, token_rewards, update, whiten
 
 EOS = 0
