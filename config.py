@@ -320,7 +320,21 @@ FROM_SCRATCH = {
             save_every=150,
             save_dtype="fp16",
         ),
-        RewardConfig: dict(out="reward_checkpoints/scratch"),
+        RewardConfig: dict(
+            out="reward_checkpoints/scratch",
+            vocab_size=8192,
+            hidden_size=192,
+            num_layers=2,
+            num_heads=3,
+            pretrain_epochs=3.0,
+            max_length=256,
+            batch_size=32,
+            dropout=0.1,
+            crop_share=0.6,
+            epochs=4.0,
+            lr=3e-4,
+            save_dtype="fp16",
+        ),
     },
 }
 
