@@ -31,6 +31,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 VALUE_HEAD = "value_head.safetensors"
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old releases stored among the weights
 RUN_CONFIG = "run_config.json"  # the config of the run, beside Hugging Face's config.json of the model
+SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # save_dtype: of stored weights
 RESULTS = "results.json"  # the figures of a run that is whole
 CHECKPOINTS = "checkpoints"  # in the folder of a run: a folder a step, what --resume True goes on from
 

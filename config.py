@@ -298,7 +298,7 @@ PRESETS = {
     },
 }
 
-# What `--init_from scratch` changes in a preset besides: how the models in asset/mini were made
+# What `--init_from scratch` changes in a preset besides: larger models, trained for longer
 FROM_SCRATCH = {
     "gpt2": {},
     "mini": {

@@ -138,7 +138,7 @@ def table_text(results):
 
 
 def samples_markdown(samples):
-    """What shown returns as a Markdown table. Generated text is untrusted: nothing in it stays markup."""
+    """What sample_answers returns as a Markdown table. Generated text is untrusted: nothing in it stays markup."""
 
     def quote(text):
         return "".join(f"&#{ord(c)};" if c in "<>&|\\`*_[]!#~$:@." else c for c in one_line(text, 400))
@@ -150,7 +150,7 @@ def samples_markdown(samples):
     return "\n".join(lines) + "\n"
 
 
-def shown(answers, cfg):
+def sample_answers(answers, cfg):
     """A random few answers, the same in the terminal and in samples.md: (prompt, [(response, judge) before, after])."""
     samples = []
     for i in sorted(np.random.default_rng([cfg.seed, 4]).permutation(cfg.prompts)[: cfg.samples].tolist()):
@@ -194,7 +194,7 @@ def main(cfg):
         paired = rows["after"][name] - rows["before"][name]
         results["difference"][name] = row(paired.mean(), interval(paired, cfg))
     results["prompts"], results["config"] = cfg.prompts, {"before": cfg.before, "after": cfg.after, "seed": cfg.seed}
-    samples = shown(answers, cfg)
+    samples = sample_answers(answers, cfg)
     results["samples"] = [
         {"prompt": prompt} | {name: {"text": text, "judge": p} for name, (text, p) in zip(answers, sides)}
         for prompt, sides in samples

@@ -1,7 +1,8 @@
 """Fine-tune GPT-2 on movie reviews as a language model: the start of PPO, and its frozen reference.
 
-    python finetune_gpt2.py                  # gpt2 from the hub on IMDB
-    python finetune_gpt2.py --preset mini    # a small GPT-2 from scratch on a CPU, offline
+    python finetune_gpt2.py                                      # gpt2 from the hub on IMDB
+    python finetune_gpt2.py --preset mini                        # a small GPT-2 from scratch on a CPU, in minutes
+    python finetune_gpt2.py --preset mini --init_from scratch    # a better one, in hours
 
 Writes a Hugging Face folder with the weights that were best on the validation stream, log.jsonl, results.json and
 the run's config to finetune_checkpoints/<preset>/. A run that was stopped goes on with --resume True.
@@ -22,6 +23,7 @@ from checkpoint import (
     CHECKPOINTS,
     COPIES_WITH_CHECKPOINTS,
     RESULTS,
+    SAVE_DTYPES,
     check_run,
     latest_checkpoint,
     load_checkpoint,
@@ -34,7 +36,7 @@ from checkpoint import (
 from config import BadInput, FinetuneConfig, run
 from data import block_order, digest, language_model_texts, load_splits, pack, train_bpe
 from log import RunLog, finetune_sheet
-from model import GPT2, SAVE_DTYPES, GPT2Config, pick_device
+from model import GPT2, GPT2Config, pick_device
 from optimizer import Stepper, make_optimizers
 
 
@@ -130,7 +132,7 @@ def main(cfg):
     texts = language_model_texts(splits)
     model, tokenizer = start_model(cfg, opened, texts, bf16)
     model.to(device)
-    stream = pack(texts, tokenizer)
+    stream, data = pack(texts, tokenizer), digest(texts)
     n_blocks, steps = plan(len(stream), cfg)
     validation_reviews = validation_texts(splits["prompts"].texts, tokenizer, cfg.eval_tokens)
     validation = pack(validation_reviews, tokenizer), sum(map(len, validation_reviews))
@@ -140,7 +142,7 @@ def main(cfg):
     stepper = Stepper(model, optimizers, cfg.grad_clip)
     state = {"step": 0, "start": None, "best": None, "skipped_steps": 0}
     if checkpoint := latest_checkpoint(cfg.out) if cfg.resume else None:
-        state = load_checkpoint(checkpoint, model, optimizers, digest(texts))
+        state = load_checkpoint(checkpoint, model, optimizers, data)
         print(f"going on from {checkpoint}")
     first_step, start, best, stepper.skipped = (state[name] for name in ("step", "start", "best", "skipped_steps"))
     log = RunLog(cfg, model, first_step=first_step, copies=COPIES_WITH_CHECKPOINTS)
@@ -153,7 +155,7 @@ def main(cfg):
     for step in progress:
         metrics = {}
         if step > first_step and step % cfg.save_every == 0:
-            state = dict(step=step, start=start, best=best, skipped_steps=stepper.skipped, data=digest(texts))
+            state = dict(step=step, start=start, best=best, skipped_steps=stepper.skipped, data=data)
             save_checkpoint(cfg.out, model, optimizers, state)
         if step % cfg.eval_every == 0 or step == steps:
             now = validate(model, *validation, cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id)
@@ -178,7 +180,7 @@ def main(cfg):
     stored = load_gpt2(Path(cfg.out), model.config, len(tokenizer), bf16).to(device)  # as it was rounded
     after = validate(stored, *validation, cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id)
     results = {
-        "data": digest(texts),
+        "data": data,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": int(cfg.epochs * n_blocks) * cfg.block_size,
         "seconds": log.close(),

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from config import BadInput
 
-SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # of stored weights
 STOP_CHECK = 8  # tokens between two looks at whether all rows have ended: each look makes the host wait for the GPU
 
 

@@ -1,8 +1,8 @@
 """The reward: sentiment of a text by a BERT classifier (Devlin et al. 2018), and the training of such a classifier.
 
     python reward.py                                      # bert-base-cased on IMDB, twice: the reward and the judge
-    python reward.py --preset mini                        # a minute more for the two small ones in asset/mini, offline
-    python reward.py --preset mini --init_from scratch    # how those were made
+    python reward.py --preset mini                        # two small ones from scratch on a CPU, offline, in minutes
+    python reward.py --preset mini --init_from scratch    # larger ones, pretrained on masked tokens, for longer
 
 The two learn from disjoint reviews. PPO is rewarded by the first; evaluate.py asks the second, which PPO never saw,
 whether the policy became positive or only found what the first one likes. Each is written as a Hugging Face folder
@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import RESULTS, check_run, first_line, locate, replacing, write_text
+from checkpoint import RESULTS, SAVE_DTYPES, check_run, first_line, locate, replacing, write_text
 from config import BadInput, RewardConfig, run
 from data import Reviews, digest, language_model_texts, load_splits
 from encoder import pretrain
 from log import RunLog, sheet
-from model import SAVE_DTYPES, pick_device
+from model import pick_device
 from optimizer import Stepper, make_optimizers, warm_up_and_decay
 
 PROBES = (  # (positive, negative): what any sentiment classifier tells apart
@@ -331,7 +331,7 @@ def main(cfg):
             "parameters": sum(p.numel() for p in classifier.model.parameters()),
             "seconds": seconds,
             "held_out": len(held_out.texts),
-            "before": {name: before[name] for name in ("reviews", "short_texts")},
+            "before": {what: before[what] for what in ("reviews", "short_texts")},
             "after": report(classifier, held_out, cfg),
         }
         write_text(Path(cfg.out, name, RESULTS), json.dumps(results, indent=1))

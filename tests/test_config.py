@@ -99,7 +99,7 @@ def test_a_flag_beats_the_preset_and_the_preset_beats_the_default():
 
 
 def test_from_scratch_has_more_overrides_that_a_flag_beats_too():
-    """How the models in asset/mini were made: catches the constants of the short run in the long one."""
+    """Catches the constants of the short run in the long one."""
     long = FROM_SCRATCH["mini"][FinetuneConfig]
     cfg = parse(FinetuneConfig, ["--preset", "mini", "--init_from", "scratch", "--lr", "0.5"])
     assert (cfg.epochs, cfg.optimizer, cfg.out, cfg.lr) == (long["epochs"], "muon", long["out"], 0.5)

@@ -13,7 +13,17 @@ from conftest import reviews_csv
 import evaluate
 from checkpoint import load_policy, open_gpt2
 from config import EvaluateConfig
-from evaluate import CAPTIONS, distinct, interval, measure, prompt_groups, respond, samples_markdown, shown, table_text
+from evaluate import (
+    CAPTIONS,
+    distinct,
+    interval,
+    measure,
+    prompt_groups,
+    respond,
+    sample_answers,
+    samples_markdown,
+    table_text,
+)
 from log import side_by_side
 
 CFG = EvaluateConfig(prompts=16, max_prompt_len=4, response_len=12, batch_size=3, resamples=200, samples=3)
@@ -63,7 +73,7 @@ def test_generated_text_cannot_become_markup_in_the_samples():
         side: {"prompts": ["A film"], "texts": ["A film" + nasty], "judge_probability": [0.5]}
         for side in ("before", "after")
     }
-    markdown = samples_markdown(shown(sides, EvaluateConfig(prompts=1, samples=1)))
+    markdown = samples_markdown(sample_answers(sides, EvaluateConfig(prompts=1, samples=1)))
     header, rule, line = markdown.splitlines()
     cells = line.split("|")[1:-1]
     assert header.count("|") == rule.count("|") == line.count("|") == 6
@@ -80,13 +90,13 @@ def test_the_samples_are_as_many_as_wanted_with_the_prompt_cut_off_the_text():
         }
         for side in ("before", "after")
     }
-    lines = samples_markdown(shown(sides, EvaluateConfig(prompts=5, samples=3))).splitlines()[2:]
+    lines = samples_markdown(sample_answers(sides, EvaluateConfig(prompts=5, samples=3))).splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len(cells) == len({row[0] for row in cells}) == 3
     for prompt, before, judge, after, _ in cells:
         i = int(prompt[1])
         assert (before, after, judge) == (f"before{i}", f"after{i}", f"{i / 4:.2f}")
-    assert len(samples_markdown(shown(sides, EvaluateConfig(prompts=5, samples=50))).splitlines()) == 2 + 5
+    assert len(samples_markdown(sample_answers(sides, EvaluateConfig(prompts=5, samples=50))).splitlines()) == 2 + 5
 
 
 SAMPLES = [("A film", [("was dull " * 9, 0.2), ("was\033[2J great\n" * 5, 0.9)])]
