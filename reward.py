@@ -2,7 +2,7 @@
 
     python reward.py                                      # bert-base-cased on IMDB, twice: the reward and the judge
     python reward.py --preset mini                        # two small ones from scratch on a CPU, offline, in minutes
-    python reward.py --preset mini --init_from scratch    # larger ones, pretrained on masked tokens, for longer
+    python reward.py --preset mini --init_from scratch    # larger ones, for longer, that learn from a teacher
 
 The two learn from disjoint reviews. PPO is rewarded by the first; evaluate.py asks the second, which PPO never saw,
 whether the policy became positive or only found what the first one likes. Each is written as a Hugging Face folder
@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from checkpoint import RESULTS, SAVE_DTYPES, check_run, first_line, locate, replacing, write_text
 from config import BadInput, RewardConfig, run
-from data import Reviews, digest, language_model_texts, load_splits
-from encoder import pretrain
+from data import Reviews, digest, load_splits, train_wordpiece
 from log import RunLog, sheet
 from model import pick_device
 from optimizer import Stepper, make_optimizers, warm_up_and_decay
@@ -34,6 +33,7 @@ PROBES = (  # (positive, negative): what any sentiment classifier tells apart
     ("Brilliant and moving, I recommend it to everyone.", "Stupid and dull, a waste of everyone's time and money."),
 )
 POSITIVE_NAMES = ("positive", "pos")
+LABELS = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})  # of what we train
 
 
 class SentimentReward:
@@ -204,9 +204,8 @@ def open_classifier(name, dropout):
 
     logging.set_verbosity_error()  # that the head of an encoder is new is what is wanted here
     folder = locate(name)
-    labels = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
     try:
-        config = AutoConfig.from_pretrained(folder, **labels)
+        config = AutoConfig.from_pretrained(folder, **LABELS)
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
         model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(folder)
@@ -214,10 +213,33 @@ def open_classifier(name, dropout):
         raise BadInput(f"encoder {name} cannot be read: {first_line(error)}") from None
 
 
-def train(name, classifier, reviews, cfg, bf16):
+def small_classifier(texts, cfg):
+    """(classifier, tokenizer) from scratch: a WordPiece of the texts, and a BERT of cfg's sizes with random weights."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    print(f"training a tokenizer of {cfg.vocab_size:,} tokens", flush=True)
+    tokenizer = train_wordpiece(texts, cfg.vocab_size)
+    tokenizer.model_max_length = cfg.max_length
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=cfg.hidden_size,
+        num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_heads,
+        intermediate_size=4 * cfg.hidden_size,
+        max_position_embeddings=cfg.max_length,
+        hidden_dropout_prob=cfg.dropout,
+        attention_probs_dropout_prob=cfg.dropout,
+        pad_token_id=tokenizer.pad_token_id,
+        **LABELS,
+    )
+    return BertForSequenceClassification(config), tokenizer
+
+
+def train(name, classifier, reviews, cfg, bf16, teacher=None):
     """Train a SentimentReward on reviews and write it to <out>/<name>; returns the seconds that took.
 
-    Batches hold texts of like length.
+    With a teacher, another SentimentReward, the targets are its probabilities instead of the labels (Hinton et al.
+    2015): it knows which crops of a positive review say nothing about it. Batches hold texts of like length.
     """
     seed = cfg.seed if name == "reward" else cfg.seed + 1
     torch.manual_seed(seed)  # of dropout
@@ -228,13 +250,17 @@ def train(name, classifier, reviews, cfg, bf16):
     steps, step = math.ceil(cfg.epochs * per_epoch), 0
     progress = tqdm(total=steps, desc=f"train the {name}", unit="step")
     for epoch in range(math.ceil(cfg.epochs)):
-        ids = tokenize(tokenizer, training_texts(reviews.texts, epoch, cfg), min(cfg.max_length, classifier.max_length))
+        texts = training_texts(reviews.texts, epoch, cfg)
+        ids = tokenize(tokenizer, texts, min(cfg.max_length, classifier.max_length))
         batches = length_batches([len(row) for row in ids["input_ids"]], cfg.batch_size, [seed, 3, epoch])
         for rows in batches[: steps - step]:
             batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(**batch.to(device)).logits
-            loss = F.cross_entropy(logits.float(), torch.from_numpy(reviews.labels[rows]).to(device))
+            positive = torch.from_numpy(reviews.labels[rows]).float()
+            if teacher:
+                positive = teacher.log_odds([texts[i] for i in rows]).sigmoid()
+            loss = F.cross_entropy(logits.float(), torch.stack([1 - positive, positive], dim=1).to(device))
             loss.backward()
             share = warm_up_and_decay(step, steps)
             stepper.set_lr(share)
@@ -305,29 +331,38 @@ def report(classifier, reviews, cfg):
     return results
 
 
+def each(folder):
+    """{"reward": ..., "judge": ...}: the folders reward/ and judge/ in a folder, or twice the name itself."""
+    inside = {name: f"{folder}/{name}" for name in ("reward", "judge")}
+    return inside if any(Path(path).is_dir() for path in inside.values()) else dict.fromkeys(inside, folder)
+
+
 def main(cfg):
     check_run(cfg)
     device, bf16 = pick_device(cfg)
-    # a folder with reward/ and judge/ in it: each goes on from its own; else both begin with the same encoder
-    starts = {name: f"{cfg.init_from}/{name}" for name in ("reward", "judge")}
-    if not any(Path(start).is_dir() for start in starts.values()):
-        starts = dict.fromkeys(starts, cfg.init_from)
-    if cfg.init_from != "scratch":
-        for start in starts.values():
-            locate(start)
+    starts, teachers = each(cfg.init_from), each(cfg.teacher)
+    for name in (*starts.values(), *teachers.values()):
+        if name not in ("scratch", ""):
+            locate(name)
     splits = load_splits(cfg.dataset)
     held_out = Reviews(*(rows[: cfg.eval_reviews] for rows in splits["evaluation"]))
-    if cfg.init_from == "scratch":
-        starts = dict.fromkeys(starts, pretrain(cfg, language_model_texts(splits), device, bf16))
     for name, start in starts.items():
-        rows = {"from": start, "reviews": f"{len(splits[name].texts):,} of its own", "device": device}
+        reviews = splits[name]
+        rows = {
+            "from": start,
+            "teacher": teachers[name] or "none: the labels",
+            "reviews": f"{len(reviews.texts):,} of its own",
+            "device": device,
+        }
         print(sheet(f"training the {name}", rows), flush=True)
-        torch.manual_seed(cfg.seed + (name == "judge"))  # of the new head: not twice the same
-        classifier = SentimentReward(*open_classifier(start, cfg.dropout), positive=1, device=device)
+        torch.manual_seed(cfg.seed + (name == "judge"))  # of new weights: not twice the same
+        made = small_classifier(reviews.texts, cfg) if start == "scratch" else open_classifier(start, cfg.dropout)
+        classifier = SentimentReward(*made, positive=1, device=device)
+        teacher = SentimentReward.load(teachers[name], device=device) if cfg.teacher else None
         before = report(classifier, held_out, cfg)
-        seconds = train(name, classifier, splits[name], cfg, bf16)
+        seconds = train(name, classifier, reviews, cfg, bf16, teacher)
         results = {
-            "data": digest(splits[name].texts),
+            "data": digest(reviews.texts),
             "parameters": sum(p.numel() for p in classifier.model.parameters()),
             "seconds": seconds,
             "held_out": len(held_out.texts),

@@ -24,7 +24,7 @@ from config import (
 SHARED = ("checkpoint", "data", "log", "model")
 READERS = {  # the modules that get a config of the class
     FinetuneConfig: ("finetune_gpt2", *SHARED),
-    RewardConfig: ("reward", "encoder", *SHARED),
+    RewardConfig: ("reward", *SHARED),
     PPOConfig: ("ppo", "reward", *SHARED),
     EvaluateConfig: ("evaluate", "reward", *SHARED),
 }

@@ -16,9 +16,7 @@ from tokenizers import ByteLevelBPETokenizer
 
 import reward
 from config import BadInput, PPOConfig, RewardConfig
-from data import EOS, digest, encode, load_splits, train_wordpiece
-from encoder import mask_tokens
-from model import random_generator
+from data import EOS, digest, encode, load_splits
 from ppo import rollout
 from reward import (
     PROBES,
@@ -367,7 +365,7 @@ def trained(tmp_path_factory):
     cfg = RewardConfig(
         dataset=str(reviews_csv(folder / "toy.csv")), init_from="scratch", out=str(folder / "out"), vocab_size=300,
         hidden_size=32, num_layers=1, num_heads=2, max_length=64, crop_share=0.2, dropout=0.0, epochs=15.0,
-        batch_size=16, lr=3e-3, short_words=8, pretrain_epochs=8.0, save_dtype="fp16", report_to="none",
+        batch_size=16, lr=3e-3, short_words=8, save_dtype="fp16", report_to="none",
     )  # fmt: skip
     learned, train = {}, reward.train
     with pytest.MonkeyPatch.context() as patch:
@@ -434,28 +432,36 @@ def test_a_folder_with_a_reward_and_a_judge_is_gone_on_from_each_by_its_own(trai
     for name in ("reward", "judge"):
         first, second = (json.loads((f / name / "results.json").read_text()) for f in (folder, tmp_path))
         assert second["before"].items() <= first["after"].items()
-    assert not (tmp_path / "encoder").exists()
 
 
-def test_an_encoder_fills_in_what_is_masked_better_than_by_chance(trained):
+def test_the_small_classifiers_begin_with_weights_and_words_of_their_own(trained):
+    """The same start would make the judge think like the reward."""
     folder, cfg, _ = trained
-    losses = [json.loads(line)["loss"] for line in (folder / "encoder/log.jsonl").read_text().splitlines()]
-    assert losses[0] == pytest.approx(np.log(300), rel=0.1)  # random weights: about the size of the vocabulary
-    assert losses[-1] < 0.7 * losses[0]
+    vocabularies = [
+        set((json.loads((folder / name / "tokenizer.json").read_text()))["model"]["vocab"])
+        for name in ("reward", "judge")
+    ]
+    assert vocabularies[0] != vocabularies[1]
 
 
-def test_masking_asks_for_15_percent_of_the_tokens_and_hides_80_percent_of_those():
-    """Catches special tokens that are to be predicted, and inputs that give the answer away."""
-    wordpiece = train_wordpiece(TEXTS, 200)
-    cls_id, sep_id, mask_id = (wordpiece.convert_tokens_to_ids(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
-    ids = torch.full((400, 200), 150)
-    ids[:, 0], ids[:, -1] = cls_id, sep_id
-    inputs, masked = mask_tokens(ids, wordpiece, random_generator("cpu", 0))
-    assert torch.equal(inputs[~masked], ids[~masked])
-    assert masked[:, 1:-1].float().mean() == pytest.approx(0.15, abs=0.005)
-    assert not masked[:, 0].any() and not masked[:, -1].any()
-    assert (inputs[masked] == mask_id).float().mean() == pytest.approx(0.8, abs=0.02)
-    assert (inputs[masked] == 150).float().mean() == pytest.approx(0.1, abs=0.02)
+def test_a_student_learns_its_teachers_probabilities_and_not_the_labels(trained, tmp_path):
+    """Of teachers that say the opposite: each learns the opposite, from its own teacher."""
+    folder, cfg, _ = trained
+    for name in ("reward", "judge"):
+        permute_head(folder / name, tmp_path / "teacher" / name, [1, 0], NAMES)
+    reward.main(replace(cfg, teacher=str(tmp_path / "teacher"), out=str(tmp_path / "out")))
+    texts = load_splits(cfg.dataset)["evaluation"].texts
+    for name in ("reward", "judge"):
+        results = json.loads((tmp_path / "out" / name / "results.json").read_text())
+        assert results["after"]["reviews"]["accuracy"] < 0.1
+        teacher, student = (SentimentReward.load(str(f / name)) for f in (tmp_path / "teacher", tmp_path / "out"))
+        assert np.corrcoef(teacher.log_odds(texts), student.log_odds(texts))[0, 1] > 0.9
+
+
+def test_a_teacher_that_is_not_there_is_named_with_the_command_that_makes_it(tmp_path):
+    cfg = RewardConfig(dataset="nowhere.csv", init_from="scratch", teacher="reward_checkpoints/none", out=str(tmp_path))
+    with pytest.raises(BadInput, match=r"reward_checkpoints/none.*python reward\.py"):
+        reward.main(cfg)
 
 
 @pytest.mark.parametrize("config", ["{}", '{"model_type": "nothing"}', "{"])
