@@ -181,7 +181,7 @@ def check_reward(reward_fn, name="reward"):
 
 
 def training_texts(texts, epoch, cfg):
-    """The texts of an epoch: some whole, a crop_share of them cut to a random run of words.
+    """The texts of an epoch: some whole, a crop_share of them cut to a run of words, half of those from the beginning.
 
     PPO scores a prompt and a short response, reviews are long: a classifier that never met short texts is poor at them.
     """
@@ -192,7 +192,7 @@ def training_texts(texts, epoch, cfg):
         if rng.random() < cfg.crop_share and len(words) > cfg.min_crop_words:
             spread = min(cfg.max_crop_words, len(words)) / cfg.min_crop_words
             length = int(cfg.min_crop_words * spread ** rng.random())  # log-uniform: short ones as often as long ones
-            start = rng.integers(0, len(words) - length + 1)
+            start = rng.integers(0, len(words) - length + 1) if rng.random() < 0.5 else 0  # prompts are beginnings
             text = " ".join(words[start : start + length])
         out.append(text)
     return out

@@ -318,6 +318,7 @@ def test_a_crop_is_a_run_of_the_words_of_its_text():
     assert all(5 <= len(new.split()) <= 20 for new, _ in pairs)
     assert 0.35 < len(pairs) / len(LONG) < 0.6
     assert len({new.split()[0].split(".")[1] for new, _ in pairs}) > 10  # they start anywhere
+    assert 0.4 < np.mean([old.startswith(new) for new, old in pairs]) < 0.65  # and half of them where prompts do
 
 
 def test_without_crops_and_for_short_texts_the_texts_stay_as_they_are():
