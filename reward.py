@@ -219,7 +219,6 @@ def small_classifier(texts, cfg):
 
     print(f"training a tokenizer of {cfg.vocab_size:,} tokens", flush=True)
     tokenizer = train_wordpiece(texts, cfg.vocab_size)
-    tokenizer.model_max_length = cfg.max_length
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=cfg.hidden_size,
@@ -251,7 +250,7 @@ def train(name, classifier, reviews, cfg, bf16, teacher=None):
     progress = tqdm(total=steps, desc=f"train the {name}", unit="step")
     for epoch in range(math.ceil(cfg.epochs)):
         texts = training_texts(reviews.texts, epoch, cfg)
-        ids = tokenize(tokenizer, texts, min(cfg.max_length, classifier.max_length))
+        ids = tokenize(tokenizer, texts, classifier.max_length)
         batches = length_batches([len(row) for row in ids["input_ids"]], cfg.batch_size, [seed, 3, epoch])
         for rows in batches[: steps - step]:
             batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
@@ -357,7 +356,9 @@ def main(cfg):
         print(sheet(f"training the {name}", rows), flush=True)
         torch.manual_seed(cfg.seed + (name == "judge"))  # of new weights: not twice the same
         made = small_classifier(reviews.texts, cfg) if start == "scratch" else open_classifier(start, cfg.dropout)
-        classifier = SentimentReward(*made, positive=1, device=device)
+        model, tokenizer = made
+        tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)  # longer ones it never learned
+        classifier = SentimentReward(model, tokenizer, positive=1, device=device)
         teacher = SentimentReward.load(teachers[name], device=device) if cfg.teacher else None
         before = report(classifier, held_out, cfg)
         seconds = train(name, classifier, reviews, cfg, bf16, teacher)
