@@ -1,4 +1,4 @@
-"""The models in asset/mini: they load everywhere, they are as good as their cards say, and they saw no held-out review."""
+"""The models in asset/mini: they load everywhere, are as good as their cards say, and saw no held-out review."""
 
 import json
 
