@@ -4,6 +4,11 @@
     python reward.py --preset mini                        # two small ones from scratch on a CPU, offline, in minutes
     python reward.py --preset mini --init_from scratch    # larger ones, for longer, that learn from a teacher
 
+The teacher of the last line is an earlier run, of a pretrained encoder, on one line:
+
+    python reward.py --preset mini --init_from sentence-transformers/all-MiniLM-L6-v2 --out reward_checkpoints/teacher
+    --max_length 256 --crop_share 0.85 --epochs 2 --batch_size 32 --lr 1e-4 --dropout 0.1
+
 The two learn from disjoint reviews. PPO is rewarded by the first; evaluate.py asks the second, which PPO never saw,
 whether the policy became positive or only found what the first one likes. Each is written as a Hugging Face folder
 with the labels NEGATIVE and POSITIVE, log.jsonl and results.json to reward_checkpoints/<preset>/reward and judge.
