@@ -338,7 +338,7 @@ def report(classifier, reviews, cfg):
 def each(folder):
     """{"reward": ..., "judge": ...}: the folders reward/ and judge/ in a folder, or twice the name itself."""
     inside = {name: f"{folder}/{name}" for name in ("reward", "judge")}
-    return inside if any(Path(path).is_dir() for path in inside.values()) else dict.fromkeys(inside, folder)
+    return inside if folder and any(Path(path).is_dir() for path in inside.values()) else dict.fromkeys(inside, folder)
 
 
 def main(cfg):

@@ -435,14 +435,13 @@ def test_a_folder_with_a_reward_and_a_judge_is_gone_on_from_each_by_its_own(trai
         assert second["before"].items() <= first["after"].items()
 
 
-def test_the_small_classifiers_begin_with_weights_and_words_of_their_own(trained):
-    """The same start would make the judge think like the reward."""
+def test_a_small_classifier_takes_its_words_from_its_own_reviews_and_no_longer_text_than_it_learned(trained):
+    from transformers import AutoTokenizer
+
     folder, cfg, _ = trained
-    vocabularies = [
-        set((json.loads((folder / name / "tokenizer.json").read_text()))["model"]["vocab"])
-        for name in ("reward", "judge")
-    ]
-    assert vocabularies[0] != vocabularies[1]
+    reward_words, judge_words = (AutoTokenizer.from_pretrained(folder / name) for name in ("reward", "judge"))
+    assert set(reward_words.get_vocab()) != set(judge_words.get_vocab())
+    assert reward_words.model_max_length == judge_words.model_max_length == cfg.max_length
 
 
 def test_a_student_learns_its_teachers_probabilities_and_not_the_labels(trained, tmp_path):
