@@ -1,12 +1,11 @@
-# demo: a GPT-2 learns to write positive reviews, offline on a CPU.   test: the linter and all tests.
+# demo: a GPT-2 learns to write positive reviews, offline on a CPU, from the models in asset/mini.
+# test: the linter and all tests.
 PYTHON ?= python3
 BIN = .venv/bin
 
 .PHONY: demo test clean
 
 demo: .venv/installed
-	$(BIN)/python finetune_gpt2.py --preset mini
-	$(BIN)/python reward.py --preset mini
 	$(BIN)/python ppo.py --preset mini
 	$(BIN)/python evaluate.py --preset mini
 

@@ -26,7 +26,12 @@ from config import PRESETS, BadInput, differing
 from model import GPT2, GPT2Config, Policy
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-MADE_BY = {"finetune_checkpoints": "finetune_gpt2.py", "reward_checkpoints": "reward.py", "ppo_checkpoints": "ppo.py"}
+HINTS = {  # first folder of a path: what to do when the model in it is missing
+    "finetune_checkpoints": "make it with: python finetune_gpt2.py",
+    "reward_checkpoints": "make it with: python reward.py",
+    "ppo_checkpoints": "make it with: python ppo.py",
+    "asset": "it comes with this repository: run the scripts in its folder",
+}
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
 VALUE_HEAD = "value_head.safetensors"
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old releases stored among the weights
@@ -49,17 +54,17 @@ SUPPORTED = {
 def locate(name):
     """The local folder of a model: `name` itself if it is one, else the hub's copy, from its cache where there is one.
 
-    Raises BadInput when config.json or the weights are nowhere to be had; for a folder that a script of this project
-    makes it names the command. Only the files of a PyTorch checkpoint are fetched.
+    Raises BadInput when config.json or the weights are nowhere to be had; for a folder of this project it says what to
+    do. Only the files of a PyTorch checkpoint are fetched.
     """
     folder = Path(name)
-    script = MADE_BY.get(folder.parts[0]) if folder.parts else None
-    if not (folder.is_dir() or script or name.startswith((".", "/", "~"))):
+    hint = HINTS.get(folder.parts[0], "") if folder.parts else ""
+    if not (folder.is_dir() or hint or name.startswith((".", "/", "~"))):
         return _from_hub(name)
     if not (folder / "config.json").is_file():
-        preset = next((f" --preset {part}" for part in folder.parts if part in PRESETS), "")
-        hint = f"; make it with: python {script}{preset}" if script else ""
-        raise BadInput(f"{name} holds no model: looked for {folder / 'config.json'}{hint}")
+        if hint.endswith(".py"):
+            hint += next((f" --preset {part}" for part in folder.parts if part in PRESETS), "")
+        raise BadInput(f"{name} holds no model: looked for {folder / 'config.json'}{hint and '; '}{hint}")
     weight_file(folder)
     return folder
 

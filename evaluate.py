@@ -3,7 +3,8 @@
     python evaluate.py
     python evaluate.py --preset mini
 
-Writes results.json, samples.md and learning_curves.png into the folder of the policy, ppo_checkpoints/<preset>/.
+Writes results.json, samples.md, example_results.png and learning_curves.png into the folder of the policy,
+ppo_checkpoints/<preset>/.
 """
 
 import json
@@ -18,7 +19,7 @@ from config import BadInput, EvaluateConfig, run
 from data import load_splits, prompt_pool
 from log import one_line, side_by_side
 from model import exact_kl, pick_device, random_generator
-from plot import learning_curves
+from plot import example_results, learning_curves, save
 from ppo import response_mask
 from reward import SentimentReward, check_finite, check_reward, load_reward
 
@@ -205,8 +206,10 @@ def main(cfg):
     write_text(out / "samples.md", samples_markdown(samples))
     print(f"\n{cfg.prompts} held-out prompts, the same for both; 95 % bootstrap intervals\n\n{table_text(results)}\n")
     print(side_by_side(samples))
-    figure = learning_curves(out) if (out / "log.jsonl").is_file() else "no log.jsonl, so no learning curves"
-    print(f"\nwritten: {out / 'results.json'}, {out / 'samples.md'}, {figure}")
+    written = [out / RESULTS, out / "samples.md", save(example_results(out), out / "example_results.png")]
+    if (out / "log.jsonl").is_file():  # not where the policy is somebody else's
+        written.append(learning_curves(out))
+    print("\nwritten:", *written, sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Fine-tune GPT-2 on movie reviews as a language model: the start of PPO, and its frozen reference.
 
     python finetune_gpt2.py                                      # gpt2 from the hub on IMDB
-    python finetune_gpt2.py --preset mini                        # a small GPT-2 from scratch on a CPU, in minutes
-    python finetune_gpt2.py --preset mini --init_from scratch    # a better one, in hours
+    python finetune_gpt2.py --preset mini                        # on a CPU: asset/mini/gpt2 goes on for a minute
+    python finetune_gpt2.py --preset mini --init_from scratch    # how asset/mini/gpt2 was made, in hours
 
 Writes a Hugging Face folder with the weights that were best on the validation stream, log.jsonl, results.json and
 the run's config to finetune_checkpoints/<preset>/. A run that was stopped goes on with --resume True.

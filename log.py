@@ -44,7 +44,8 @@ class RunLog:
                 self.start -= earlier[-1]["seconds"]
             if not first_step:
                 shutil.rmtree(self.out / CHECKPOINTS, ignore_errors=True)
-                for old in (RESULTS, "samples.md", "learning_curves.png"):  # of other weights than those to come
+                # what was said of other weights than those to come
+                for old in (RESULTS, "samples.md", "example_results.png", "learning_curves.png"):
                     (self.out / old).unlink(missing_ok=True)
         except OSError as error:
             raise BadInput(f"cannot write to {self.out}: {error}") from None

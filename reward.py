@@ -1,13 +1,13 @@
 """The reward: sentiment of a text by a BERT classifier (Devlin et al. 2018), and the training of such a classifier.
 
     python reward.py                                      # bert-base-cased on IMDB, twice: the reward and the judge
-    python reward.py --preset mini                        # two small ones from scratch on a CPU, offline, in minutes
-    python reward.py --preset mini --init_from scratch    # larger ones, for longer, that learn from a teacher
+    python reward.py --preset mini                        # on a CPU: the two in asset/mini go on for a minute
+    python reward.py --preset mini --init_from scratch    # how they were made: they learn from a teacher
 
 The teacher of the last line is an earlier run, of a pretrained encoder, on one line:
 
     python reward.py --preset mini --init_from sentence-transformers/all-MiniLM-L6-v2 --out reward_checkpoints/teacher
-    --max_length 256 --crop_share 0.85 --epochs 2 --batch_size 32 --lr 1e-4 --dropout 0.1
+    --epochs 2 --batch_size 32 --lr 1e-4 --crop_share 0.85
 
 The two learn from disjoint reviews. PPO is rewarded by the first; evaluate.py asks the second, which PPO never saw,
 whether the policy became positive or only found what the first one likes. Each is written as a Hugging Face folder

@@ -19,19 +19,21 @@ CONFIGS = {
     "evaluate": config.EvaluateConfig,
 }
 SMALL = "--vocab_size 300 --n_layer 1 --n_head 1 --n_embd 8 --report_to none --device cpu"
-FINETUNE = f"--preset mini --dataset {{csv}} --out out {SMALL}"
+FINETUNE = f"--preset mini --init_from scratch --dataset {{csv}} --out out {SMALL}"
 FROM_FOLDER = "--dataset {csv} --out out --init_from {gpt2} --report_to none --device cpu"
-REWARD = "--preset mini --dataset {csv} --out out --report_to none --device cpu"
-PPO = "--preset mini --dataset {csv} --policy {gpt2} --reward {bert} --out out --report_to none --device cpu"
+REWARD = "--preset mini --init_from {bert} --dataset {csv} --out out --report_to none --device cpu"
+MODELS = "--policy {gpt2} --reward {bert} --judge {bert}"
+PPO = f"--preset mini --dataset {{csv}} {MODELS} --out out --report_to none --device cpu"
 PPO_16 = PPO + " --batch_size 16 --minibatch_size 16 --micro_batch_size 16"
 EVALUATE = "--preset mini --dataset {csv} --before {gpt2} --after {gpt2} --reward {bert} --judge {bert} --device cpu"
 
 CASES = {  # name: (script, flags, what the message names); of a flag that comes twice the last one counts
     # models
-    "no fine-tuned model": ("ppo", "--preset mini", ["finetune_checkpoints/mini", "python finetune_gpt2.py"]),
+    "no fine-tuned model": ("ppo", f"{PPO} --policy finetune_checkpoints/mini", ["python finetune_gpt2.py"]),
     "no reward": ("ppo", f"{PPO} --reward reward_checkpoints/mini/reward", ["python reward.py --preset mini"]),
     "no policy to evaluate": ("evaluate", f"{EVALUATE} --after ppo_checkpoints/mini", ["python ppo.py --preset mini"]),
     "no judge": ("evaluate", f"{EVALUATE} --judge reward_checkpoints/mini/judge", ["python reward.py --preset mini"]),
+    "not the repository's folder": ("ppo", "--preset mini", ["asset/mini/gpt2", "run the scripts in its folder"]),
     "no such folder": ("ppo", f"{PPO} --policy ./nowhere", ["./nowhere", "config.json"]),
     "no weights": ("ppo", f"{PPO} --policy {{hollow}}", ["hollow", "model.safetensors"]),
     "a classifier as the policy": ("ppo", f"{PPO} --policy {{bert}}", ["model_type", "'bert'", "'gpt2'"]),
