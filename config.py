@@ -264,6 +264,7 @@ PRESETS = {
             batch_size=64,
             lr=3e-5,
             eval_reviews=2000,
+            short_words=32,
             save_dtype="fp16",
         ),
         PPOConfig: dict(
@@ -274,7 +275,7 @@ PRESETS = {
             positive_label="",
             out="ppo_checkpoints/mini",
             steps=60,
-            response_len=24,
+            response_len=40,
             kl_coef=0.12,
             ppo_epochs=2,
             minibatch_size=32,
@@ -288,7 +289,7 @@ PRESETS = {
             reward="asset/mini/reward",
             positive_label="",
             judge="asset/mini/judge",
-            response_len=24,
+            response_len=40,
         ),
     },
 }
