@@ -231,4 +231,8 @@ def test_a_model_compared_with_itself_differs_in_nothing(tmp_path, monkeypatch, 
     assert [set(sample) for sample in results["samples"]] == 3 * [{"prompt", "before", "after"}]
     assert results["samples"][0]["before"] == results["samples"][0]["after"]
     assert set(results["samples"][0]["before"]) == {"text", "judge"}
-    assert table_text(results) in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert table_text(results) in shown
+    written = shown.split("written:\n")[1].split()
+    assert written == ["after/results.json", "after/samples.md", "after/example_results.png"]  # no log, no curves
+    assert all((tmp_path / path).stat().st_size > 0 for path in written)
