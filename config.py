@@ -179,7 +179,7 @@ class PPOConfig:
     micro_batch_size: int = 32  # episodes a forward pass: lower it when memory runs out, the result stays the same
     lr: float = 1.41e-5  # Adam
     lr_end: float = 1.0  # lr after the last rollout, as a share of lr: 1 constant (TRL), 0 linear decay (OpenAI)
-    adam_eps: float = 1e-5  # epsilon of Adam, from openai/lm-human-preferences
+    adam_eps: float = 1e-5  # epsilon of Adam, from openai/lm-human-preferences; more holds rows of rare tokens still
     grad_clip: float = 1.0  # largest norm of the gradient
 
     sample_every: int = 20  # rollouts between two tables of samples
@@ -274,12 +274,17 @@ PRESETS = {
             judge="asset/mini/judge",
             positive_label="",
             out="ppo_checkpoints/mini",
-            steps=60,
+            steps=40,
             response_len=40,
-            kl_coef=0.12,
+            kl_coef=0.1,
+            kl_target=5.0,
+            kl_horizon=2000,
+            score_clip=1.0,
             ppo_epochs=2,
-            minibatch_size=32,
+            minibatch_size=64,
             lr=3e-4,
+            lr_end=0.5,
+            adam_eps=1e-3,
             sample_every=10,
         ),
         EvaluateConfig: dict(

@@ -131,7 +131,7 @@ def test_a_folder_with_a_run_of_another_config_is_left_alone(script, paths, tmp_
     saved = json.dumps({**vars(config.parse(config.PPOConfig, flags.split())), "steps": 3})
     file.write_text(saved)
     status, error, _ = script("ppo", flags)
-    check(status, error, ["(steps 3 -> 60)", "--force", "--out"])
+    check(status, error, ["(steps 3 -> 40)", "--force", "--out"])
     assert list((tmp_path / "out").iterdir()) == [file]
     assert file.read_text() == saved
 

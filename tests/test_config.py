@@ -93,7 +93,7 @@ def test_every_preset_passes_its_own_checks(cls, preset):
 
 def test_a_flag_beats_the_preset_and_the_preset_beats_the_default():
     assert parse(PPOConfig, []).steps == PPOConfig().steps == 200
-    assert parse(PPOConfig, ["--preset", "mini"]).steps == PRESETS["mini"][PPOConfig]["steps"] == 60
+    assert parse(PPOConfig, ["--preset", "mini"]).steps == PRESETS["mini"][PPOConfig]["steps"] == 40
     assert parse(PPOConfig, ["--steps", "3", "--preset", "mini"]).steps == 3
     assert parse(PPOConfig, ["--preset=mini", "--steps", "200"]).steps == 200  # the default's value, given as a flag
 
