@@ -224,7 +224,8 @@ class EvaluateConfig:
     temperature: float = 1.0  # of both models
     batch_size: int = 64  # episodes a forward pass
     resamples: int = 2000  # bootstrap samples behind an interval
-    samples: int = 8  # texts shown side by side
+    samples: int = 8  # texts shown side by side, answers to a random few of the prompts
+    sample_temperature: float = 0.7  # of these texts alone: easier to read than the model's own distribution
     self_check: bool = True  # reward and judge rank probe sentences; False only for random weights
     seed: int = 0  # of prompts, sampling and bootstrap
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
@@ -232,6 +233,7 @@ class EvaluateConfig:
 
     def __post_init__(self):
         positive(self, "prompts min_prompt_len max_prompt_len response_len temperature batch_size resamples")
+        positive(self, "sample_temperature")
         between(self, 0, None, "samples seed")
         prompt_range(self)
 

@@ -8,6 +8,7 @@ ppo_checkpoints/<preset>/.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,12 +80,10 @@ def measure(answers, reward_fn, judge, cfg):
     texts, length = answers["texts"], np.array([len(ids) for ids in answers["tokens"]])
     scores = torch.as_tensor(reward_fn(texts), dtype=torch.float64)
     check_finite("score", scores, texts)
-    answers["scores"] = scores.numpy()
-    per_response = {"score": answers["scores"]}
+    per_response = {"score": scores.numpy()}
     if isinstance(reward_fn, SentimentReward):
         per_response["positive_by_reward"] = (reward_fn.log_odds(texts) > 0).double().numpy()
-    answers["judge_probability"] = judge.log_odds(texts).sigmoid().double().numpy()
-    per_response["positive_by_judge"] = (answers["judge_probability"] > 0.5).astype(float)
+    per_response["positive_by_judge"] = (judge.log_odds(texts) > 0).double().numpy()
     per_response["kl"] = np.array(answers["kl"])
     per_response["kl_exact"] = np.array(answers["kl_exact"])
     per_response["response_length"] = length.astype(float)
@@ -138,6 +137,21 @@ def table_text(results):
     return "\n".join(lines)
 
 
+def sample_answers(policies, tokenizer, judge, groups, cfg, device):
+    """Answers for the eye, at cfg.sample_temperature, to a random few of the prompts in groups.
+
+    policies: {"before", "after"}. Returns (prompt, [(response, judge's probability of POSITIVE) before, after]) each.
+    """
+    prompts = [prompt[None] for group in groups for prompt in group]  # (1, P) each
+    few = sorted(np.random.default_rng([cfg.seed, 4]).permutation(len(prompts))[: cfg.samples].tolist())
+    cfg, prompts, sides = replace(cfg, temperature=cfg.sample_temperature), [prompts[i] for i in few], []
+    for name, policy in policies.items():
+        answers = respond(policy, policies["before"], tokenizer, prompts, cfg, device, f"{name}, samples")
+        responses = [text[len(prompt) :] for prompt, text in zip(answers["prompts"], answers["texts"])]
+        sides.append(list(zip(responses, judge.log_odds(answers["texts"]).sigmoid().tolist())))
+    return [(prompt, list(pair)) for prompt, *pair in zip(answers["prompts"], *sides)]
+
+
 def samples_markdown(samples):
     """What sample_answers returns as a Markdown table. Generated text is untrusted: nothing in it stays markup."""
 
@@ -149,16 +163,6 @@ def samples_markdown(samples):
         cells = [cell for text, probability in sides for cell in (quote(text), f"{probability:.2f}")]
         lines.append("| " + " | ".join([quote(prompt), *cells]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def sample_answers(answers, cfg):
-    """A random few answers, the same in the terminal and in samples.md: (prompt, [(response, judge) before, after])."""
-    samples = []
-    for i in sorted(np.random.default_rng([cfg.seed, 4]).permutation(cfg.prompts)[: cfg.samples].tolist()):
-        prompt = answers["before"]["prompts"][i]
-        sides = [(side["texts"][i][len(prompt) :], float(side["judge_probability"][i])) for side in answers.values()]
-        samples.append((prompt, sides))
-    return samples
 
 
 def main(cfg):
@@ -186,26 +190,28 @@ def main(cfg):
 
     policies = {name: load_policy(*parts, bf16).to(device).eval() for name, parts in opened.items()}
     groups = list(prompt_groups(pool, cfg))
-    answers, results, rows = {}, {}, {}
+    results, rows = {}, {}
     for name, policy in policies.items():
-        answers[name] = respond(policy, policies["before"], tokenizer, groups, cfg, device, name)
-        results[name], rows[name] = measure(answers[name], reward_fn, judge, cfg)
+        answers = respond(policy, policies["before"], tokenizer, groups, cfg, device, name)
+        results[name], rows[name] = measure(answers, reward_fn, judge, cfg)
     results["difference"] = {}
     for name in rows["before"]:  # paired: the same prompt and the same random numbers on both sides
         paired = rows["after"][name] - rows["before"][name]
         results["difference"][name] = row(paired.mean(), interval(paired, cfg))
-    results["prompts"], results["config"] = cfg.prompts, {"before": cfg.before, "after": cfg.after, "seed": cfg.seed}
-    samples = sample_answers(answers, cfg)
+    results["prompts"], told = cfg.prompts, ("before", "after", "seed", "temperature", "sample_temperature")
+    results["config"] = {name: getattr(cfg, name) for name in told}
+    samples = sample_answers(policies, tokenizer, judge, groups, cfg, device)
     results["samples"] = [
-        {"prompt": prompt} | {name: {"text": text, "judge": p} for name, (text, p) in zip(answers, sides)}
+        {"prompt": prompt} | {name: {"text": text, "judge": p} for name, (text, p) in zip(policies, sides)}
         for prompt, sides in samples
     ]
 
     out = Path(cfg.after)
     write_text(out / RESULTS, json.dumps(results, indent=1))
-    write_text(out / "samples.md", samples_markdown(samples))
+    caption = f"Samples at temperature {cfg.sample_temperature}, beside each the judge's probability of POSITIVE"
+    write_text(out / "samples.md", f"{caption}.\n\n{samples_markdown(samples)}")
     print(f"\n{cfg.prompts} held-out prompts, the same for both; 95 % bootstrap intervals\n\n{table_text(results)}\n")
-    print(side_by_side(samples))
+    print(f"{caption}\n\n{side_by_side(samples)}")
     written = [out / RESULTS, out / "samples.md", save(example_results(out), out / "example_results.png")]
     if (out / "log.jsonl").is_file():  # not where the policy is somebody else's
         written.append(learning_curves(out))

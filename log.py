@@ -225,7 +225,7 @@ def side_by_side(samples, width=None):
     def paint(text, code):
         return f"\033[{code}m{text}\033[0m" if colours else text
 
-    lines = [f"{'before PPO (judge)':<{column}}    after PPO (judge)"]
+    lines = [f"{'before PPO':<{column}}    after PPO"]
     for prompt, answers in samples:
         lines += ["", paint(one_line(prompt, 2 * column) + " …", 1)]
         cells = [textwrap.wrap(f"({p:.2f}) {one_line(text, 600)}", column) for text, p in answers]

@@ -241,7 +241,8 @@ def wrap(text, width, weight="normal"):
 
 def example_results(folder):
     """The first four samples in the folder's results: prompts, responses before and after, and what the judge says."""
-    samples = read_results(folder)["samples"][:4]
+    results = read_results(folder)
+    samples, temperature = results["samples"][:4], results["config"]["sample_temperature"]
     layout = ((0.3, 1.7, "bold", "prompt"), (2.75, 3.1, "normal", "before PPO"), (6.6, 3.1, "normal", "after PPO"))
     rows = []
     for sample in samples:
@@ -261,7 +262,8 @@ def example_results(folder):
             box(axis, x, y - 0.25, 0.5, 0.24, f"{p:.2f}", GREEN if p > 0.5 else RED, solid=True, size=SMALL)
         y -= height
     axis.axhline(y, 0.03, 0.97, color=GREY, linewidth=0.6)
-    note(axis, 0.3, y - 0.2, "in colour: the judge's probability of POSITIVE", ha="left", color=GREY)
+    caption = f"sampled at temperature {temperature}; in colour: the judge's probability of POSITIVE"
+    note(axis, 0.3, y - 0.2, caption, ha="left", color=GREY)
     return figure
 
 

@@ -95,9 +95,7 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, cf
         "pg_loss": pg_loss,
         "vf_loss": vf_loss,
         "max_log_ratio": log_ratio.abs().max(),
-        "approx_kl": (
-            ratio - 1 - log_ratio
-        ).mean(),  # k3 (joschu.net/blog/kl-approx.html) of the old policy from the new
+        "approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of the old policy from the new (see README, Equations)
         "clip_frac": ((ratio - 1).abs() > cfg.clip_eps).float().mean(),
         "vf_clip_frac": (vf_errors_clipped > vf_errors).float().mean(),
     }

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,34 +70,11 @@ def test_every_prompt_is_in_one_group_and_a_group_has_one_length(prompts):
 def test_generated_text_cannot_become_markup_in_the_samples():
     """Nothing but letters of it is left, and a reader sees the text as it was."""
     nasty = "<script>alert('a')</script> | `code` **bold** [x](y) ![i](j) $m$ a\nb\r\u2028c @you www.x.org"
-    sides = {
-        side: {"prompts": ["A film"], "texts": ["A film" + nasty], "judge_probability": [0.5]}
-        for side in ("before", "after")
-    }
-    markdown = samples_markdown(sample_answers(sides, EvaluateConfig(prompts=1, samples=1)))
-    header, rule, line = markdown.splitlines()
+    header, rule, line = samples_markdown([("A film", [(nasty, 0.5), (nasty, 0.5)])]).splitlines()
     cells = line.split("|")[1:-1]
     assert header.count("|") == rule.count("|") == line.count("|") == 6
     assert not re.search(r"[<>`*\[\]!$@]|www\.|&(?!#\d+;|\w+;)", line)
     assert html.unescape(cells[1]).strip() == " ".join(nasty.split())
-
-
-def test_the_samples_are_as_many_as_wanted_with_the_prompt_cut_off_the_text():
-    sides = {
-        side: {
-            "prompts": [f"p{i}" for i in range(5)],
-            "texts": [f"p{i} {side}{i}" for i in range(5)],
-            "judge_probability": np.linspace(0, 1, 5),
-        }
-        for side in ("before", "after")
-    }
-    lines = samples_markdown(sample_answers(sides, EvaluateConfig(prompts=5, samples=3))).splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert len(cells) == len({row[0] for row in cells}) == 3
-    for prompt, before, judge, after, _ in cells:
-        i = int(prompt[1])
-        assert (before, after, judge) == (f"before{i}", f"after{i}", f"{i / 4:.2f}")
-    assert len(samples_markdown(sample_answers(sides, EvaluateConfig(prompts=5, samples=50))).splitlines()) == 2 + 5
 
 
 SAMPLES = [("A film", [("was dull " * 9, 0.2), ("was\033[2J great\n" * 5, 0.9)])]
@@ -190,6 +168,31 @@ def test_tokens_end_with_the_end_of_text_and_ref_nll_is_of_these_tokens_at_tempe
         assert kl == pytest.approx(mine - ref, abs=1e-3)
 
 
+@pytest.mark.parametrize("samples", [2, 50])
+def test_the_samples_are_as_many_as_wanted_at_their_own_temperature_with_the_prompt_cut_off(opened, samples):
+    """At a temperature near 0 each token is the likeliest: before and after are two policies' greedy continuations."""
+    before, after, tokenizer = opened
+    asked = []
+
+    class Judge:
+        def log_odds(self, texts):
+            asked.append(texts)
+            return torch.tensor([float(len(text)) for text in texts]).log()  # its sigmoid: length / (length + 1)
+
+    cfg = replace(CFG, samples=samples, sample_temperature=1e-4)
+    found = sample_answers({"before": before, "after": after}, tokenizer, Judge(), GROUPS, cfg, CPU)
+    prompts = {tokenizer.decode(row): row for group in GROUPS for row in group}
+    assert len(found) == len({prompt for prompt, _ in found}) == min(samples, 4)
+    for i, (prompt, sides) in enumerate(found):
+        for policy, (response, probability), texts in zip((before, after), sides, asked):
+            with torch.no_grad():
+                ids = prompts[prompt]
+                for _ in range(CFG.response_len):
+                    ids = torch.cat([ids, policy.gpt2(ids[None])[0, -1].argmax()[None]])
+            assert prompt + response == texts[i] == tokenizer.decode(ids, skip_special_tokens=True)
+            assert probability == pytest.approx(len(texts[i]) / (len(texts[i]) + 1), rel=1e-4)
+
+
 def test_perplexity_is_of_all_tokens_together(opened):
     """2 tokens at NLL 1 and 18 at 0: e^.1, not the mean over responses."""
 
@@ -227,7 +230,7 @@ def test_a_model_compared_with_itself_differs_in_nothing(tmp_path, monkeypatch, 
     assert {"score", "kl", "perplexity", "positive_by_judge"} <= set(results["before"])
     assert ("positive_by_reward" in results["before"]) == (by == "classifier")
     assert results["before"]["kl"]["value"] == 0
-    assert len((tmp_path / "after" / "samples.md").read_text().splitlines()) == 2 + 3
+    assert len((tmp_path / "after" / "samples.md").read_text().splitlines()) == 2 + 2 + 3
     assert [set(sample) for sample in results["samples"]] == 3 * [{"prompt", "before", "after"}]
     assert results["samples"][0]["before"] == results["samples"][0]["after"]
     assert set(results["samples"][0]["before"]) == {"text", "judge"}
