@@ -1,9 +1,9 @@
 # demo: a GPT-2 learns to write positive reviews, offline on a CPU, from the models in asset/mini.
-# test: the linter and all tests.
+# test: the linter and all tests. mutants: the tests against wrong versions of the source, which they must all catch.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test mutants clean
 
 demo: .venv/installed
 	$(BIN)/python ppo.py --preset mini
@@ -13,6 +13,9 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q tests
+
+mutants: .venv/installed
+	$(BIN)/python tests/mutants.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

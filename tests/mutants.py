@@ -1,0 +1,578 @@
+"""One-line wrong versions of the source, and for each the test that must go red: a suite that no wrong PPO survives.
+
+    make mutants                            # all of them, a few minutes
+    python tests/mutants.py "score at" kl   # those whose name holds one of the words
+
+Each line is replaced in a copy of the tree, where its one test is run. A mutant survives where that test stays green;
+it is stale where the line is no longer there exactly once. Either makes the exit status 1.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a part of it, the wrong one), ...]}
+    "ppo.py": {
+        "test_learning::test_kl_alone_pulls_the_policy_back_to_its_reference": [
+            ("KL is paid for, not charged", "(-kl_coef * kl * mask)", "(kl_coef * kl * mask)"),
+        ],
+        "test_learning::test_policy_reaches_the_optimum_of_its_objective": [
+            ("KL counted twice", "(-kl_coef * kl * mask)", "(-2 * kl_coef * kl * mask)"),
+            (
+                "k3 in the reward",
+                "kl = (logprobs - ref_logprobs) * mask",
+                "kl = ((ref_logprobs - logprobs).exp() - 1 + logprobs - ref_logprobs) * mask",
+            ),
+        ],
+        "test_ppo::test_return_of_a_response_is_its_score_less_beta_times_k1": [
+            (
+                "|KL| in the reward",
+                "kl = (logprobs - ref_logprobs) * mask",
+                "kl = (logprobs - ref_logprobs).abs() * mask",
+            ),
+        ],
+        "test_ppo::test_mask_keeps_the_first_eos_and_nothing_after_it": [
+            ("mask that leaves <|endoftext|> out", "return is_eos.cumsum(1) - is_eos.long() == 0", "return ~is_eos"),
+        ],
+        "test_learning::test_policy_learns_to_end_its_response": [
+            (
+                "ending a response has no gradient",
+                "return is_eos.cumsum(1) - is_eos.long() == 0",
+                "return is_eos.cumsum(1) == 0",
+            ),
+        ],
+        "test_ppo::test_score_lands_on_the_last_real_token_and_kl_on_every_one": [
+            (
+                "score at the last column",
+                "last = mask.sum(1, keepdim=True) - 1",
+                "last = torch.full_like(mask[:, :1].long(), mask.shape[1] - 1)",
+            ),
+            (
+                "score on the first token",
+                "last = mask.sum(1, keepdim=True) - 1",
+                "last = mask.sum(1, keepdim=True) * 0",
+            ),
+            (
+                "score times the coefficient",
+                "scatter_add(1, last, scores[:, None])",
+                "scatter_add(1, last, kl_coef * scores[:, None])",
+            ),
+        ],
+        "test_ppo::test_gae_gives_the_golden_numbers": [
+            (
+                "values behind the end in GAE",
+                "rewards, values = rewards * mask, values * mask",
+                "rewards = rewards * mask",
+            ),
+            ("lambda left out of GAE", "delta + gamma * lam * advantage", "delta + gamma * advantage"),
+        ],
+        "test_ppo::test_gae_with_lambda_0_is_the_td_error": [
+            (
+                "GAE with the value of this token as the next one's",
+                "delta = rewards[:, t] + gamma * next_value - values[:, t]",
+                "delta = rewards[:, t] + gamma * values[:, t] - values[:, t]",
+            ),
+            ("discount left out of the TD error", "gamma * next_value", "next_value"),
+        ],
+        "test_ppo::test_whitening_counts_the_real_tokens_of_the_whole_rollout": [
+            ("whitening counts what lies behind the end", "real = x[mask]  # (N,)", "real = x.flatten()"),
+            ("population variance", "real.mean(), real.std()", "real.mean(), real.std(unbiased=False)"),
+        ],
+        "test_ppo::test_whitening_rewards_keeps_their_mean_and_zeroes_what_is_outside": [
+            (
+                "whitened but not masked again",
+                "return (whitened if shift_mean else whitened + mean) * mask",
+                "return whitened if shift_mean else whitened + mean",
+            ),
+        ],
+        "test_ppo::test_whitening_one_token_or_equal_ones_stays_finite": [
+            ("one token is whitened to nan", "if len(real) < 2:", "if len(real) < 1:"),
+        ],
+        "test_ppo::test_rollout_whitens_the_advantages_once_and_leaves_the_returns_alone": [
+            (
+                "whitening reward by reward subtracts the mean",
+                "rewards = whiten(rewards, mask, shift_mean=False)",
+                "rewards = whiten(rewards, mask)",
+            ),
+            (
+                "each response is whitened by itself",
+                "advantages = whiten(advantages, mask)  # over",
+                "advantages = torch.cat([whiten(a[None], m[None]) for a, m in zip(advantages, mask)])  # over",
+            ),
+            (
+                "returns from whitened advantages",
+                "advantages = whiten(advantages, mask)  # over",
+                "advantages = whiten(advantages, mask); returns = advantages + values  # over",
+            ),
+        ],
+        "test_ppo::test_nothing_in_a_rollout_carries_a_gradient": [
+            ("the rollout carries gradients", "@torch.no_grad()\ndef rollout(", "def rollout("),
+        ],
+        "test_ppo::test_clip_is_for_the_score_and_not_for_the_kl": [
+            (
+                "the score clip cuts the KL too",
+                "rewards = token_rewards(penalised.to(kl.dtype), kl, mask, kl_coef)",
+                "rewards = token_rewards(penalised.to(kl.dtype), kl, mask, kl_coef).clamp(-5, 5)",
+            ),
+        ],
+        "test_ppo::test_penalty_is_for_a_response_without_eos_whatever_the_prompt_holds": [
+            (
+                "<|endoftext|> looked for in the prompt too",
+                "ended = (sequences[:, prompt_len:] == eos_id).any(1)",
+                "ended = (sequences == eos_id).any(1)",
+            ),
+        ],
+        "test_reward::test_the_classifier_never_reads_an_end_of_text_token": [
+            (
+                "the reward reads <|endoftext|> as words",
+                "skip_special_tokens=True, clean_up_tokenization_spaces=False)\n    scores",
+                "skip_special_tokens=False, clean_up_tokenization_spaces=False)\n    scores",
+            ),
+        ],
+        "test_reward::test_a_letter_split_between_prompt_and_response_reaches_the_classifier_whole": [
+            (
+                "prompt and response decoded apart",
+                "tokenizer.batch_decode(sequences, skip_special_tokens=True,",
+                "[a + b for a, b in zip(*map(tokenizer.batch_decode, (prompts, sequences[:, prompt_len:-1])))]; dict(",
+            ),
+        ],
+        "test_ppo::test_clipped_surrogate_is_pessimistic_on_both_sides": [
+            (
+                "clipped from above only",
+                "ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)",
+                "ratio.clamp(max=1 + cfg.clip_eps)",
+            ),
+            (
+                "the optimistic surrogate",
+                "torch.max(-advantages * ratio, -advantages * clipped)",
+                "torch.min(-advantages * ratio, -advantages * clipped)",
+            ),
+        ],
+        "test_ppo::test_first_gradient_is_the_vanilla_policy_gradient": [
+            ("ratio upside down", "log_ratio = logprobs - old_logprobs", "log_ratio = old_logprobs - logprobs"),
+        ],
+        "test_ppo::test_loss_and_gradient_stay_finite_at_absurd_ratios": [
+            ("absurd ratios overflow", "log_ratio.clamp(-20, 20).exp()", "log_ratio.exp()"),
+        ],
+        "test_ppo::test_value_loss_clips_around_the_old_value_and_takes_the_larger_error": [
+            (
+                "the optimistic value loss",
+                "0.5 * torch.max(vf_errors, vf_errors_clipped)",
+                "0.5 * torch.min(vf_errors, vf_errors_clipped)",
+            ),
+            (
+                "the half of the value loss is missing",
+                "0.5 * torch.max(vf_errors, vf_errors_clipped)",
+                "torch.max(vf_errors, vf_errors_clipped)",
+            ),
+            (
+                "value clipped around the return",
+                "near_old = old_values + (values - old_values).clamp",
+                "near_old = returns + (values - returns).clamp",
+            ),
+            (
+                "vf_coef twice",
+                "return pg_loss + cfg.vf_coef * vf_loss, {",
+                "return pg_loss + cfg.vf_coef**2 * vf_loss, {",
+            ),
+        ],
+        "test_ppo::test_approx_kl_is_k3_of_the_old_policy_from_the_new": [
+            (
+                "approx_kl of the other direction",
+                "(ratio - 1 - log_ratio).mean()",
+                "(1 / ratio - 1 + log_ratio).mean()",
+            ),
+        ],
+        "test_ppo::test_controller_moves_the_coefficient_at_most_a_fifth_of_its_horizon": [
+            (
+                "controller without its clip",
+                "error = min(max(kl / self.target - 1, -0.2), 0.2)",
+                "error = kl / self.target - 1",
+            ),
+            ("controller the wrong way", "self.coef *= 1 + error", "self.coef *= 1 - error"),
+        ],
+        "test_ppo::test_coefficient_moves_once_a_rollout_by_that_rollouts_kl": [
+            (
+                "controller moves once an epoch",
+                'controller.update(metrics["kl"], cfg.batch_size)',
+                '[controller.update(metrics["kl"], cfg.batch_size) for _ in range(cfg.ppo_epochs)]',
+            ),
+        ],
+        "test_ppo::test_micro_batch_size_does_not_change_the_step": [
+            (
+                "mean of the micro-batches' means",
+                "share = mask.sum() / batch.mask[rows].sum()",
+                "share = len(micro) / len(rows)",
+            ),
+            ("the sum of the micro-batches' means", "(loss * share).backward()", "loss.backward()"),
+        ],
+        "test_ppo::test_every_minibatch_of_every_epoch_takes_one_step": [
+            ("one optimizer step an epoch", ".split(cfg.minibatch_size):", ".split(cfg.batch_size):"),
+        ],
+        "test_ppo::test_every_real_token_is_used_once_an_epoch_in_a_new_order": [
+            (
+                "the same order in every epoch",
+                "order = torch.randperm(len(batch.mask), generator=generator)",
+                "order = torch.arange(len(batch.mask))",
+            ),
+            (
+                "episodes drawn with replacement",
+                "order = torch.randperm(len(batch.mask), generator=generator)",
+                "order = torch.randint(len(batch.mask), (len(batch.mask),), generator=generator)",
+            ),
+        ],
+        "test_ppo::test_without_a_step_every_ratio_is_1_in_every_epoch": [
+            (
+                "the temperature left out of the update",
+                "policy(batch.sequences[micro], batch.prompt_len, cfg.temperature)",
+                "policy(batch.sequences[micro], batch.prompt_len)",
+            ),
+        ],
+        "test_ppo::test_logprobs_and_values_belong_to_the_state_before_their_token": [
+            (
+                "the temperature left out of the reference",
+                "ref_policy(part, prompt_len, cfg.temperature)[0]",
+                "ref_policy(part, prompt_len)[0]",
+            ),
+        ],
+        "test_ppo::test_optimizer_is_adam_without_weight_decay_over_the_policy_alone": [
+            ("weight decay in PPO", "torch.optim.Adam(policy", "torch.optim.AdamW(policy"),
+        ],
+        "test_ppo::test_reference_stays_what_the_policy_was": [
+            ("the reference is the policy", "copy.deepcopy(policy).eval().requires_grad_(False)", "policy"),
+        ],
+        "test_ppo::test_every_rollout_draws_its_own_random_numbers": [
+            (
+                "the same random numbers in every rollout",
+                "random_generator(device, cfg.seed, step)",
+                "random_generator(device, cfg.seed)",
+            ),
+        ],
+        "test_ppo::test_learning_rate_falls_linearly_to_0_behind_the_last_rollout": [
+            (
+                "learning rate that never falls",
+                "stepper.set_lr(1 - (1 - cfg.lr_end) * step / cfg.steps)",
+                "stepper.set_lr(1.0)",
+            ),
+        ],
+    },
+    "optimizer.py": {
+        "test_ppo::test_a_minibatch_leaves_no_gradient_to_the_next": [
+            ("gradients of the last minibatch stay", "self.model.zero_grad(set_to_none=True)", "pass"),
+        ],
+        "test_model::test_every_group_of_every_optimizer_follows_the_schedule_from_its_own_peak": [
+            (
+                "learning rate of the first group only",
+                "zip(optimizer.param_groups, peaks):",
+                "zip(optimizer.param_groups[:1], peaks):",
+            ),
+        ],
+        "test_model::test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted": [
+            ("a gradient that is not finite is stepped with", "if math.isfinite(norm):", "if True:"),
+        ],
+        "test_ppo::test_gradient_is_clipped_once_a_step": [
+            (
+                "no gradient clipping",
+                "clip_grad_norm_(self.model.parameters(), self.grad_clip)",
+                "clip_grad_norm_(self.model.parameters(), math.inf)",
+            ),
+        ],
+        "test_model::test_weight_decay_takes_matrices_and_leaves_biases_and_gains": [
+            (
+                "biases and gains decay too",
+                'p.dim() < 2], "weight_decay": 0.0',
+                'p.dim() < 2], "weight_decay": weight_decay',
+            ),
+        ],
+    },
+    "model.py": {
+        "test_model::test_generate_samples_from_the_distribution_that_the_policy_reports": [
+            (
+                "temperature in sampling only",
+                "logits = self.gpt2.logits(hidden) / temperature  # (B, T, V)",
+                "logits = self.gpt2.logits(hidden)",
+            ),
+        ],
+        "test_model::test_samples_follow_softmax_of_the_logits_over_the_temperature": [
+            ("no temperature in sampling", "[:, -1]) / temperature).softmax(-1)", "[:, -1])).softmax(-1)"),
+            ("greedy decoding", "torch.empty_like(probs).exponential_(generator=generator)", "torch.ones_like(probs)"),
+        ],
+        "test_ppo::test_without_a_step_every_ratio_is_1_in_every_epoch": [
+            (
+                "dropout while it learns",
+                'return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))',
+                'return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), 0.1, self.training)',
+            ),
+        ],
+        "test_model::test_a_logprob_is_read_from_the_logits_of_the_position_before_its_token": [
+            (
+                "log-probabilities one position late",
+                "hidden = self.gpt2.trunk(sequences[:, :-1])",
+                "hidden = self.gpt2.trunk(sequences[:, 1:])",
+            ),
+        ],
+        "test_model::test_a_value_is_read_from_the_hidden_state_before_its_token": [
+            (
+                "values one position late",
+                "values = self.value_head(hidden.to",
+                "values = self.value_head(hidden.roll(-1, 1).to",
+            ),
+        ],
+        "test_model::test_a_cached_decode_step_gives_the_logits_of_a_full_forward": [
+            ("positions that start anew in decoding", "self.wpe.weight[seen:end]", "self.wpe.weight[: end - seen]"),
+            ("causal mask on a cached step", "is_causal=L > 1", "is_causal=True"),
+            ("a full cache is not moved on", "cache.filled = end", "cache.filled = seen + 1"),
+        ],
+        "test_model::test_a_later_token_changes_no_earlier_logit": [
+            ("no causal mask", "is_causal=L > 1", "is_causal=False"),
+        ],
+        "test_model::test_bf16_rounds_the_trunk_and_never_the_logits": [
+            (
+                "logits in bf16",
+                "return F.linear(hidden.to(weight.dtype), weight)",
+                "return F.linear(hidden.bfloat16(), weight.bfloat16()).to(weight.dtype)",
+            ),
+        ],
+        "test_model::test_logits_are_those_of_transformers": [
+            ("GELU by the error function", 'approximate="tanh"', 'approximate="none"'),
+            (
+                "epsilon of BERT's LayerNorm",
+                "self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)",
+                "self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-12)",
+            ),
+        ],
+        "test_model::test_gradients_are_those_of_transformers": [
+            (
+                "no gradient through the LM head",
+                "weight = self.wte.weight[: self.n_tokens]",
+                "weight = self.wte.weight[: self.n_tokens].detach()",
+            ),
+        ],
+        "test_model::test_rows_of_the_embedding_beyond_the_tokenizer_have_no_logit_and_are_never_sampled": [
+            (
+                "rows beyond the tokenizer can be sampled",
+                "weight = self.wte.weight[: self.n_tokens]",
+                "weight = self.wte.weight",
+            ),
+        ],
+        "test_model::test_a_row_holds_nothing_but_eos_behind_its_first_eos_and_all_it_drew_before": [
+            ("rows go on after their end", "new = torch.where(ended, eos_id, new)", "pass"),
+        ],
+        "test_model::test_values_are_zero_before_training": [
+            ("the value head starts at random", "nn.init.zeros_(self.value_head.weight)", "pass"),
+        ],
+        "test_model::test_exact_kl_is_the_sum_over_the_vocabulary_and_the_real_tokens": [
+            (
+                "exact KL of the other direction",
+                "(logp.exp() * (logp - ref_logp)).sum(-1)",
+                "(ref_logp.exp() * (ref_logp - logp)).sum(-1)",
+            ),
+        ],
+    },
+    "checkpoint.py": {
+        "test_model::test_logits_are_those_of_transformers": [
+            ("attn.c_proj is not transposed", '"attn.c_attn.weight", "attn.c_proj.weight", ', '"attn.c_attn.weight", '),
+        ],
+        "test_model::test_every_style_of_key_and_file_gives_the_same_weights": [
+            (
+                "the biases of c_attn are taken for masks",
+                'r"h\\.\\d+\\.attn\\.(bias|masked_bias)"',
+                'r"h\\.\\d+\\.attn\\.(c_attn\\.)?(bias|masked_bias)"',
+            ),
+        ],
+        "test_model::test_a_config_that_asks_for_other_arithmetic_is_refused": [
+            ("other arithmetic in config.json is ignored", "if found not in supported:", "if False:"),
+        ],
+        "test_model::test_weights_that_do_not_fit_are_refused_by_name": [
+            (
+                "a missing tensor is not noticed",
+                'problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in shapes]',
+                "problems = []",
+            ),
+        ],
+        "test_checkpoint::test_a_save_that_fails_leaves_the_old_files_and_no_temporary_ones": [
+            (
+                "saved in place",
+                'with tempfile.TemporaryDirectory(prefix=".saving-", dir=out) as temporary:',
+                "for temporary in [out]:",
+            ),
+        ],
+        "test_finetune::test_a_run_that_was_killed_and_goes_on_equals_the_unbroken_one_to_the_bit": [
+            ("the optimizer is not restored", 'optimizer.load_state_dict({"state": found,', 'dict({"state": found,'),
+        ],
+    },
+    "data.py": {
+        "test_data::test_a_part_named_test_is_the_evaluation_split_and_its_reviews_are_nowhere_else": [
+            ("a review in two splits", "rows = _unique(train, evaluation)", "rows = _unique(train, ())"),
+        ],
+        "test_data::test_the_first_reviews_of_a_split_have_both_labels_although_the_file_is_sorted_by_label": [
+            ("splits in the order of the file", "sorted(rows, key=lambda row: key(row[0]))", "list(rows)"),
+        ],
+        "test_data::test_the_packed_stream_is_the_reviews_with_one_end_of_text_after_each": [
+            (
+                "no <|endoftext|> between reviews",
+                "np.array(ids + eos, dtype=np.int32)",
+                "np.array(ids, dtype=np.int32)",
+            ),
+        ],
+        "test_data::test_a_text_that_spells_the_end_of_text_gets_letters_and_comes_back_whole": [
+            (
+                "a text can spell the special token",
+                "before, backend.encode_special_tokens = backend.encode_special_tokens, True",
+                "before, backend.encode_special_tokens = backend.encode_special_tokens, False",
+            ),
+        ],
+        "test_finetune::test_an_epoch_takes_every_block_once_in_an_order_that_epoch_and_seed_change": [
+            (
+                "blocks drawn with replacement",
+                "np.random.default_rng([seed, epoch]).permutation(n_blocks)",
+                "np.random.default_rng([seed, epoch]).integers(0, n_blocks, n_blocks)",
+            ),
+        ],
+        "test_data::test_a_pass_over_the_pool_gives_each_prompt_at_most_once_and_the_next_pass_another_order": [
+            (
+                "prompts in the same order in every pass",
+                "np.random.default_rng([cfg.seed, 0, passes])",
+                "np.random.default_rng([cfg.seed, 0])",
+            ),
+        ],
+    },
+    "finetune_gpt2.py": {
+        "test_finetune::test_a_model_of_reviews_of_three_tokens_learns_to_stop_after_three": [
+            (
+                "<|endoftext|> is no target",
+                'ys.flatten(), reduction="sum") / y.numel()',
+                'ys.flatten(), reduction="sum", ignore_index=0) / y.numel()',
+            ),
+        ],
+        "test_finetune::test_a_target_is_the_next_token_and_the_end_of_text_is_one": [
+            (
+                "a token's target is the token itself",
+                "torch.from_numpy(stream[at + 1]).long()",
+                "torch.from_numpy(stream[at]).long()",
+            ),
+        ],
+        "test_finetune::test_the_micro_batch_size_changes_no_gradient": [
+            (
+                "mean of the micro-batches' means in fine-tuning",
+                'reduction="sum") / y.numel()',
+                'reduction="mean") / len(y.split(cfg.micro_batch_size))',
+            ),
+        ],
+        "test_finetune::test_the_learning_rate_warms_up_linearly_and_ends_at_min_lr": [
+            (
+                "learning rate 0 at the first step",
+                "return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)",
+                "return cfg.lr * step / cfg.warmup_steps",
+            ),
+        ],
+        "test_finetune::test_validation_is_the_perplexity_worked_out_token_by_token": [
+            ("the rest of the validation stream is dropped", "    if whole < len(stream):", "    if False:"),
+        ],
+    },
+    "reward.py": {
+        "test_reward::test_the_order_of_the_labels_changes_no_score": [
+            ("the reward is a fixed index", "return found[0]", "return 1"),
+        ],
+        "test_reward::test_of_a_long_text_the_end_is_scored": [
+            ("a long text loses its end", 'tokenizer.truncation_side = "left"', 'tokenizer.truncation_side = "right"'),
+        ],
+        "test_reward::test_a_text_has_the_same_score_alone_and_in_any_batch_and_scores_keep_the_order_of_the_texts": [
+            (
+                "no attention mask in scoring",
+                "self.model(**batch.to(self.device)).logits.float()",
+                'self.model(batch.to(self.device)["input_ids"]).logits.float()',
+            ),
+            ("scores in the order of length", "        return scores\n", "        return scores[order]\n"),
+        ],
+        "test_reward::test_the_log_odds_of_three_classes_set_the_positive_one_against_the_sum_of_the_others": [
+            ("the others' mean in the log-odds", "others.logsumexp(1)", "others.mean(1)"),
+        ],
+    },
+    "log.py": {
+        "test_ppo::test_metrics_sum_kl_over_a_response_and_average_over_responses": [
+            (
+                "KL as a mean over tokens in the log",
+                "mask, kl, few = batch.mask, batch.kl, slice(8)",
+                "mask, kl, few = batch.mask, batch.kl / batch.mask.sum(1, keepdim=True), slice(8)",
+            ),
+            (
+                "entropy counts what lies behind the end",
+                '"entropy": -batch.logprobs[mask].mean()',
+                '"entropy": -batch.logprobs.mean()',
+            ),
+        ],
+    },
+    "evaluate.py": {
+        "test_evaluate::test_a_policy_that_is_its_own_reference_has_no_kl_and_the_same_seed_gives_the_same_texts": [
+            (
+                "the models get other random numbers",
+                "generator = random_generator(device, cfg.seed, i)",
+                "generator = None",
+            ),
+        ],
+        "test_evaluate::test_perplexity_is_of_all_tokens_together": [
+            (
+                "perplexity as a mean over responses",
+                "np.exp(nll[rows].sum() / length[rows].sum())",
+                "np.exp((nll[rows] / length[rows]).mean())",
+            ),
+        ],
+        "test_evaluate::test_generated_text_cannot_become_markup_in_the_samples": [
+            ("generated text as Markdown", 'f"&#{ord(c)};" if c in', "c if c in"),
+        ],
+    },
+}
+
+
+def pytest(tree, tests):
+    """Run tests of a tree on one thread; returns the exit status: 0 all green, 1 one is red, else it did not run."""
+    names = [f"tests/{test.replace('::', '.py::')}" for test in tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *names]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True).returncode
+
+
+def verdict(file, test, right, wrong):
+    """'caught', or what is wrong: 'survived', 'stale', or 'broken' where the mutant is no program any more."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for path in ROOT.glob("*.py"):
+            shutil.copy(path, tree)
+        shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        (tree / "asset").symlink_to(ROOT / "asset")
+        source = (tree / file).read_text(encoding="utf-8")
+        if source.count(right) != 1:
+            return "stale"
+        (tree / file).write_text(source.replace(right, wrong), encoding="utf-8")
+        return {0: "survived", 1: "caught"}.get(pytest(tree, [test]), "broken")
+
+
+def main(words):
+    chosen = [
+        (name, file, test, right, wrong)
+        for file, tests in MUTANTS.items()
+        for test, mutants in tests.items()
+        for name, right, wrong in mutants
+        if not words or any(word in name for word in words)
+    ]
+    if pytest(ROOT, sorted({test for _, _, test, _, _ in chosen})):
+        sys.exit("error: one of the tests is red without any mutant: run make test")
+    bad = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (name, file, *_), found in zip(chosen, pool.map(lambda mutant: verdict(*mutant[1:]), chosen)):
+            bad += found != "caught"
+            print(f"{found:<8}  {file:<16}  {name}", flush=True)
+    print(f"{len(chosen) - bad} of {len(chosen)} caught")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""The first page: its table is that of the committed run, its links lead somewhere, its commands are commands."""
+
+import importlib
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+from config import EvaluateConfig, FinetuneConfig, PPOConfig, RewardConfig, differing, parse
+from evaluate import table_text
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGS = {
+    "finetune_gpt2.py": FinetuneConfig,
+    "reward.py": RewardConfig,
+    "ppo.py": PPOConfig,
+    "evaluate.py": EvaluateConfig,
+}
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
+COMMANDS += [shlex.split(code) for code in re.findall(r"`(python [^`]*)`", README)]
+
+
+def test_the_table_is_that_of_the_committed_results():
+    results = json.loads((ROOT / "asset" / "results.json").read_text())
+    assert table_text(results) in README
+
+
+def test_the_committed_results_are_of_the_preset_as_it_is():
+    """Catches constants that were changed and a demo that was not run again."""
+    assert (
+        differing(parse(PPOConfig, ["--preset", "mini"]), json.loads((ROOT / "asset/run_config.json").read_text()))
+        == []
+    )
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+def test_every_link_into_the_repository_leads_to_a_file(link):
+    assert link.startswith(("http://", "https://")) or (ROOT / link).is_file()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_is_one_that_its_program_takes(command):
+    program, *arguments = command
+    if program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert arguments[0] in targets
+    elif program == "python":
+        script, *flags = arguments
+        assert (ROOT / script).is_file()
+        assert not flags or isinstance(parse(CONFIGS[script], flags), CONFIGS[script])
+    else:
+        assert program in ("pip", "tensorboard")
+
+
+def test_every_function_and_file_that_the_page_names_is_there():
+    names = re.findall(r"`(\w+)\.(\w+)`", README)
+    functions = [(module, name) for module, name in names if name not in ("py", "txt", "jsonl", "json")]
+    assert len(functions) > 5
+    for module, name in functions:
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+    files = {f"{module}.py" for module, name in names if name == "py"}
+    assert {path.name for path in ROOT.glob("*.py")} == files
