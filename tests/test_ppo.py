@@ -595,7 +595,7 @@ def train(tmp_path_factory, gpt2_folder):
                 lr=1e-3, lr_end=0.0, save_every=2, report_to="none", device="cpu",
             ) | changes
         )  # fmt: skip
-        kept = types.SimpleNamespace(cfg=cfg, out=home / name, saved_after=[])
+        kept = types.SimpleNamespace(cfg=cfg, out=home / name, saved_after=[], seeds=[])
 
         def keep_stepper(*args):
             kept.stepper = Stepper(*args)
@@ -603,6 +603,7 @@ def train(tmp_path_factory, gpt2_folder):
 
         def keep_policies(*args):
             kept.policy, kept.ref_policy = args[:2]
+            kept.seeds.append(args[-1].initial_seed())
             return rollout(*args)
 
         def keep_saves(*args):
@@ -631,6 +632,11 @@ def test_a_run_logs_every_metric_of_every_rollout(trained):
         assert set(line) == METRICS | CLOCKS and all(math.isfinite(value) for value in line.values())
         assert line["first_max_log_ratio"] < 1e-5 and line["skipped_steps"] == 0 and line["kl_exact"] >= 0
     assert trained.metrics[0]["kl"] == trained.metrics[0]["kl_exact"] == 0 and trained.metrics[2]["kl_exact"] > 0
+
+
+def test_every_rollout_draws_its_own_random_numbers(trained):
+    """A generator that is made anew from the run's seed alone would draw the same in every rollout."""
+    assert len(set(trained.seeds)) == len(trained.seeds) == 3
 
 
 def test_learning_rate_falls_linearly_to_0_behind_the_last_rollout(trained):
