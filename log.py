@@ -14,8 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from checkpoint import CHECKPOINTS, RESULTS, RUN_CONFIG, need_disk, write_text
+from checkpoint import BEST, RESULTS, RUN_CONFIG, delete_checkpoints, need_disk, sweep, write_text
 from config import BadInput, printable
 from model import exact_kl
 
@@ -25,16 +26,22 @@ class RunLog:
 
     Making one starts the run's folder: the config is written, log and checkpoints of an earlier run there are deleted;
     where a run goes on with first_step, the log up to it stays and so do the checkpoints. BadInput when the folder
-    cannot be written or the disk has no room for so many copies of the model.
+    cannot be written or the disk has no room for the model, its heir and the checkpoints. Of several processes the one
+    with rank 0 does all this, the others nothing.
     """
 
-    def __init__(self, cfg, model, part="", first_step=0, copies=2):
+    def __init__(self, cfg, model, part="", first_step=0, rank=0):
         self.out, self.start, self.tensorboard, self.wandb = Path(cfg.out, part), time.time(), None, None
+        self.file = None
+        if rank:
+            return
         if cfg.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
             raise BadInput("report_to is wandb, which is not installed: pip install wandb, or --report_to tensorboard")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            need_disk(self.out, model, copies)
+            sweep(self.out)
+            # old and new weights; checkpoints of three times that, the weights and two moments, and one being written
+            need_disk(self.out, model, copies=2 + 3 * (cfg.keep + 1))
             write_text(Path(cfg.out, RUN_CONFIG), json.dumps(asdict(cfg), indent=1))
             file = self.out / "log.jsonl"
             earlier = [line for line in read_lines(file) if line["step"] < first_step]
@@ -43,7 +50,8 @@ class RunLog:
             if earlier:
                 self.start -= earlier[-1]["seconds"]
             if not first_step:
-                shutil.rmtree(self.out / CHECKPOINTS, ignore_errors=True)
+                delete_checkpoints(self.out)
+                shutil.rmtree(self.out / BEST, ignore_errors=True)
                 # what was said of other weights than those to come
                 for old in (RESULTS, "samples.md", "example_results.png", "learning_curves.png"):
                     (self.out / old).unlink(missing_ok=True)
@@ -60,8 +68,15 @@ class RunLog:
 
             self.wandb = wandb.init(project="mini-rlhf", name=self.out.as_posix(), config=asdict(cfg))
 
+    def progress(self, checkpoints, steps, name, unit):
+        """The steps of a loop as a progress bar, from where it goes on."""
+        first, hidden = checkpoints.first_step, self.file is None
+        return tqdm(checkpoints.steps(steps), name, initial=first, total=steps, unit=unit, disable=hidden)
+
     def write(self, step, **metrics):
         """Record the metrics of a step: floats and ints by name."""
+        if not self.file:
+            return
         line = dict(step=step, seconds=round(time.time() - self.start, 2), **metrics)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
@@ -73,7 +88,8 @@ class RunLog:
 
     def close(self):
         """End the log; returns the seconds that the run took, its earlier parts included."""
-        self.file.close()
+        if self.file:
+            self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
@@ -105,6 +121,8 @@ def rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg):
     metrics = {
         "score": batch.scores.mean(),
         "score_std": batch.scores.std(unbiased=False),
+        "objective": batch.scores.mean()
+        - cfg.kl_coef * responses.mean(),  # with the coefficient that the run began with
         "kl": responses.mean(),
         "kl_stderr": responses.std(unbiased=False) / len(responses) ** 0.5,
         "kl_k3": (((-kl).exp() - 1 + kl) * mask).sum(1).mean(),
@@ -124,6 +142,43 @@ def rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg):
         "tokens_per_second": int(mask.sum()) / batch.seconds["generate"],
         "peak_memory_gb": peak_memory(mask.device),
     }  # fmt: skip
+
+
+class Watch:
+    """Says when a run goes wrong: the KL is over its ceiling, or the judge falls while the score rises.
+
+    The second is over-optimisation (Gao et al. 2022, arXiv:2210.10760): the policy has found what only the reward
+    likes. Score and judge of the last cfg.alarm_window rollouts are compared half by half; a change counts from twice
+    its standard error on. history: [score, share positive by the judge] of those rollouts, in a checkpoint's state.
+    """
+
+    def __init__(self, cfg, history):
+        self.ceiling, self.window, self.history = cfg.kl_ceiling, cfg.alarm_window // 2 * 2, history
+
+    def __call__(self, metrics):
+        """What is wrong after a rollout with these metrics, as text; empty where nothing is."""
+        if self.ceiling and metrics["kl"] > self.ceiling:
+            return f"KL is {metrics['kl']:.1f} nats a response, over kl_ceiling {self.ceiling}: raise kl_coef, lower lr"
+        if not self.window or "positive_by_judge" not in metrics:
+            return ""
+        self.history.append([metrics["score"], metrics["positive_by_judge"]])
+        del self.history[: -self.window]
+        if len(self.history) == self.window:
+            score, judge = (change(values) for values in zip(*self.history))
+            if score > 2 and judge < -2:
+                self.history.clear()  # said once a window
+                return (
+                    f"in {self.window} rollouts the score rose and the share positive by the judge fell: the policy "
+                    "learns what only the reward likes: raise kl_coef, or stop here"
+                )
+        return ""
+
+
+def change(values):
+    """The mean of the later half of an even number of values less that of the earlier, in its standard errors."""
+    halves = torch.tensor(values, dtype=torch.float64).view(2, -1)
+    stderr = (halves.var(1, correction=0).sum() / halves.shape[1]).sqrt()
+    return float((halves[1].mean() - halves[0].mean()) / (stderr + 1e-12))
 
 
 def average(parts, shares):

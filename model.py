@@ -8,6 +8,8 @@ C width, H attention heads.
 """
 
 import math
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -245,7 +247,7 @@ def check_policy(policy, ref_policy, prompts, cfg):
     return ", ".join(f"max |{name}| {error:.1g}" for name, error in found.items()) + " nats"
 
 
-# ---- device and randomness
+# ---- device, processes and randomness
 
 
 def pick_device(cfg):
@@ -259,11 +261,63 @@ def pick_device(cfg):
     if cfg.dtype == "bf16" and not can_bf16:
         raise BadInput(f"dtype is bf16, and this {name} device does not compute in it: use --dtype fp32, or auto")
     torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products on CUDA; nothing changes on a CPU
-    return torch.device(name), cfg.dtype == "bf16" or cfg.dtype == "auto" and name == "cuda" and can_bf16
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process of a machine its own
+    return torch.device(name), cfg.dtype == "bf16" or cfg.dtype == "auto" and name.startswith("cuda") and can_bf16
+
+
+class OneProcess:
+    """A run of one process: all rows are its own. distributed.Processes does the same with several."""
+
+    rank, size = 0, 1
+
+    def share(self, rows):
+        """The rows of this process: an equal part, in order."""
+        return rows
+
+    def gather(self, part):
+        """The parts (n, ...) of all processes as one, (size * n, ...), in the order of their ranks."""
+        return part
+
+    def mean(self, metrics):
+        """Metrics (floats by name) of all processes as one: means, and of a maximum the largest."""
+        return metrics
+
+    def any(self, flag):
+        """A number that is 0 only where it is 0 in every process."""
+        return flag
+
+    def learner(self, model):
+        """The model to call where gradients are wanted: each process then has their mean over all processes."""
+        return model
+
+    def accumulate(self, learner, last):
+        """A context for a backward pass: only the `last` one before an optimizer step needs the other processes."""
+        return nullcontext()
+
+
+def join(device, cfg, sizes):
+    """The processes of this run: those that torchrun started, or this one alone.
+
+    sizes: names of cfg's fields that say how many rows all processes have together; BadInput if they cannot share them.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return OneProcess()
+    from distributed import Processes
+
+    processes = Processes(device)
+    for name in sizes.split():
+        if getattr(cfg, name) % processes.size:
+            raise BadInput(f"{name} {getattr(cfg, name)} cannot be shared evenly by {processes.size} processes")
+    return processes
+
+
+def seed_of(*key):
+    """A seed for each key of integers, such as (seed, step): what a run draws depends on nothing else."""
+    key = (len(key), *key)  # numpy takes (1,) and (1, 0) for the same seed
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 def random_generator(device, *key):
-    """A generator for each key of integers, such as (seed, step): what a run draws depends on nothing else."""
-    key = (len(key), *key)  # numpy takes (1,) and (1, 0) for the same seed
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device).manual_seed(seed)
+    """A generator for each key of integers."""
+    return torch.Generator(device).manual_seed(seed_of(*key))

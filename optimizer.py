@@ -93,12 +93,16 @@ class Stepper:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.in_a_row = 0
-        else:
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         self.model.zero_grad(set_to_none=True)
-        if self.in_a_row == 3:
-            raise BadInput(f"the gradient was not finite (norm {norm}) in three optimizer steps in a row: lower lr")
+        if not math.isfinite(norm):
+            self.skip(f"the gradient was not finite (norm {norm}): lower lr")
         return norm
+
+    def skip(self, what):
+        """Count a step that is not taken; BadInput at the third in a row, saying what was seen."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row == 3:
+            raise BadInput(f"three steps in a row were skipped, the last one because {what}")
 
 
 def warm_up_and_decay(step, steps):

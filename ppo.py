@@ -3,6 +3,7 @@
     python ppo.py                                        # gpt2, as published: 25,600 episodes
     python ppo.py --preset mini                          # minutes on a CPU, offline
     python ppo.py --reward my_reward.py:my_function      # your own function: list of B texts -> (B,) tensor
+    torchrun --nproc_per_node 8 ppo.py                   # on eight GPUs: see distributed.py
 
 Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347) with generalized advantage estimation (Schulman
 et al. 2016, arXiv:1506.02438), and the KL-penalised reward of Ziegler et al. 2019 (arXiv:1909.08593).
@@ -14,17 +15,18 @@ responses up to and with <|endoftext|>. An episode has one score; every token of
 import copy
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from checkpoint import check_context, check_run, load_policy, open_gpt2, save_gpt2
+from checkpoint import BEST, Checkpoints, check_run, delete_checkpoints
 from config import PPOConfig, run
-from data import load_splits, prompt_batch, prompt_pool
-from log import RunLog, average, ppo_sheet, rollout_metrics, show
-from model import check_policy, pick_device, random_generator
+from data import digest, load_splits, prompt_batch, prompt_pool
+from hub import check_context, load_policy, open_gpt2, save_gpt2
+from log import RunLog, Watch, average, ppo_sheet, rollout_metrics, show
+from model import OneProcess, check_policy, join, pick_device, random_generator
 from optimizer import Stepper
-from reward import SentimentReward, check_finite, check_reward, load_reward
+from reward import NotFinite, SentimentReward, as_scores, check_finite, check_reward, load_reward
 
 # ---- the arithmetic: tensors in, tensors out
 
@@ -137,13 +139,15 @@ class Rollout:
 
 
 @torch.no_grad()
-def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, generator=None):
+def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, generator=None, ranks=None):
     """Answer each prompt, score it, and say how much better each token was than expected: a Rollout.
 
-    prompts: (B, P) ids, all of P tokens, so nothing is padded. reward_fn: list of B texts -> (B,) scores.
+    prompts: (B, P) ids, all of P tokens, so nothing is padded. reward_fn: list of B texts -> (B,) scores. Of several
+    processes each answers, scores and evaluates its share; all have the whole Rollout.
     """
-    clock, prompt_len, eos_id = [time.time()], prompts.shape[1], tokenizer.eos_token_id
-    sequences = policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator)
+    ranks, clock, prompt_len, eos_id = ranks or OneProcess(), [time.time()], prompts.shape[1], tokenizer.eos_token_id
+    prompts = ranks.share(prompts)
+    sequences = ranks.gather(policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator))
     mask = response_mask(sequences[:, prompt_len:], eos_id)
     longest = mask.sum(1).max()  # nothing behind the longest response is ever computed with again
     sequences, mask = sequences[:, : prompt_len + longest], mask[:, :longest]  # (B, P + T), (B, T)
@@ -151,7 +155,8 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
 
     # whole texts, decoded at once: a letter may begin in the prompt's last token and end in the response's first
     texts = tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    scores = torch.as_tensor(reward_fn(texts), dtype=torch.float32, device=mask.device)  # (B,)
+    mine = ranks.share(texts)
+    scores = ranks.gather(as_scores(reward_fn(mine), mine).to(mask.device))  # (B,)
     check_finite("score", scores, texts)
     ended = (sequences[:, prompt_len:] == eos_id).any(1)
     penalised = scores.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else scores
@@ -159,10 +164,10 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
     clock.append(time.time())
 
     # by the update's own forward and micro-batches, so that its first ratio is 1
-    parts = sequences.split(cfg.micro_batch_size)
+    parts = ranks.share(sequences).split(cfg.micro_batch_size)
     evaluated = [policy(part, prompt_len, cfg.temperature) for part in parts]
-    logprobs, values = (torch.cat(tensors) for tensors in zip(*evaluated))  # (B, T) each
-    ref_logprobs = torch.cat([ref_policy(part, prompt_len, cfg.temperature)[0] for part in parts])  # (B, T)
+    logprobs, values = (ranks.gather(torch.cat(tensors)) for tensors in zip(*evaluated))  # (B, T) each
+    ref_logprobs = ranks.gather(torch.cat([ref_policy(part, prompt_len, cfg.temperature)[0] for part in parts]))
     check_finite("log-probability or value", (logprobs + ref_logprobs + values).sum(1), texts)
     clock.append(time.time())
 
@@ -178,75 +183,117 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
     )
 
 
-def update(policy, stepper, batch, cfg, generator=None):
+def update(policy, stepper, batch, cfg, generator=None, ranks=None):
     """K epochs of minibatches over one rollout, one optimizer step each. Returns metrics: means over the minibatches.
 
     Losses are means over the real tokens of a minibatch: each micro-batch's mean counts by its share of them, so the
-    micro-batch size does not change the gradient.
+    micro-batch size does not change the gradient. Of several processes each has an equal part of every minibatch; the
+    gradient is the mean of theirs.
     """
-    minibatches = []
+    ranks, minibatches = ranks or OneProcess(), []
     for _ in range(cfg.ppo_epochs):
         order = torch.randperm(len(batch.mask), generator=generator)  # every episode once an epoch
         for rows in order.to(batch.mask.device).split(cfg.minibatch_size):
-            parts, shares = [], []
-            for micro in rows.split(cfg.micro_batch_size):
+            parts, shares, tokens = [], [], batch.mask[rows].sum() / ranks.size
+            micro_batches = ranks.share(rows).split(cfg.micro_batch_size)
+            for i, micro in enumerate(micro_batches):
                 mask = batch.mask[micro]
-                logprobs, values = policy(batch.sequences[micro], batch.prompt_len, cfg.temperature)
-                old = (x[micro][mask] for x in (batch.logprobs, batch.values, batch.advantages, batch.returns))
-                loss, metrics = ppo_loss(logprobs[mask], values[mask], *old, cfg)
-                share = mask.sum() / batch.mask[rows].sum()
-                (loss * share).backward()
+                with ranks.accumulate(policy, last=i == len(micro_batches) - 1):
+                    logprobs, values = policy(batch.sequences[micro], batch.prompt_len, cfg.temperature)
+                    old = (x[micro][mask] for x in (batch.logprobs, batch.values, batch.advantages, batch.returns))
+                    loss, metrics = ppo_loss(logprobs[mask], values[mask], *old, cfg)
+                    share = mask.sum() / tokens
+                    (loss * share).backward()
                 parts.append(metrics)
                 shares.append(share)
             minibatches.append(average(parts, shares) | {"grad_norm": stepper.step()})
     metrics = average(minibatches, [1 / len(minibatches)] * len(minibatches))
     for end, minibatch in (("first", minibatches[0]), ("last", minibatches[-1])):
         metrics |= {f"{end}_{name}": minibatch[name] for name in ("approx_kl", "max_log_ratio")}
-    return {name: float(value) for name, value in metrics.items()} | {"skipped_steps": stepper.skipped}
+    return ranks.mean({name: float(value) for name, value in metrics.items()}) | {"skipped_steps": stepper.skipped}
 
 
-def main(cfg):
-    check_run(cfg)
-    device, bf16 = pick_device(cfg)
+def keep_best(policy, tokenizer, step, objective, state, cfg):
+    """Every cfg.save_every rollouts: the policy that sampled goes to <out>/best if its objective is the highest yet."""
+    if step % cfg.save_every == 0 and (state["best"] is None or objective > state["best"]):
+        state["best"], folder = objective, Path(cfg.out, BEST)
+        folder.mkdir(exist_ok=True)
+        save_gpt2(policy.gpt2, tokenizer, folder, policy.value_head)
+
+
+def load(cfg, device, bf16):
+    """What a run starts from, checked before anything is written: policy, tokenizer, reward, judge, pool of prompts."""
     folder, gpt2_config, tokenizer = open_gpt2(cfg.policy)
     check_context(cfg, gpt2_config)
     reward_fn = load_reward(cfg, device)
     judge = SentimentReward.load(cfg.judge, device=device) if cfg.judge else None  # only watches
     pool = prompt_pool(load_splits(cfg.dataset)["prompts"].texts, tokenizer, cfg.max_prompt_len)
-    first_prompts = prompt_batch(pool, 0, cfg).to(device)
-
+    prompts = prompt_batch(pool, 0, cfg)
     policy = load_policy(folder, gpt2_config, tokenizer, bf16).to(device)
+    print(ppo_sheet(cfg, policy, reward_fn, len(pool), device), flush=True)
+    if cfg.self_check:
+        checked = check_policy(policy, copy.deepcopy(policy), prompts.to(device), cfg)
+        print("self-check:", checked, "|", check_reward(reward_fn), flush=True)
+        if judge:
+            print("self-check: judge:", check_reward(judge, "judge"), flush=True)
+    return policy, tokenizer, reward_fn, judge, pool
+
+
+def main(cfg):
+    check_run(cfg, finished="model.safetensors")
+    device, bf16 = pick_device(cfg)
+    ranks = join(device, cfg, "batch_size minibatch_size")
+    policy, tokenizer, reward_fn, judge, pool = load(cfg, device, bf16)
     ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)  # frozen: where the KL is measured from
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps, fused=device.type != "mps")
     stepper = Stepper(policy, [optimizer], cfg.grad_clip)
-    controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
-    print(ppo_sheet(cfg, policy, reward_fn, len(pool), device), flush=True)
-    if cfg.self_check:
-        print("self-check:", check_policy(policy, ref_policy, first_prompts, cfg), "|", check_reward(reward_fn))
-        if judge:
-            print("self-check: judge:", check_reward(judge, "judge"))
-    log = RunLog(cfg, policy)
+
+    data = digest(str(prompt) for prompt in pool.tolist())
+    state = {"data": data, "kl_coef": cfg.kl_coef, "best": None, "watched": [], "skipped_steps": 0}
+    checkpoints = Checkpoints(cfg, cfg.out, policy, [optimizer], state, ranks)
+    state, stepper.skipped = checkpoints.state, checkpoints.state["skipped_steps"]
+    controller, watch = AdaptiveKL(state["kl_coef"], cfg.kl_target, cfg.kl_horizon), Watch(cfg, state["watched"])
+    log = RunLog(cfg, policy, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
         policy.compile()
         ref_policy.compile()
+    learner, alarm = ranks.learner(policy), ""
 
     # Algorithm 1 of Schulman et al. 2017: an actor is a prompt, a timestep is a token
-    progress = tqdm(range(cfg.steps), desc="ppo", unit="rollout")
+    progress = log.progress(checkpoints, cfg.steps, "ppo", "rollout")
     for step in progress:
         stepper.set_lr(1 - (1 - cfg.lr_end) * step / cfg.steps)
-        prompts, generator = prompt_batch(pool, step, cfg).to(device), random_generator(device, cfg.seed, step)
-        batch = rollout(policy, ref_policy, tokenizer, reward_fn, prompts, controller.coef, cfg, generator)
+        prompts = prompt_batch(pool, step, cfg).to(device)
+        generator = random_generator(device, cfg.seed, step, ranks.rank)
+        try:
+            batch = rollout(policy, ref_policy, tokenizer, reward_fn, prompts, controller.coef, cfg, generator, ranks)
+        except NotFinite as problem:
+            stepper.skip(f"what a rollout found was not finite: {problem}")
+            progress.write(f"step {step} is skipped: {problem}")
+            log.write(step, skipped_steps=stepper.skipped)
+            continue
         metrics = rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg) | {"kl_coef": controller.coef}
+        if ranks.rank == 0:
+            keep_best(policy, tokenizer, step, metrics["objective"], state, cfg)
         start = time.time()
-        metrics |= update(policy, stepper, batch, cfg, random_generator("cpu", cfg.seed, step, 1))
+        metrics |= update(learner, stepper, batch, cfg, random_generator("cpu", cfg.seed, step), ranks)
         controller.update(metrics["kl"], cfg.batch_size)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.time() - start}
+        state |= {"kl_coef": controller.coef, "skipped_steps": stepper.skipped}
         log.write(step, **metrics)
         show(progress, step, metrics, batch, cfg)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save_gpt2(policy.gpt2, tokenizer, cfg.out, policy.value_head)
+        alarm = watch(metrics)
+        if alarm:
+            progress.write(f"alarm at step {step}: {alarm}")
+            if cfg.on_alarm == "stop":
+                break
     log.close()
-    print(f"the policy is in {cfg.out}; compare it with its start: python evaluate.py --preset {cfg.preset}")
+    if ranks.rank == 0:
+        if alarm and cfg.on_alarm == "stop":
+            policy = load_policy(*open_gpt2(f"{cfg.out}/{BEST}"))
+        save_gpt2(policy.gpt2, tokenizer, cfg.out, policy.value_head)
+        delete_checkpoints(cfg.out)
+        print(f"the policy is in {cfg.out}; compare it with its start: python evaluate.py --preset {cfg.preset}")
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from checkpoint import RESULTS, SAVE_DTYPES, check_run, first_line, locate, replacing, write_text
+from checkpoint import RESULTS, Checkpoints, check_run, delete_checkpoints, first_line, replacing, write_text
 from config import BadInput, RewardConfig, run
 from data import Reviews, digest, load_splits, train_wordpiece
+from hub import SAVE_DTYPES, locate
 from log import RunLog, sheet
-from model import pick_device
+from model import pick_device, seed_of
 from optimizer import Stepper, make_optimizers, warm_up_and_decay
 
 PROBES = (  # (positive, negative): what any sentiment classifier tells apart
@@ -151,13 +151,23 @@ def load_reward(cfg, device):
     return getattr(module, function)
 
 
+class NotFinite(BadInput):
+    """A rollout with a number that is not finite: PPO skips it, and stops after three in a row."""
+
+
+def as_scores(scores, texts):
+    """What a reward gave as (len(texts),) float32; BadInput unless it is one number a text."""
+    scores = torch.as_tensor(scores, dtype=torch.float32)
+    if scores.shape != (len(texts),):
+        raise BadInput(f"score: {len(texts)} texts need shape ({len(texts)},), found {tuple(scores.shape)}")
+    return scores
+
+
 def check_finite(what, values, texts):
-    """BadInput unless there is one finite number a text, values (B,); names the text that has none."""
-    if values.shape != (len(texts),):
-        raise BadInput(f"{what}: {len(texts)} texts need shape ({len(texts)},), found {tuple(values.shape)}")
+    """NotFinite unless all values (B,) are finite numbers; names the first text that has none."""
     if not values.isfinite().all():
         row = int((~values.isfinite()).nonzero()[0])
-        raise BadInput(f"{what} of text {row} is {values[row].item()}: {texts[row]!r}")
+        raise NotFinite(f"{what} of text {row} is {values[row].item()}: {texts[row]!r}")
 
 
 def check_reward(reward_fn, name="reward"):
@@ -177,7 +187,7 @@ def check_reward(reward_fn, name="reward"):
                 f"sentences than on negative ones, and must be 1 higher: is it the positive label, the model trained?"
             )
         return f"probe sentences {gap:.1f} log-odds apart"
-    scores = torch.as_tensor(reward_fn(texts), dtype=torch.float32)
+    scores = as_scores(reward_fn(texts), texts)
     check_finite("score", scores, texts)
     return f"probe sentences scored {scores.min():.2f} to {scores.max():.2f}"
 
@@ -245,40 +255,41 @@ def train(name, classifier, reviews, cfg, bf16, teacher=None):
     With a teacher, another SentimentReward, the targets are its probabilities instead of the labels (Hinton et al.
     2015): it knows which crops of a positive review say nothing about it. Batches hold texts of like length.
     """
-    seed = cfg.seed if name == "reward" else cfg.seed + 1
-    torch.manual_seed(seed)  # of dropout
+    seed, out = cfg.seed if name == "reward" else cfg.seed + 1, Path(cfg.out, name)
     model, tokenizer, device = classifier.model.train(), classifier.tokenizer, classifier.device
-    log = RunLog(cfg, model, part=name)
-    stepper = Stepper(model, make_optimizers(model, [], cfg.lr, cfg.weight_decay), cfg.grad_clip)
+    optimizers = make_optimizers(model, [], cfg.lr, cfg.weight_decay)
+    stepper = Stepper(model, optimizers, cfg.grad_clip)
+    checkpoints = Checkpoints(cfg, out, model, optimizers, {"data": digest(reviews.texts), "skipped_steps": 0})
+    state, stepper.skipped = checkpoints.state, checkpoints.state["skipped_steps"]
+    log = RunLog(cfg, model, part=name, first_step=checkpoints.first_step)
     per_epoch = math.ceil(len(reviews.texts) / cfg.batch_size)
-    steps, step = math.ceil(cfg.epochs * per_epoch), 0
-    progress = tqdm(total=steps, desc=f"train the {name}", unit="step")
-    for epoch in range(math.ceil(cfg.epochs)):
-        texts = training_texts(reviews.texts, epoch, cfg)
-        ids = tokenize(tokenizer, texts, classifier.max_length)
-        batches = length_batches([len(row) for row in ids["input_ids"]], cfg.batch_size, [seed, 3, epoch])
-        for rows in batches[: steps - step]:
-            batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = model(**batch.to(device)).logits
-            positive = torch.from_numpy(reviews.labels[rows]).float()
-            if teacher:
-                positive = teacher.log_odds([texts[i] for i in rows]).sigmoid()
-            loss = F.cross_entropy(logits.float(), torch.stack([1 - positive, positive], dim=1).to(device))
-            loss.backward()
-            share = warm_up_and_decay(step, steps)
-            stepper.set_lr(share)
-            accuracy = float((logits.argmax(1).cpu().numpy() == reviews.labels[rows]).mean())
-            metrics = dict(loss=loss.item(), accuracy=accuracy, lr=share * cfg.lr)
-            log.write(step, **metrics, grad_norm=stepper.step(), skipped_steps=stepper.skipped)
-            step += 1
-            progress.update()
-            progress.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
-    progress.close()
+    steps, epoch = math.ceil(cfg.epochs * per_epoch), None
+    progress = log.progress(checkpoints, steps, f"train the {name}", "step")
+    for step in progress:
+        if epoch != step // per_epoch:
+            epoch = step // per_epoch
+            texts = training_texts(reviews.texts, epoch, cfg)
+            ids = tokenize(tokenizer, texts, classifier.max_length)
+            batches = length_batches([len(row) for row in ids["input_ids"]], cfg.batch_size, [seed, 3, epoch])
+        rows = batches[step % per_epoch]
+        batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
+        torch.manual_seed(seed_of(seed, step))  # of dropout
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(**batch.to(device)).logits
+        positive = torch.from_numpy(reviews.labels[rows]).float()
+        if teacher:
+            positive = teacher.log_odds([texts[i] for i in rows]).sigmoid()
+        loss = F.cross_entropy(logits.float(), torch.stack([1 - positive, positive], dim=1).to(device))
+        loss.backward()
+        share = warm_up_and_decay(step, steps)
+        stepper.set_lr(share)
+        accuracy = float((logits.argmax(1).cpu().numpy() == reviews.labels[rows]).mean())
+        metrics = dict(loss=loss.item(), accuracy=accuracy, lr=share * cfg.lr, grad_norm=stepper.step())
+        metrics["skipped_steps"] = state["skipped_steps"] = stepper.skipped
+        log.write(step, **metrics)
+        progress.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
     model.eval().to(SAVE_DTYPES[cfg.save_dtype])
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise BadInput(f"{log.out} was not written: a weight is not a finite number in {cfg.save_dtype}")
-    with replacing(log.out) as folder:
+    with replacing(out, model.state_dict()) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     model.float()  # what is reported of it is true of what was stored
@@ -342,7 +353,7 @@ def each(folder):
 
 
 def main(cfg):
-    check_run(cfg)
+    check_run(cfg, finished=f"judge/{RESULTS}")
     device, bf16 = pick_device(cfg)
     starts, teachers = each(cfg.init_from), each(cfg.teacher)
     for name in (*starts.values(), *teachers.values()):
@@ -351,6 +362,9 @@ def main(cfg):
     splits = load_splits(cfg.dataset)
     held_out = Reviews(*(rows[: cfg.eval_reviews] for rows in splits["evaluation"]))
     for name, start in starts.items():
+        if cfg.resume and Path(cfg.out, name, RESULTS).is_file():
+            print(f"the {name} is trained already")
+            continue
         reviews = splits[name]
         rows = {
             "from": start,
@@ -376,6 +390,7 @@ def main(cfg):
             "after": report(classifier, held_out, cfg),
         }
         write_text(Path(cfg.out, name, RESULTS), json.dumps(results, indent=1))
+        delete_checkpoints(Path(cfg.out, name))
         for what, texts in (("reviews", "reviews"), ("short_texts", f"first {cfg.short_words} words")):
             accuracy, error = results["after"][what].values()
             print(

@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from config import BadInput  # noqa: E402
 from data import train_bpe, train_wordpiece  # noqa: E402
 
 TEXTS = [
@@ -91,3 +92,12 @@ def reviews_csv(path, rows=400):
         lines.append(f'"{text}",{label}')
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def message(function, *args, **kwargs):
+    """The one line of the BadInput that a call raises."""
+    with pytest.raises(BadInput) as caught:
+        function(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpoint import load_gpt2, open_gpt2, read_tensors
 from data import digest, key, language_model_texts, load_splits, pack
 from finetune_gpt2 import validate, validation_texts
+from hub import load_gpt2, open_gpt2, read_tensors
 from reward import SentimentReward, check_reward
 
 MINI = ROOT / "asset" / "mini"

@@ -12,7 +12,6 @@ import torch
 from conftest import reviews_csv
 
 import evaluate
-from checkpoint import load_policy, open_gpt2
 from config import EvaluateConfig
 from evaluate import (
     CAPTIONS,
@@ -25,6 +24,7 @@ from evaluate import (
     samples_markdown,
     table_text,
 )
+from hub import load_policy, open_gpt2
 from log import side_by_side
 
 CFG = EvaluateConfig(prompts=16, max_prompt_len=4, response_len=12, batch_size=3, resamples=200, samples=3)

@@ -14,9 +14,11 @@ import torch
 from conftest import reviews_csv
 from torch import tensor
 
+import checkpoint
 import ppo
-from checkpoint import save_gpt2
+from checkpoint import latest_checkpoint, save_checkpoint
 from config import BadInput, PPOConfig
+from hub import load_policy, open_gpt2
 from log import rollout_metrics, show
 from model import GPT2, GPT2Config, Policy
 from optimizer import Stepper
@@ -559,7 +561,7 @@ def test_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted():
     before, batch = state(policy), play(cfg)
     poisoned, stepper = replace(batch, advantages=batch.advantages * math.nan), sgd(policy)
     assert update(policy, stepper, poisoned, cfg)["skipped_steps"] == 2 and torch.equal(state(policy), before)
-    with pytest.raises(BadInput, match="three optimizer steps in a row"):
+    with pytest.raises(BadInput, match="three steps in a row"):
         update(policy, stepper, poisoned, cfg)
 
 
@@ -570,7 +572,19 @@ CLOCKS = {
     *("tokens_per_second", "peak_memory_gb"),
 }
 METRICS = {
-    *("step", "score", "score_std", "kl", "kl_stderr", "kl_k3", "kl_exact", "kl_coef", "entropy", "explained_variance"),
+    *(
+        "step",
+        "score",
+        "score_std",
+        "objective",
+        "kl",
+        "kl_stderr",
+        "kl_k3",
+        "kl_exact",
+        "kl_coef",
+        "entropy",
+        "explained_variance",
+    ),
     *("response_length", "eos_frac", "truncated_frac", "pg_loss", "vf_loss", "clip_frac", "vf_clip_frac", "grad_norm"),
     *("max_log_ratio", "first_max_log_ratio", "last_max_log_ratio", "approx_kl", "first_approx_kl", "last_approx_kl"),
     *("skipped_steps", "lr"),
@@ -603,15 +617,15 @@ def train(tmp_path_factory, gpt2_folder):
 
         def keep_policies(*args):
             kept.policy, kept.ref_policy = args[:2]
-            kept.seeds.append(args[-1].initial_seed())
+            kept.seeds.append(args[7].initial_seed())
             return rollout(*args)
 
-        def keep_saves(*args):
+        def keep_saves(out, *args):
             kept.saved_after.append(len((kept.out / "log.jsonl").read_text().splitlines()))
-            save_gpt2(*args)
+            save_checkpoint(out, *args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ppo, "save_gpt2", keep_saves)
+            patch.setattr(checkpoint, "save_checkpoint", keep_saves)
             patch.setattr(ppo, "Stepper", keep_stepper)
             patch.setattr(ppo, "rollout", keep_policies)
             ppo.main(cfg)
@@ -686,8 +700,19 @@ def test_transformers_opens_what_a_run_writes(trained):
     assert json.loads((trained.out / "run_config.json").read_text()) == asdict(trained.cfg)
 
 
-def test_policy_is_saved_along_the_way_and_at_the_end(trained):
-    assert trained.cfg.save_every == 2 and trained.saved_after == [2, 3]
+def test_a_checkpoint_is_written_along_the_way_and_none_is_left_at_the_end(trained):
+    assert trained.cfg.save_every == 2 and trained.saved_after == [2]
+    assert latest_checkpoint(trained.out) is None
+
+
+def test_the_best_policy_is_kept_beside_the_last(trained):
+    """By score less the first coefficient times KL, of the policies that sampled rollouts 0 and 2."""
+    objectives = [line["score"] - trained.cfg.kl_coef * line["kl"] for line in trained.metrics]
+    assert [line["objective"] for line in trained.metrics] == pytest.approx(objectives, abs=1e-6)
+    best = load_policy(*open_gpt2(str(trained.out / "best")))
+    is_the_start = torch.equal(state(best), state(trained.ref_policy).float())
+    assert is_the_start == (objectives[0] >= objectives[2])
+    assert not torch.equal(state(best), state(trained.policy).float())
 
 
 def test_a_seed_repeats_a_run_and_another_seed_does_not(trained, train):

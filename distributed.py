@@ -1,0 +1,55 @@
+"""Several processes as one run, by torch's DistributedDataParallel; one process never imports this file.
+
+    torchrun --nproc_per_node 8 ppo.py              # one machine; finetune_gpt2.py likewise
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ppo.py    # on both machines
+
+Each process answers, scores and learns from an equal share of the episodes. What they find out is gathered before
+anything is decided or averaged: advantages, KL coefficient and alarms are those of one process with all episodes.
+"""
+
+import atexit
+import os
+import sys
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from model import OneProcess
+
+
+class Processes(OneProcess):
+    """The processes that torchrun started: NCCL on CUDA, Gloo elsewhere. Only rank 0 prints, logs and saves."""
+
+    def __init__(self, device):
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+        self.device, self.rank, self.size = device, dist.get_rank(), dist.get_world_size()
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+    def share(self, rows):
+        n = len(rows) // self.size
+        return rows[self.rank * n : (self.rank + 1) * n]
+
+    def gather(self, part):
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts)
+
+    def mean(self, metrics):
+        values = self.gather(torch.tensor([list(metrics.values())], dtype=torch.float32, device=self.device))
+        both = zip(metrics, values.mean(0).tolist(), values.amax(0).tolist())
+        return {name: largest if "max_" in name else mean for name, mean, largest in both}
+
+    def any(self, flag):
+        return int(self.gather(torch.tensor([flag], device=self.device)).max())
+
+    def learner(self, model):
+        return DistributedDataParallel(model)
+
+    def accumulate(self, learner, last):
+        return nullcontext() if last else learner.no_sync()

@@ -1,0 +1,218 @@
+"""Hugging Face folders: a model found on disk or on the hub, a GPT-2 read strictly, and written whole or not at all.
+
+Weights are read from safetensors, or from pytorch_model.bin with weights_only: nothing here can run code from a file.
+"""
+
+import json
+import re
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HFValidationError
+from safetensors.torch import save_file
+
+from checkpoint import first_line, match, read_file, read_json, replacing
+from config import PRESETS, BadInput
+from model import GPT2, GPT2Config, Policy
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+HINTS = {  # first folder of a path: what to do when the model in it is missing
+    "finetune_checkpoints": "make it with: python finetune_gpt2.py",
+    "reward_checkpoints": "make it with: python reward.py",
+    "ppo_checkpoints": "make it with: python ppo.py",
+    "asset": "it comes with this repository: run the scripts in its folder",
+}
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
+VALUE_HEAD = "value_head.safetensors"
+MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old releases stored among the weights
+SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # save_dtype: of stored weights
+
+# fields of config.json that would change the arithmetic, and the values that model.py implements
+SUPPORTED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+def locate(name):
+    """The local folder of a model: `name` itself if it is one, else the hub's copy, from its cache where there is one.
+
+    Raises BadInput when config.json or the weights are nowhere to be had; for a folder of this project it says what to
+    do. Only the files of a PyTorch checkpoint are fetched.
+    """
+    folder = Path(name)
+    hint = HINTS.get(folder.parts[0], "") if folder.parts else ""
+    if not (folder.is_dir() or hint or name.startswith((".", "/", "~"))):
+        return _from_hub(name)
+    if not (folder / "config.json").is_file():
+        if hint.endswith(".py"):
+            hint += next((f" --preset {part}" for part in folder.parts if part in PRESETS), "")
+        raise BadInput(f"{name} holds no model: looked for {folder / 'config.json'}{hint and '; '}{hint}")
+    weight_file(folder)
+    return folder
+
+
+def _from_hub(name):
+    small = ["config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+    problem = None
+    for local in (True, False):  # the cache first: no network where none is needed
+        for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
+            try:
+                folder = Path(snapshot_download(name, allow_patterns=[*small, weights], local_files_only=local))
+                if (folder / "config.json").is_file() and any((folder / file).is_file() for file in WEIGHTS):
+                    return folder
+            except HFValidationError:
+                raise BadInput(f"{name!r} is neither a folder here nor a name on the Hugging Face hub") from None
+            except (OSError, ValueError) as error:  # offline, no such name, gated
+                problem = first_line(error)
+    raise BadInput(
+        f"model {name!r}: no such folder, not in the Hugging Face cache ({HF_HUB_CACHE}), and the hub did not give it "
+        f"({problem}). Use --preset mini, which needs no network, or give a local folder"
+    )
+
+
+def weight_file(folder):
+    """The file to read weights from, safetensors before pickles; BadInput names what was looked for."""
+    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    if found:
+        return folder / found[0]
+    raise BadInput(f"{folder} holds no weights: looked for {', '.join(WEIGHTS)}")
+
+
+def read_tensors(folder):
+    """Yield (name, tensor) of a checkpoint, single or sharded, on the CPU."""
+    first = weight_file(Path(folder))
+    if first.suffix == ".safetensors" and (first.parent / "pytorch_model.bin").is_file():
+        print(f"{folder}: reading {first.name}, not the pytorch_model.bin beside it", file=sys.stderr)
+    if first.suffix != ".json":
+        yield from read_file(first)
+        return
+    shards = read_json(first).get("weight_map")
+    if not shards:
+        raise BadInput(f"{first} names no shards: it has no weight_map")
+    for name in sorted(set(shards.values())):
+        yield from read_file(first.parent / name)
+
+
+# ---- GPT-2
+
+
+def read_config(folder):
+    """GPT2Config of a folder; BadInput when its config.json asks for arithmetic that model.py does not have."""
+    file = Path(folder) / "config.json"
+    values = read_json(file)
+    for name, supported in SUPPORTED.items():
+        found = values.get(name, supported[0] if name != "model_type" else None)
+        if found not in supported:
+            raise BadInput(f"{file}: {name} is {found!r}, supported: {', '.join(map(repr, supported))}")
+    sizes = {f.name: values[f.name] for f in fields(GPT2Config) if values.get(f.name) is not None}
+    for name, value in sizes.items():
+        kind = float if name == "layer_norm_epsilon" else int
+        if type(value) is not kind or value <= 0:
+            raise BadInput(f"{file}: {name} is {value!r}, it must be a positive {kind.__name__}")
+    config = GPT2Config(**sizes)
+    if config.n_embd % config.n_head:
+        raise BadInput(f"{file}: n_head {config.n_head} does not divide n_embd {config.n_embd}")
+    return config
+
+
+def load_tokenizer(folder, config=None):
+    """The tokenizer of a folder; BadInput if it has no end-of-text token, or more ids than config.vocab_size."""
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except Exception as error:  # transformers raises whatever its readers do
+        raise BadInput(f"{folder}: no tokenizer can be read ({first_line(error)})") from None
+    if config and len(tokenizer) > config.vocab_size:
+        raise BadInput(f"{folder}: the tokenizer has {len(tokenizer)} ids, the embedding {config.vocab_size} rows")
+    if config and tokenizer.eos_token_id is None:
+        raise BadInput(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
+    return tokenizer
+
+
+def open_gpt2(name):
+    """(folder, GPT2Config, tokenizer) of a folder or hub name: all that can be checked before its weights are read."""
+    folder = locate(name)
+    config = read_config(folder)
+    return folder, config, load_tokenizer(folder, config)
+
+
+def check_context(cfg, config):
+    """BadInput unless the longest prompt and response of cfg fit the model."""
+    if cfg.max_prompt_len + cfg.response_len > config.n_positions:
+        raise BadInput(
+            f"max_prompt_len {cfg.max_prompt_len} + response_len {cfg.response_len} is over the model's "
+            f"{config.n_positions} positions"
+        )
+
+
+def load_gpt2(folder, config, n_tokens=None, bf16=False):
+    """GPT2 from a Hugging Face folder, strictly: every tensor there, none left over, every shape right, or BadInput.
+
+    The network is built without values and filled tensor by tensor, in float32 whatever they were stored in.
+    """
+    with torch.device("meta"):
+        model = GPT2(config, n_tokens, bf16)
+    model.to_empty(device="cpu")
+    state, found, lm_head = model.state_dict(), {}, None
+    for name, tensor in read_tensors(folder):
+        name = name.removeprefix("transformer.")
+        if name == "lm_head.weight":
+            lm_head = tensor
+        elif not MASK_BUFFER.fullmatch(name):
+            tensor = tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+            if name in state and state[name].shape == tensor.shape:
+                state[name].copy_(tensor)
+            found[name] = tensor.to("meta")
+    match(found, state, folder)
+    if lm_head is not None and not torch.equal(lm_head.float(), state["wte.weight"]):
+        raise BadInput(f"{folder}: lm_head.weight differs from wte.weight, and GPT-2 ties them")
+    return model
+
+
+def load_policy(folder, config, tokenizer, bf16=False):
+    """Policy of what open_gpt2 returned, with the value head that lies beside the weights, or else zeros."""
+    policy = Policy(load_gpt2(folder, config, len(tokenizer), bf16))
+    if (folder / VALUE_HEAD).is_file():
+        head = dict(read_file(folder / VALUE_HEAD))
+        match(head, policy.value_head.state_dict(), folder / VALUE_HEAD)
+        policy.value_head.load_state_dict(head)
+    return policy
+
+
+def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32):
+    """Write a plain Hugging Face GPT-2 folder into `out`: weights, config, tokenizer; the value head beside them.
+
+    dtype: of the stored weights; the value head stays as it is.
+    """
+    state = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().to("cpu", dtype)
+        state["transformer." + name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+    config = dict(
+        asdict(model.config),
+        model_type="gpt2",
+        architectures=["GPT2LMHeadModel"],
+        activation_function="gelu_new",
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    with replacing(out, state) as folder:
+        tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        if value_head is not None:
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in value_head.state_dict().items()},
+                folder / VALUE_HEAD,
+            )
