@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from config import BadInput, Stopped, differing
-from model import OneProcess
+from model import ONE_PROCESS
 
 RUN_CONFIG = "run_config.json"  # the config of the run, beside Hugging Face's config.json of the model
 RESULTS = "results.json"  # the figures of a run that is whole
@@ -278,9 +278,9 @@ class Checkpoints:
     they are those of the latest checkpoint in `out`, and the weights and moments too.
     """
 
-    def __init__(self, cfg, out, model, optimizers, state, ranks=None):
+    def __init__(self, cfg, out, model, optimizers, state, ranks=ONE_PROCESS):
         self.cfg, self.out, self.model, self.optimizers = cfg, out, model, optimizers
-        self.ranks, self.state, self.signal = ranks or OneProcess(), {"step": 0} | state, 0
+        self.ranks, self.state, self.signal = ranks, {"step": 0} | state, 0
         if folder := latest_checkpoint(out) if cfg.resume else None:
             self.state |= load_checkpoint(folder, model, optimizers, state["data"])
             print(f"going on from {folder}", flush=True)

@@ -11,6 +11,7 @@ import atexit
 import os
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,8 @@ class Processes(OneProcess):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def share(self, rows):
-        n = len(rows) // self.size
+        n, rest = divmod(len(rows), self.size)
+        assert rest == 0, f"{len(rows)} rows for {self.size} processes"
         return rows[self.rank * n : (self.rank + 1) * n]
 
     def gather(self, part):
@@ -51,5 +53,31 @@ class Processes(OneProcess):
     def learner(self, model):
         return DistributedDataParallel(model)
 
+    def spread(self, policy, ref_policy, reward_fn):
+        def score(texts):
+            return torch.as_tensor(reward_fn(texts), dtype=torch.float32, device=self.device)
+
+        shared = (SharedPolicy(model, self.by_shares) for model in (policy, ref_policy))
+        return self.learner(policy), *shared, self.by_shares(score)
+
+    def by_shares(self, function):
+        """function(rows, ...) -> tensors by row: each process calls it for its share of rows and gets those of all."""
+
+        def call(rows, *args):
+            found = function(self.share(rows), *args)
+            return tuple(map(self.gather, found)) if isinstance(found, tuple) else self.gather(found)
+
+        return call
+
     def accumulate(self, learner, last):
         return nullcontext() if last else learner.no_sync()
+
+
+class SharedPolicy:
+    """A policy as ppo.rollout calls it, generate and forward, each process doing its share of the rows."""
+
+    def __init__(self, policy, by_shares):
+        self.evaluate, self.gpt2 = by_shares(policy), SimpleNamespace(generate=by_shares(policy.gpt2.generate))
+
+    def __call__(self, *args):
+        return self.evaluate(*args)

@@ -23,7 +23,7 @@ from config import BadInput, FinetuneConfig, run
 from data import block_order, digest, language_model_texts, load_splits, pack, train_bpe
 from hub import SAVE_DTYPES, load_gpt2, open_gpt2, save_gpt2
 from log import RunLog, finetune_sheet
-from model import GPT2, GPT2Config, OneProcess, join, pick_device
+from model import GPT2, ONE_PROCESS, GPT2Config, join, pick_device
 from optimizer import Stepper, make_optimizers
 
 
@@ -89,12 +89,12 @@ def validation_texts(texts, tokenizer, n_tokens):
     return chosen
 
 
-def train_step(model, x, y, cfg, ranks=None):
+def train_step(model, x, y, cfg, ranks=ONE_PROCESS):
     """Gradients of the mean loss over a batch (B, block_size), summed up by micro-batches. Returns the loss.
 
     Of several processes each has an equal share of the batch, so that the mean of their losses is the batch's.
     """
-    ranks, loss, micro_batches = ranks or OneProcess(), 0.0, x.split(cfg.micro_batch_size)
+    loss, micro_batches = 0.0, x.split(cfg.micro_batch_size)
     for i, (xs, ys) in enumerate(zip(micro_batches, y.split(cfg.micro_batch_size))):
         with ranks.accumulate(model, last=i == len(micro_batches) - 1):
             logits = model(xs)

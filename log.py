@@ -132,7 +132,7 @@ def rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg):
         - (returns - batch.values[mask]).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8),
         "response_length": mask.sum(1).float().mean(),
         "eos_frac": batch.ended.float().mean(),
-        "truncated_frac": getattr(reward_fn, "truncated", 0) / len(batch.texts),
+        "truncated_frac": getattr(reward_fn, "truncated_frac", 0.0),
     }
     if judge:
         for name, classifier in (("reward", reward_fn), ("judge", judge)):

@@ -291,9 +291,16 @@ class OneProcess:
         """The model to call where gradients are wanted: each process then has their mean over all processes."""
         return model
 
+    def spread(self, policy, ref_policy, reward_fn):
+        """(learner, policy, ref_policy, reward_fn): the last three, for a rollout, do each process's share of rows."""
+        return policy, policy, ref_policy, reward_fn
+
     def accumulate(self, learner, last):
         """A context for a backward pass: only the `last` one before an optimizer step needs the other processes."""
         return nullcontext()
+
+
+ONE_PROCESS = OneProcess()
 
 
 def join(device, cfg, sizes):
@@ -302,7 +309,7 @@ def join(device, cfg, sizes):
     sizes: names of cfg's fields that say how many rows all processes have together; BadInput if they cannot share them.
     """
     if "WORLD_SIZE" not in os.environ:
-        return OneProcess()
+        return ONE_PROCESS
     from distributed import Processes
 
     processes = Processes(device)

@@ -24,7 +24,7 @@ from config import PPOConfig, run
 from data import digest, load_splits, prompt_batch, prompt_pool
 from hub import check_context, load_policy, open_gpt2, save_gpt2
 from log import RunLog, Watch, average, ppo_sheet, rollout_metrics, show
-from model import OneProcess, check_policy, join, pick_device, random_generator
+from model import ONE_PROCESS, check_policy, join, pick_device, random_generator
 from optimizer import Stepper
 from reward import NotFinite, SentimentReward, as_scores, check_finite, check_reward, load_reward
 
@@ -139,15 +139,13 @@ class Rollout:
 
 
 @torch.no_grad()
-def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, generator=None, ranks=None):
+def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, generator=None):
     """Answer each prompt, score it, and say how much better each token was than expected: a Rollout.
 
-    prompts: (B, P) ids, all of P tokens, so nothing is padded. reward_fn: list of B texts -> (B,) scores. Of several
-    processes each answers, scores and evaluates its share; all have the whole Rollout.
+    prompts: (B, P) ids, all of P tokens, so nothing is padded. reward_fn: list of B texts -> (B,) scores.
     """
-    ranks, clock, prompt_len, eos_id = ranks or OneProcess(), [time.time()], prompts.shape[1], tokenizer.eos_token_id
-    prompts = ranks.share(prompts)
-    sequences = ranks.gather(policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator))
+    clock, prompt_len, eos_id = [time.time()], prompts.shape[1], tokenizer.eos_token_id
+    sequences = policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator)
     mask = response_mask(sequences[:, prompt_len:], eos_id)
     longest = mask.sum(1).max()  # nothing behind the longest response is ever computed with again
     sequences, mask = sequences[:, : prompt_len + longest], mask[:, :longest]  # (B, P + T), (B, T)
@@ -155,8 +153,7 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
 
     # whole texts, decoded at once: a letter may begin in the prompt's last token and end in the response's first
     texts = tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    mine = ranks.share(texts)
-    scores = ranks.gather(as_scores(reward_fn(mine), mine).to(mask.device))  # (B,)
+    scores = as_scores(reward_fn(texts), texts).to(mask.device)  # (B,)
     check_finite("score", scores, texts)
     ended = (sequences[:, prompt_len:] == eos_id).any(1)
     penalised = scores.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else scores
@@ -164,10 +161,10 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
     clock.append(time.time())
 
     # by the update's own forward and micro-batches, so that its first ratio is 1
-    parts = ranks.share(sequences).split(cfg.micro_batch_size)
+    parts = sequences.split(cfg.micro_batch_size)
     evaluated = [policy(part, prompt_len, cfg.temperature) for part in parts]
-    logprobs, values = (ranks.gather(torch.cat(tensors)) for tensors in zip(*evaluated))  # (B, T) each
-    ref_logprobs = ranks.gather(torch.cat([ref_policy(part, prompt_len, cfg.temperature)[0] for part in parts]))
+    logprobs, values = (torch.cat(tensors) for tensors in zip(*evaluated))  # (B, T) each
+    ref_logprobs = torch.cat([ref_policy(part, prompt_len, cfg.temperature)[0] for part in parts])  # (B, T)
     check_finite("log-probability or value", (logprobs + ref_logprobs + values).sum(1), texts)
     clock.append(time.time())
 
@@ -183,14 +180,13 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
     )
 
 
-def update(policy, stepper, batch, cfg, generator=None, ranks=None):
+def update(policy, stepper, batch, cfg, generator=None, ranks=ONE_PROCESS):
     """K epochs of minibatches over one rollout, one optimizer step each. Returns metrics: means over the minibatches.
 
     Losses are means over the real tokens of a minibatch: each micro-batch's mean counts by its share of them, so the
-    micro-batch size does not change the gradient. Of several processes each has an equal part of every minibatch; the
-    gradient is the mean of theirs.
+    micro-batch size does not change the gradient. ranks: of several processes each has its share of every minibatch.
     """
-    ranks, minibatches = ranks or OneProcess(), []
+    minibatches = []
     for _ in range(cfg.ppo_epochs):
         order = torch.randperm(len(batch.mask), generator=generator)  # every episode once an epoch
         for rows in order.to(batch.mask.device).split(cfg.minibatch_size):
@@ -242,7 +238,7 @@ def load(cfg, device, bf16):
 def main(cfg):
     check_run(cfg, finished="model.safetensors")
     device, bf16 = pick_device(cfg)
-    ranks = join(device, cfg, "batch_size minibatch_size")
+    ranks = join(device, cfg, "micro_batch_size")
     policy, tokenizer, reward_fn, judge, pool = load(cfg, device, bf16)
     ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)  # frozen: where the KL is measured from
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps, fused=device.type != "mps")
@@ -257,7 +253,8 @@ def main(cfg):
     if cfg.compile:
         policy.compile()
         ref_policy.compile()
-    learner, alarm = ranks.learner(policy), ""
+    learner, actor, ref_actor, shared_reward = ranks.spread(policy, ref_policy, reward_fn)
+    alarm = ""
 
     # Algorithm 1 of Schulman et al. 2017: an actor is a prompt, a timestep is a token
     progress = log.progress(checkpoints, cfg.steps, "ppo", "rollout")
@@ -266,7 +263,7 @@ def main(cfg):
         prompts = prompt_batch(pool, step, cfg).to(device)
         generator = random_generator(device, cfg.seed, step, ranks.rank)
         try:
-            batch = rollout(policy, ref_policy, tokenizer, reward_fn, prompts, controller.coef, cfg, generator, ranks)
+            batch = rollout(actor, ref_actor, tokenizer, shared_reward, prompts, controller.coef, cfg, generator)
         except NotFinite as problem:
             stepper.skip(f"what a rollout found was not finite: {problem}")
             progress.write(f"step {step} is skipped: {problem}")

@@ -53,7 +53,7 @@ class SentimentReward:
         self.model, self.tokenizer, self.positive, self.kind = model.eval().to(device), tokenizer, positive, kind
         self.batch_size, self.device = batch_size, device
         self.max_length = token_limit(model.config, tokenizer)
-        self.truncated = 0  # texts of the last call that lost their beginning
+        self.truncated_frac = 0.0  # share of the last call's texts that lost their beginning
         if tokenizer.pad_token is None:  # as GPT-2's
             tokenizer.pad_token = tokenizer.eos_token
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -81,7 +81,7 @@ class SentimentReward:
         tokenizer = self.tokenizer
         ids = tokenize(tokenizer, texts, self.max_length)
         lengths = np.array([len(row) for row in ids["input_ids"]])
-        self.truncated = sum(bool(encoding.overflowing) for encoding in ids.encodings or [])
+        self.truncated_frac = sum(bool(encoding.overflowing) for encoding in ids.encodings or []) / len(texts)
         scores = torch.empty(len(texts), self.model.config.num_labels)
         order = np.argsort(-lengths, kind="stable")
         for rows in np.split(order, range(self.batch_size, len(order), self.batch_size)):

@@ -387,7 +387,7 @@ def hand_made(values=0.0):
 def test_metrics_sum_kl_over_a_response_and_average_over_responses():
     """K2, L7. A mean over tokens would say .1; a mean over the padded table .08; garbage behind the end is not seen."""
     policy = tiny_policy()
-    metrics = rollout_metrics(hand_made(), policy, policy, types.SimpleNamespace(truncated=1), None, config())
+    metrics = rollout_metrics(hand_made(), policy, policy, types.SimpleNamespace(truncated_frac=0.5), None, config())
     expected = dict(
         kl=0.4, kl_stderr=0.1 / math.sqrt(2), kl_k3=4 * (math.exp(-0.1) - 0.9), kl_exact=0, entropy=2, score=2,
         score_std=1, response_length=4, eos_frac=0.5, truncated_frac=0.5, tokens_per_second=4, explained_variance=0,

@@ -191,9 +191,9 @@ def test_a_model_and_tokenizer_without_any_limit_can_be_used(classifier):
 def test_the_texts_that_fill_the_limit_are_counted_in_each_call_anew(classifier):
     classifier.max_length = 10
     classifier(["film " * 9, "film", "film " * 50])
-    assert classifier.truncated == 2
+    assert classifier.truncated_frac == 2 / 3
     classifier(["film " * 7, "film"])
-    assert classifier.truncated == 0
+    assert classifier.truncated_frac == 0
 
 
 # ---- what PPO hands to the classifier
