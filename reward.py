@@ -112,7 +112,7 @@ def positive_index(id2label, positive_label, name):
     """The index of the positive label, by its name and never by its place: positive_label, or else POSITIVE or POS."""
     wanted = (positive_label.lower(),) if positive_label else POSITIVE_NAMES
     found = [int(index) for index, label in id2label.items() if str(label).lower() in wanted]
-    if len(id2label) < 2 or len(found) != 1:
+    if len(id2label) < 2 or len(found) != 1 or not 0 <= found[0] < len(id2label):
         hint = "it needs two labels at least" if len(id2label) < 2 else "name the positive one by --positive_label"
         raise BadInput(
             f"classifier {name} has the labels {dict(id2label)}, none of them {' or '.join(wanted)!r}: {hint}"
