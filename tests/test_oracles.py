@@ -1,0 +1,258 @@
+"""Our functions against the numbers of TRL 0.11.4 and of OpenAI's lm-human-preferences for the same random inputs.
+
+oracles.py made oracles.json and says how. TRL's responses have unequal lengths, and garbage stands behind their ends;
+OpenAI's all have T tokens, and the garbage is real. Where we differ on purpose, a test holds their number and ours.
+"""
+
+import json
+from math import exp
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from config import PPOConfig
+from log import rollout_metrics
+from model import GPT2, GPT2Config, Policy
+from ppo import AdaptiveKL, gae, ppo_loss, rollout, token_rewards, whiten
+
+
+def tensors(x):
+    """JSON's lists of numbers as tensors, float64, int64 or bool; its objects by their names."""
+    if isinstance(x, dict):
+        return SimpleNamespace(**{name: tensors(value) for name, value in x.items()})
+    if isinstance(x, list):
+        return [tensors(value) for value in x] if isinstance(x[0], dict) else torch.from_numpy(np.array(x))
+    return x
+
+
+FILE = tensors(json.loads(Path(__file__).with_name("oracles.json").read_text(encoding="utf-8")))
+IN, P, MASK = FILE.inputs, FILE.prompt_len, FILE.mask
+MASKS = {"trl": MASK, "openai": torch.ones_like(MASK)}
+T, LENGTHS = MASK.shape[1], MASK.sum(1, keepdim=True)
+
+
+def steps(*cases, libraries=MASKS):
+    """Each library's numbers for each case, with its config and mask: tables are (N,), the real tokens row by row."""
+    return [
+        SimpleNamespace(library=library, mask=MASKS[library], config=case.config, **vars(getattr(case, library)))
+        for library in libraries
+        for case in cases
+    ]
+
+
+def table_policy(logits):
+    """The project's Policy on a trunk that looks its hidden states up: the file's logits, and behind them the value."""
+    V = logits.shape[2]
+    hidden = torch.cat([logits, IN.state_values[..., None]], dim=2)  # (B, P + T, V + 1)
+    gpt2 = GPT2(GPT2Config(vocab_size=V, n_positions=P + T, n_embd=V + 1, n_layer=0, n_head=1)).double()
+    gpt2.trunk, gpt2.generate = lambda ids: hidden[:, : ids.shape[1]], lambda *_: IN.sequences
+    policy = Policy(gpt2).requires_grad_(False)
+    gpt2.wte.weight.copy_(torch.eye(V, V + 1))
+    policy.value_head.weight[0, V] = 1
+    return policy
+
+
+POLICY, REF_POLICY = table_policy(IN.logits), table_policy(IN.ref_logits)
+LOGPROBS, VALUES = POLICY(IN.sequences, P)  # (B, T) each, as the rollout has them
+KL = LOGPROBS - REF_POLICY(IN.sequences, P)[0]
+TRL, OPENAI = steps(*FILE.cases, libraries=["trl"]), steps(*FILE.cases, libraries=["openai"])
+every_step = pytest.mark.parametrize("step", TRL + OPENAI, ids=lambda step: step.library)
+
+
+def close(found, expected, atol=1e-9, rtol=0.0):
+    found, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol)
+    return True
+
+
+def rewards_of(step, kl=KL):
+    return token_rewards(IN.scores, kl, step.mask, step.config.kl_coef)
+
+
+def whitened_as(step, x, shift_mean=True):
+    """Our whiten in their scale: the tests of epsilon and of variance say what that is."""
+    real = x[step.mask]
+    scale = (real.std() + 1e-8) / (real.var(correction=int(step.library == "trl")) + 1e-8).sqrt()
+    mean = 0 if shift_mean else real.mean()
+    return mean + (whiten(x, step.mask, shift_mean) - mean) * scale
+
+
+def play(step):
+    """The project's own rollout of the file's policies, samples and scores, and its log: (Rollout, metrics)."""
+    eos_id, cfg = 0 if step.library == "trl" else -1, PPOConfig(**vars(step.config))
+    words = SimpleNamespace(eos_token_id=eos_id, batch_decode=lambda ids, **_: ["text"] * len(ids))
+    batch = rollout(POLICY, REF_POLICY, words, lambda _: IN.scores, IN.sequences[:, :P], cfg.kl_coef, cfg)
+    return batch, rollout_metrics(batch, POLICY, REF_POLICY, None, None, cfg)
+
+
+def loss_of(step, logprob_moves=IN.logprob_moves, value_moves=IN.value_moves):
+    """ppo_loss of their advantages and returns: metrics, loss and gradients by name."""
+    logprobs, values = (x[step.mask].requires_grad_() for x in (LOGPROBS + logprob_moves, VALUES + value_moves))
+    old = LOGPROBS[step.mask], VALUES[step.mask], step.advantages, step.returns
+    loss, metrics = ppo_loss(logprobs, values, *old, PPOConfig(**vars(step.config)))
+    loss.backward()
+    return metrics | dict(loss=loss.detach(), grad_logprobs=logprobs.grad, grad_values=values.grad)
+
+
+# ---- where we agree
+
+
+@every_step
+def test_logprobs_and_values_are_those_of_the_position_before_their_token(step):
+    """L1. Which columns are the response is TRL's own answer. One further would see the token that it predicts."""
+    assert close(LOGPROBS[step.mask], step.logprobs) and close(VALUES[step.mask], step.values)
+
+
+def test_temperature_divides_the_logits_as_openais_does():
+    """L2. TRL's forward pass has none: to be run at temperature 1, and there it is ours."""
+    assert close(POLICY(IN.sequences, P, 0.7)[0], FILE.cool_logprobs)
+
+
+@every_step
+def test_every_token_is_paid_the_same(step):
+    """K3: the score on TRL's last real token, which in OpenAI's is the last column; garbage is unpaid."""
+    rewards = rewards_of(step)
+    assert close(rewards[step.mask], step.rewards) and not rewards[~step.mask].any()
+
+
+@every_step
+def test_returns_and_advantages_are_the_same(step):
+    """A1, A3, A5. Where rewards are whitened, TRL's short rows and its advantages are left to the test of its leak."""
+    rewards, leaks = rewards_of(step), step.library == "trl" and step.config.whiten_rewards
+    if step.config.whiten_rewards:
+        rewards = whitened_as(step, rewards, shift_mean=False)
+    advantages, returns = gae(rewards, VALUES, step.mask, step.config.gamma, step.config.lam)
+    same = (LENGTHS == T).expand_as(MASK)[step.mask] if leaks else slice(None)
+    assert close(returns[step.mask][same], step.returns[same])
+    assert leaks or close(whitened_as(step, advantages)[step.mask], step.advantages)
+
+
+@pytest.mark.parametrize("step", TRL[:3] + OPENAI[:3])  # without whitened rewards
+def test_rollout_puts_these_together_as_they_do(step):
+    """Each function may be right and their order wrong: here rollout itself goes from samples to advantages."""
+    (batch, metrics), (B, N) = play(step), (len(MASK), int(step.mask.sum()))
+    assert torch.equal(batch.mask, step.mask) and close(batch.returns[step.mask], step.returns)
+    assert close(batch.advantages, whiten(batch.returns - batch.values, step.mask))
+    assert close(metrics["kl"], step.kl) and close(metrics["score"], step.score)
+    assert close(metrics["entropy"], step.entropy * B / N)  # theirs is a response's, ours a token's
+
+
+def test_exact_kl_is_trls_full_penalty():
+    """Over the whole vocabulary, from the policy to the reference. We log it, TRL can also pay by it."""
+    assert close(play(TRL[0])[1]["kl_exact"], FILE.penalties.full.kl)
+
+
+@every_step
+def test_losses_and_their_gradients_are_the_same(step):
+    """V2, V5: both clips, the half, vf_coef once, means over real tokens."""
+    found = loss_of(step)
+    for name in ("loss", "pg_loss", "vf_loss", "grad_logprobs", "grad_values"):
+        assert close(found[name], getattr(step, name)), name
+    assert close(found["vf_clip_frac"], step.vf_clip_frac, atol=1e-7)  # a share is float32
+
+
+def test_controller_moves_the_coefficient_as_theirs():
+    """K4, clipped on both sides and not. The two libraries have the same one."""
+    controller = AdaptiveKL(0.2, target=6, horizon=10_000)
+    for kl, episodes, coef in FILE.controller.tolist():
+        controller.update(kl, episodes)
+        assert close(controller.coef, coef)
+
+
+# ---- where we differ on purpose: their number, ours, and why
+
+
+@pytest.mark.parametrize("step", [TRL[0], OPENAI[0]])
+def test_our_epsilon_stands_beside_the_standard_deviation_and_theirs_under_the_root(step):
+    """As in Baselines and CleanRL: tokens 1e-4 apart are whitened to variance 1 too, theirs to about a half.
+
+    Nor does TRL put zeros behind the ends afterwards, where the next sum over a row would count what stands there.
+    """
+    x, real, theirs = IN.near_equal, IN.near_equal[step.mask], getattr(FILE.whitened, step.library)
+    var = real.var(correction=int(step.library == "trl"))
+    assert close(theirs, (x - real.mean()) / (var + 1e-8).sqrt()) and theirs[step.mask].var() < 0.7
+    assert close(whiten(x, step.mask), (x - real.mean()) / (real.std() + 1e-8) * step.mask)
+
+
+@pytest.mark.parametrize("step", OPENAI)
+def test_openai_whitens_by_the_variance_of_the_population_and_we_by_bessels(step):
+    """As TRL does: tokens are a sample. Ours are smaller by sqrt((n - 1) / n), 2 % at n = 24 and nothing at 2,000."""
+    ours, n = whiten((step.returns - VALUES.flatten()).view_as(MASK), step.mask).flatten(), MASK.numel()
+    assert close(step.advantages.var(correction=0), 1, atol=1e-7) and close(ours.var(), 1, atol=1e-7)
+    assert close(ours, step.advantages * ((n - 1) / n) ** 0.5, atol=1e-7)  # epsilon is the rest
+
+
+def test_openai_whitens_a_minibatch_and_we_the_rollout():
+    """As TRL does: how good a token was should not hang on the episodes beside it. Theirs is of rows 0 and 1."""
+    batch = play(OPENAI[0])[0]
+    raw, n = (batch.returns - batch.values).flatten(), 2 * T
+    assert close(FILE.minibatch.advantages, (raw[:n] - raw[:n].mean()) / raw[:n].std(correction=0), atol=1e-7)
+    assert close(batch.advantages.flatten()[:n], (raw[:n] - raw.mean()) / raw.std(), atol=1e-7)
+
+
+def test_trls_whitened_rewards_leak_from_behind_the_ends_and_ours_do_not():
+    """A3. Its padding is paid mu (1 - 1 / sd), which GAE carries back: a return would hang on how wide the table is.
+
+    Ours at the last real token is what that token was paid; TRL's has all that was paid behind it too, decayed.
+    """
+    step, last, decay = TRL[3], LENGTHS - 1, TRL[3].config.gamma * TRL[3].config.lam
+    rewards = rewards_of(step)
+    ours, theirs = play(step)[0].returns, torch.zeros_like(rewards).masked_scatter(MASK, step.returns)
+    leak = rewards[MASK].mean() * (1 - 1 / rewards[MASK].std())
+    behind = (decay ** torch.arange(T).double()).cumsum(0) - 1  # of no column of padding, of one, of two, ...
+    assert close(ours.gather(1, last), whiten(rewards, MASK, shift_mean=False).gather(1, last))
+    assert close(theirs.gather(1, last), ours.gather(1, last) + leak * behind[T - LENGTHS], atol=1e-6)  # epsilon
+    assert leak.abs() > 0.01
+
+
+@pytest.mark.parametrize("trl, openai", list(zip(TRL, OPENAI)))
+def test_openais_responses_do_not_end_and_ours_do(trl, openai):
+    """Its score stands in the last column, whatever the response said before. Ours may end, and is scored there."""
+    kl_reward = -trl.config.kl_coef * KL
+    assert close(openai.rewards.view_as(MASK)[:, -1], IN.scores + kl_reward[:, -1])
+    assert close(rewards_of(trl).gather(1, LENGTHS - 1), IN.scores[:, None] + kl_reward.gather(1, LENGTHS - 1))
+
+
+@pytest.mark.parametrize("kind, estimate", [("abs", torch.abs), ("mse", lambda kl: 0.5 * kl**2)])
+def test_trl_can_pay_by_other_estimates_of_the_kl_and_we_pay_by_k1_alone(kind, estimate):
+    """Each is fine to log. Held constant in a reward, only k1 has the gradient of the KL."""
+    assert close(getattr(FILE.penalties, kind).rewards, rewards_of(TRL[0], estimate(KL))[MASK])
+    assert close(play(TRL[0])[0].kl, KL * MASK) and (KL[MASK] < 0).any()
+
+
+@every_step
+def test_their_approximate_kl_is_k2_and_ours_k3(step):
+    """Schulman, joschu.net/blog/kl-approx.html: k3 is never negative either, and unbiased."""
+    moves = IN.logprob_moves[step.mask]
+    assert close(step.approx_kl, (0.5 * moves**2).mean())
+    assert close(loss_of(step)["approx_kl"], (moves.exp() - 1 - moves).mean())
+
+
+@every_step
+def test_they_count_tokens_that_the_clip_stops_and_we_all_that_are_outside_it(step):
+    """As CleanRL does: how far the policy moved, whichever way the advantages point."""
+    ratio = IN.logprob_moves[step.mask].exp()
+    outside = (ratio - 1).abs() > step.config.clip_eps
+    assert close(step.clip_frac, (outside & (step.advantages * (ratio - 1) > 0)).double().mean())
+    assert close(loss_of(step)["clip_frac"], outside.double().mean(), atol=1e-7)
+
+
+@pytest.mark.parametrize("step", steps(FILE.leap))
+def test_at_an_absurd_ratio_openai_explodes_and_trl_skips_the_minibatch_and_we_clamp(step):
+    """Every token e^25 times likelier: TRL drops all of a minibatch whose mean ratio is over 10, sound tokens too."""
+    ours, cost = loss_of(step, logprob_moves=25.0, value_moves=0.0), -step.advantages
+    at = {move: torch.max(cost * exp(move), cost * 1.2).mean() for move in (20, 25)}
+    assert close(step.pg_loss, at[25] if step.library == "openai" else 0, rtol=1e-9)
+    assert close(ours["pg_loss"], at[20], rtol=1e-9) and not ours["grad_logprobs"].any()
+
+
+def test_trl_logs_another_explained_variance_and_another_deviation_of_the_scores():
+    """Ours are CleanRL's, where values that are all the same explain 0, and the deviation of these scores, not all."""
+    theirs, metrics, n = steps(FILE.first_step)[0], play(TRL[0])[1], len(MASK)
+    errors, returns = theirs.returns - theirs.values, theirs.returns
+    assert close(theirs.explained_variance, 1 - (errors**2).mean() / returns.var())
+    assert close(metrics["explained_variance"], 1 - errors.var() / returns.var(), atol=1e-6)
+    assert close(metrics["score_std"], theirs.score_std * ((n - 1) / n) ** 0.5, atol=1e-6)
