@@ -1,9 +1,10 @@
 # demo: a GPT-2 learns to write positive reviews, offline on a CPU, from the models in asset/mini.
 # test: the linter and all tests. mutants: the tests against wrong versions of the source, which they must all catch.
+# soak: 50 kills of saves and 50 of a run, at random moments; minutes.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test mutants clean
+.PHONY: demo test mutants soak clean
 
 demo: .venv/installed
 	$(BIN)/python ppo.py --preset mini
@@ -16,6 +17,9 @@ test: .venv/installed
 
 mutants: .venv/installed
 	$(BIN)/python tests/mutants.py
+
+soak: .venv/installed
+	$(BIN)/python tests/soak.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

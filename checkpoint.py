@@ -107,7 +107,9 @@ def new_folder(parent, tensors):
     try:
         with tempfile.TemporaryDirectory(prefix=SAVING, dir=parent) as temporary:
             yield Path(temporary)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # as tokenizers raises
+            raise
         free = shutil.disk_usage(parent).free
         need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         raise BadInput(
@@ -243,13 +245,18 @@ def load_checkpoint(folder, model, optimizers, data):
             f"{folder} learned from other texts: their hash is {state['data']}, that of the dataset now {data}"
         )
     tensors, moments = {}, [{} for _ in optimizers]
+    parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+    shapes = {(i, j): p.shape for i, some in enumerate(parameters) for j, p in enumerate(some)}
     for name, tensor in read_file(folder / TENSORS):
         kind, _, name = name.partition(".")
         if kind == "model":
             tensors[name] = tensor
         else:
             i, j, name = name.split(".")
-            moments[int(i)].setdefault(int(j), {})[name] = tensor
+            i, j = int(i), int(j)
+            if (i, j) not in shapes or (tensor.dim() and tensor.shape != shapes[i, j]):
+                raise BadInput(f"{folder} does not fit: its moments are of another optimizer")
+            moments[i].setdefault(j, {})[name] = tensor
     match(tensors, model.state_dict(), folder)
     model.load_state_dict(tensors)
     for optimizer, found in zip(optimizers, moments):
@@ -285,6 +292,8 @@ class Checkpoints:
             self.state |= load_checkpoint(folder, model, optimizers, state["data"])
             print(f"going on from {folder}", flush=True)
         self.first_step = self.state["step"]
+        if self.ranks.any(self.first_step) != self.first_step:  # the largest of all processes
+            raise BadInput(f"another process goes on from a checkpoint that is not in {out}: share that folder")
 
     def steps(self, end):
         """Yield first_step to end - 1. After Ctrl-C or SIGTERM the step is finished and saved, then Stopped raised."""
@@ -309,13 +318,16 @@ class Checkpoints:
 
 
 def delete_checkpoints(out):
-    """The run is whole, or begins anew: there is nothing to go on from."""
-    shutil.rmtree(Path(out) / CHECKPOINTS, ignore_errors=True)
+    """The run is whole, or begins anew: there is nothing to go on from. A kill leaves all of them or none."""
+    if (Path(out) / CHECKPOINTS).is_dir():
+        gone = Path(out) / (SAVING + CHECKPOINTS)  # sweep deletes it where this process is not able to
+        os.replace(Path(out) / CHECKPOINTS, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def sweep(out):
     """Delete what runs that were killed while they saved have left in a folder."""
-    for parent in (Path(out), Path(out) / CHECKPOINTS):
+    for parent in (Path(out), Path(out) / CHECKPOINTS, Path(out) / BEST):
         for folder in parent.glob(SAVING + "*"):
             with suppress(OSError):
                 shutil.rmtree(folder)

@@ -17,20 +17,27 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoint import first_line
+from config import BadInput
 from model import OneProcess
+from reward import as_scores
 
 
 class Processes(OneProcess):
     """The processes that torchrun started: NCCL on CUDA, Gloo elsewhere. Only rank 0 prints, logs and saves."""
 
     def __init__(self, device):
+        if device.type == "mps":
+            raise BadInput("several processes compute on cuda or cpu, not on mps: use --device cpu")
         if device.type == "cuda":
+            if device.index >= torch.cuda.device_count():
+                raise BadInput(f"there are {torch.cuda.device_count()} GPUs here, too few for process {device.index}")
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
         self.device, self.rank, self.size = device, dist.get_rank(), dist.get_world_size()
         if self.rank:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w")
 
     def share(self, rows):
         n, rest = divmod(len(rows), self.size)
@@ -39,11 +46,14 @@ class Processes(OneProcess):
 
     def gather(self, part):
         parts = [torch.empty_like(part) for _ in range(self.size)]
-        dist.all_gather(parts, part.contiguous())
+        try:
+            dist.all_gather(parts, part.contiguous())
+        except RuntimeError as error:  # Gloo's; NCCL waits until torchrun ends this process too
+            raise BadInput(f"another process ended, see what it said: {first_line(error)}") from None
         return torch.cat(parts)
 
     def mean(self, metrics):
-        values = self.gather(torch.tensor([list(metrics.values())], dtype=torch.float32, device=self.device))
+        values = self.gather(torch.tensor([list(metrics.values())], dtype=torch.float64, device=self.device))
         both = zip(metrics, values.mean(0).tolist(), values.amax(0).tolist())
         return {name: largest if "max_" in name else mean for name, mean, largest in both}
 
@@ -55,7 +65,7 @@ class Processes(OneProcess):
 
     def spread(self, policy, ref_policy, reward_fn):
         def score(texts):
-            return torch.as_tensor(reward_fn(texts), dtype=torch.float32, device=self.device)
+            return as_scores(reward_fn(texts), texts).to(self.device)
 
         shared = (SharedPolicy(model, self.by_shares) for model in (policy, ref_policy))
         return self.learner(policy), *shared, self.by_shares(score)

@@ -207,7 +207,8 @@ def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32):
         eos_token_id=tokenizer.eos_token_id,
         dtype=str(dtype).removeprefix("torch."),
     )
-    with replacing(out, state) as folder:
+    head = {f"{VALUE_HEAD}: {name}": tensor for name, tensor in (value_head.state_dict() if value_head else {}).items()}
+    with replacing(out, state | head) as folder:
         tokenizer.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import BEST, RESULTS, RUN_CONFIG, delete_checkpoints, need_disk, sweep, write_text
+from checkpoint import BEST, CHECKPOINTS, RESULTS, RUN_CONFIG, delete_checkpoints, need_disk, sweep, write_text
 from config import BadInput, printable
 from model import exact_kl
 
@@ -41,7 +41,10 @@ class RunLog:
             self.out.mkdir(parents=True, exist_ok=True)
             sweep(self.out)
             # old and new weights; checkpoints of three times that, the weights and two moments, and one being written
-            need_disk(self.out, model, copies=2 + 3 * (cfg.keep + 1))
+            there = len(list((self.out / CHECKPOINTS).glob("[0-9]*"))) if first_step else 0
+            need_disk(self.out, model, copies=2 + 3 * (max(cfg.keep - there, 0) + 1))
+            if not first_step:
+                delete_checkpoints(self.out)  # before the config: else a kill here could mix the two runs
             write_text(Path(cfg.out, RUN_CONFIG), json.dumps(asdict(cfg), indent=1))
             file = self.out / "log.jsonl"
             earlier = [line for line in read_lines(file) if line["step"] < first_step]
@@ -50,7 +53,6 @@ class RunLog:
             if earlier:
                 self.start -= earlier[-1]["seconds"]
             if not first_step:
-                delete_checkpoints(self.out)
                 shutil.rmtree(self.out / BEST, ignore_errors=True)
                 # what was said of other weights than those to come
                 for old in (RESULTS, "samples.md", "example_results.png", "learning_curves.png"):
@@ -78,8 +80,11 @@ class RunLog:
         if not self.file:
             return
         line = dict(step=step, seconds=round(time.time() - self.start, 2), **metrics)
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise BadInput(f"{self.file.name} cannot be written: {error}; --resume True goes on") from None
         if self.tensorboard:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)

@@ -284,7 +284,7 @@ class OneProcess:
         return metrics
 
     def any(self, flag):
-        """A number that is 0 only where it is 0 in every process."""
+        """The largest of the numbers (>= 0) of all processes: 0 only where it is 0 in every one."""
         return flag
 
     def learner(self, model):

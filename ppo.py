@@ -210,8 +210,11 @@ def update(policy, stepper, batch, cfg, generator=None, ranks=ONE_PROCESS):
 
 
 def keep_best(policy, tokenizer, step, objective, state, cfg):
-    """Every cfg.save_every rollouts: the policy that sampled goes to <out>/best if its objective is the highest yet."""
-    if step % cfg.save_every == 0 and (state["best"] is None or objective > state["best"]):
+    """Every cfg.save_every rollouts: the policy that sampled goes to <out>/best if its objective is the highest yet.
+
+    The first one goes there in any step, since the rollout of step 0 may have been skipped.
+    """
+    if state["best"] is None or (step % cfg.save_every == 0 and objective > state["best"]):
         state["best"], folder = objective, Path(cfg.out, BEST)
         folder.mkdir(exist_ok=True)
         save_gpt2(policy.gpt2, tokenizer, folder, policy.value_head)
@@ -267,6 +270,7 @@ def main(cfg):
         except NotFinite as problem:
             stepper.skip(f"what a rollout found was not finite: {problem}")
             progress.write(f"step {step} is skipped: {problem}")
+            state["skipped_steps"] = stepper.skipped
             log.write(step, skipped_steps=stepper.skipped)
             continue
         metrics = rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg) | {"kl_coef": controller.coef}

@@ -361,8 +361,12 @@ def main(cfg):
             locate(name)
     splits = load_splits(cfg.dataset)
     held_out = Reviews(*(rows[: cfg.eval_reviews] for rows in splits["evaluation"]))
+    if not cfg.resume:  # so that a judge of an earlier run is not taken for one of this run
+        for name in starts:
+            Path(cfg.out, name, RESULTS).unlink(missing_ok=True)
     for name, start in starts.items():
         if cfg.resume and Path(cfg.out, name, RESULTS).is_file():
+            delete_checkpoints(Path(cfg.out, name))  # of a run that was killed before it could
             print(f"the {name} is trained already")
             continue
         reviews = splits[name]

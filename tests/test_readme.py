@@ -47,19 +47,23 @@ def test_every_command_is_one_that_its_program_takes(command):
     if program == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert arguments[0] in targets
-    elif program == "python":
-        script, *flags = arguments
+    elif program in ("python", "torchrun"):
+        script = next(argument for argument in arguments if argument.endswith(".py"))
+        flags = arguments[arguments.index(script) + 1 :]
         assert (ROOT / script).is_file()
         assert not flags or isinstance(parse(CONFIGS[script], flags), CONFIGS[script])
     else:
         assert program in ("pip", "tensorboard")
 
 
-def test_every_function_and_file_that_the_page_names_is_there():
+def test_every_function_file_and_test_that_the_page_names_is_there():
+    for file, test in re.findall(r"`(test_\w+\.py)::(\w+)`", README):
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), test
     names = re.findall(r"`(\w+)\.(\w+)`", README)
     functions = [(module, name) for module, name in names if name not in ("py", "txt", "jsonl", "json")]
     assert len(functions) > 5
     for module, name in functions:
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
     files = {f"{module}.py" for module, name in names if name == "py"}
-    assert {path.name for path in ROOT.glob("*.py")} == files
+    assert {path.name for path in ROOT.glob("*.py")} == {file for file in files if not file.startswith("test_")}
+    assert all((ROOT / "tests" / file).is_file() for file in files if file.startswith("test_"))
