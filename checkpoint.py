@@ -12,7 +12,6 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -167,7 +166,7 @@ def check_run(cfg, finished=RESULTS):
     finished: the file in cfg.out that only a run that came to its end has written.
     """
     file, resume = Path(cfg.out) / RUN_CONFIG, cfg.resume
-    unfinished = any((Path(cfg.out) / part / CHECKPOINTS).is_dir() for part in ("", "reward", "judge"))
+    parts = [Path(cfg.out, part) for part in ("", "reward", "judge")]  # reward.py's run has two
     if file.is_file() and not cfg.force:
         changed = differing(cfg, read_json(file))
         if changed:
@@ -176,12 +175,13 @@ def check_run(cfg, finished=RESULTS):
                 f"{cfg.out} holds a run of another config ({', '.join(changed[:5])}): --force True {told}, "
                 "--out names another folder"
             )
-    if unfinished and not (cfg.force or resume):
+    if any(map(latest_checkpoint, parts)) and not (cfg.force or resume):
         raise BadInput(
             f"{cfg.out} holds an unfinished run: --resume True goes on with it, --force True begins anew, --out names "
             "another folder"
         )
-    if resume and not unfinished and (Path(cfg.out) / finished).is_file():
+    begun = any((part / CHECKPOINTS).is_dir() for part in parts)  # anew, over a finished one it may be
+    if resume and not begun and (Path(cfg.out) / finished).is_file():
         raise BadInput(f"{cfg.out} holds a finished run: there is nothing to resume; without --resume it begins anew")
 
 
@@ -215,7 +215,6 @@ def save_checkpoint(out, model, optimizers, state, keep=2):
         (folder / STATE).write_text(json.dumps(state, indent=1))
         (folder / SUMS).write_text("".join(f"{sha256(folder / file)}  {file}\n" for file in (TENSORS, STATE)))
         synced(folder)
-        shutil.rmtree(parent / name, ignore_errors=True)  # the same step again, after a signal
         os.replace(folder, parent / name)
         sync_folder(parent)
     for old in sorted(parent.glob("[0-9]*"))[:-keep]:
@@ -311,10 +310,10 @@ class Checkpoints:
                 signal.signal(number, handler)
 
     def _ask(self, number, frame):
-        if self.signal:  # a second time: at once
+        if self.signal and number == signal.SIGINT:  # a second Ctrl-C: at once. torchrun may send SIGTERM twice
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        os.write(2, b"\nstopping after this step; Ctrl-C once more stops at once\n")  # print is not for handlers
 
 
 def delete_checkpoints(out):

@@ -215,6 +215,8 @@ class PPOConfig:
         positive(self, "ppo_epochs minibatch_size micro_batch_size lr adam_eps grad_clip sample_every save_every keep")
         between(self, 0, None, "kl_coef kl_target kl_ceiling score_clip missing_eos_penalty vf_coef alarm_window seed")
         between(self, 0, 1, "gamma lam lr_end")
+        if 0 < self.alarm_window < 4:
+            raise BadInput(f"alarm_window is {self.alarm_window}: give 4 rollouts at least, or 0 for no such alarm")
         divides(self, "minibatch_size", "batch_size")
         divides(self, "micro_batch_size", "minibatch_size")
         prompt_range(self)
@@ -445,7 +447,7 @@ def prompt_range(cfg):
 
 
 # fields that change no result, or nothing but its rounding
-SAME_RESULT = ("force", "resume", "device", "report_to", "micro_batch_size", "compile", "save_every", "keep")
+SAME_RESULT = ("force", "resume", "device", "report_to", "micro_batch_size", "compile", "keep", "out")
 
 
 def differing(cfg, other):

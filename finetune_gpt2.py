@@ -94,8 +94,9 @@ def train_step(model, x, y, cfg, ranks=ONE_PROCESS):
 
     Of several processes each has an equal share of the batch, so that the mean of their losses is the batch's.
     """
-    loss, micro_batches = 0.0, x.split(cfg.micro_batch_size)
-    for i, (xs, ys) in enumerate(zip(micro_batches, y.split(cfg.micro_batch_size))):
+    loss, size = 0.0, cfg.micro_batch_size // ranks.size
+    micro_batches = x.split(size)
+    for i, (xs, ys) in enumerate(zip(micro_batches, y.split(size))):
         with ranks.accumulate(model, last=i == len(micro_batches) - 1):
             logits = model(xs)
             part = F.cross_entropy(logits.flatten(0, 1), ys.flatten(), reduction="sum") / y.numel()
@@ -119,7 +120,7 @@ def start_model(cfg, opened, texts, bf16):
 def main(cfg):
     check_run(cfg)
     device, bf16 = pick_device(cfg)
-    ranks = join(device, cfg, "batch_size")
+    ranks = join(device, cfg, "micro_batch_size")
     opened = None if cfg.init_from == "scratch" else open_gpt2(cfg.init_from)
     if opened and cfg.block_size > opened[1].n_positions:
         raise BadInput(f"block_size {cfg.block_size} is over the {opened[1].n_positions} positions of {cfg.init_from}")
@@ -139,9 +140,9 @@ def main(cfg):
     matrices = [p for p in model.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     optimizers = make_optimizers(model, matrices, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), muon_lr=cfg.muon_lr)
     stepper = Stepper(model, optimizers, cfg.grad_clip)
-    state = {"data": data, "start": None, "best": None, "skipped_steps": 0}
+    state = {"data": data, "start": None, "best": None, "skips": stepper.skips}
     checkpoints = Checkpoints(cfg, cfg.out, model, optimizers, state, ranks)
-    state, stepper.skipped = checkpoints.state, checkpoints.state["skipped_steps"]
+    state, stepper.skips = checkpoints.state, checkpoints.state["skips"]
     log = RunLog(cfg, model, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
         model.compile()
@@ -168,7 +169,7 @@ def main(cfg):
             stepper.set_lr(lr / cfg.lr)
             loss = train_step(learner, x, y, cfg, ranks).item()
             metrics |= ranks.mean(dict(loss=loss)) | dict(lr=lr, grad_norm=stepper.step())
-            metrics["skipped_steps"] = state["skipped_steps"] = stepper.skipped
+            metrics["skipped_steps"] = stepper.skipped
             metrics["tokens_per_second"] = len(numbers) * cfg.block_size / (time.time() - clock)
             tok_s = f"{metrics['tokens_per_second']:.0f}"
             progress.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{lr:.1e}", tok_s=tok_s, refresh=False)

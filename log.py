@@ -45,6 +45,7 @@ class RunLog:
             need_disk(self.out, model, copies=2 + 3 * (max(cfg.keep - there, 0) + 1))
             if not first_step:
                 delete_checkpoints(self.out)  # before the config: else a kill here could mix the two runs
+                (self.out / CHECKPOINTS).mkdir()
             write_text(Path(cfg.out, RUN_CONFIG), json.dumps(asdict(cfg), indent=1))
             file = self.out / "log.jsonl"
             earlier = [line for line in read_lines(file) if line["step"] < first_step]
@@ -159,10 +160,12 @@ class Watch:
 
     def __init__(self, cfg, history):
         self.ceiling, self.window, self.history = cfg.kl_ceiling, cfg.alarm_window // 2 * 2, history
+        self.over = False
 
     def __call__(self, metrics):
         """What is wrong after a rollout with these metrics, as text; empty where nothing is."""
-        if self.ceiling and metrics["kl"] > self.ceiling:
+        before, self.over = self.over, 0 < self.ceiling < metrics["kl"]
+        if self.over and not before:  # said once for each time it goes there
             return f"KL is {metrics['kl']:.1f} nats a response, over kl_ceiling {self.ceiling}: raise kl_coef, lower lr"
         if not self.window or "positive_by_judge" not in metrics:
             return ""

@@ -78,7 +78,11 @@ class Stepper:
     def __init__(self, model, optimizers, grad_clip):
         self.model, self.optimizers, self.grad_clip = model, optimizers, grad_clip
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        self.skipped = self.in_a_row = 0
+        self.skips = {"skipped_steps": 0, "in_a_row": 0}  # part of a checkpoint's state
+
+    @property
+    def skipped(self):
+        return self.skips["skipped_steps"]
 
     def set_lr(self, share):
         """Every learning rate becomes this share of what its optimizer was made with."""
@@ -92,7 +96,7 @@ class Stepper:
         if math.isfinite(norm):
             for optimizer in self.optimizers:
                 optimizer.step()
-            self.in_a_row = 0
+            self.skips["in_a_row"] = 0
         self.model.zero_grad(set_to_none=True)
         if not math.isfinite(norm):
             self.skip(f"the gradient was not finite (norm {norm}): lower lr")
@@ -100,8 +104,9 @@ class Stepper:
 
     def skip(self, what):
         """Count a step that is not taken; BadInput at the third in a row, saying what was seen."""
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row == 3:
+        for count in self.skips:
+            self.skips[count] += 1
+        if self.skips["in_a_row"] == 3:
             raise BadInput(f"three steps in a row were skipped, the last one because {what}")
 
 

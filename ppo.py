@@ -191,8 +191,8 @@ def update(policy, stepper, batch, cfg, generator=None, ranks=ONE_PROCESS):
         order = torch.randperm(len(batch.mask), generator=generator)  # every episode once an epoch
         for rows in order.to(batch.mask.device).split(cfg.minibatch_size):
             parts, shares, tokens = [], [], batch.mask[rows].sum() / ranks.size
-            micro_batches = ranks.share(rows).split(cfg.micro_batch_size)
-            for i, micro in enumerate(micro_batches):
+            micro_batches = rows.split(cfg.micro_batch_size)
+            for i, micro in enumerate(map(ranks.share, micro_batches)):
                 mask = batch.mask[micro]
                 with ranks.accumulate(policy, last=i == len(micro_batches) - 1):
                     logprobs, values = policy(batch.sequences[micro], batch.prompt_len, cfg.temperature)
@@ -248,16 +248,16 @@ def main(cfg):
     stepper = Stepper(policy, [optimizer], cfg.grad_clip)
 
     data = digest(str(prompt) for prompt in pool.tolist())
-    state = {"data": data, "kl_coef": cfg.kl_coef, "best": None, "watched": [], "skipped_steps": 0}
+    state = {"data": data, "kl_coef": cfg.kl_coef, "best": None, "watched": [], "skips": stepper.skips}
     checkpoints = Checkpoints(cfg, cfg.out, policy, [optimizer], state, ranks)
-    state, stepper.skipped = checkpoints.state, checkpoints.state["skipped_steps"]
+    state, stepper.skips = checkpoints.state, checkpoints.state["skips"]
     controller, watch = AdaptiveKL(state["kl_coef"], cfg.kl_target, cfg.kl_horizon), Watch(cfg, state["watched"])
     log = RunLog(cfg, policy, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
         policy.compile()
         ref_policy.compile()
     learner, actor, ref_actor, shared_reward = ranks.spread(policy, ref_policy, reward_fn)
-    alarm = ""
+    stopped = False
 
     # Algorithm 1 of Schulman et al. 2017: an actor is a prompt, a timestep is a token
     progress = log.progress(checkpoints, cfg.steps, "ppo", "rollout")
@@ -270,7 +270,6 @@ def main(cfg):
         except NotFinite as problem:
             stepper.skip(f"what a rollout found was not finite: {problem}")
             progress.write(f"step {step} is skipped: {problem}")
-            state["skipped_steps"] = stepper.skipped
             log.write(step, skipped_steps=stepper.skipped)
             continue
         metrics = rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg) | {"kl_coef": controller.coef}
@@ -280,17 +279,17 @@ def main(cfg):
         metrics |= update(learner, stepper, batch, cfg, random_generator("cpu", cfg.seed, step), ranks)
         controller.update(metrics["kl"], cfg.batch_size)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.time() - start}
-        state |= {"kl_coef": controller.coef, "skipped_steps": stepper.skipped}
+        state["kl_coef"] = controller.coef
         log.write(step, **metrics)
         show(progress, step, metrics, batch, cfg)
-        alarm = watch(metrics)
-        if alarm:
+        if alarm := watch(metrics):
             progress.write(f"alarm at step {step}: {alarm}")
-            if cfg.on_alarm == "stop":
-                break
+        stopped = cfg.on_alarm == "stop" and ranks.any(bool(alarm))
+        if stopped:
+            break
     log.close()
     if ranks.rank == 0:
-        if alarm and cfg.on_alarm == "stop":
+        if stopped:
             policy = load_policy(*open_gpt2(f"{cfg.out}/{BEST}"))
         save_gpt2(policy.gpt2, tokenizer, cfg.out, policy.value_head)
         delete_checkpoints(cfg.out)

@@ -259,8 +259,8 @@ def train(name, classifier, reviews, cfg, bf16, teacher=None):
     model, tokenizer, device = classifier.model.train(), classifier.tokenizer, classifier.device
     optimizers = make_optimizers(model, [], cfg.lr, cfg.weight_decay)
     stepper = Stepper(model, optimizers, cfg.grad_clip)
-    checkpoints = Checkpoints(cfg, out, model, optimizers, {"data": digest(reviews.texts), "skipped_steps": 0})
-    state, stepper.skipped = checkpoints.state, checkpoints.state["skipped_steps"]
+    checkpoints = Checkpoints(cfg, out, model, optimizers, {"data": digest(reviews.texts), "skips": stepper.skips})
+    stepper.skips = checkpoints.state["skips"]
     log = RunLog(cfg, model, part=name, first_step=checkpoints.first_step)
     per_epoch = math.ceil(len(reviews.texts) / cfg.batch_size)
     steps, epoch = math.ceil(cfg.epochs * per_epoch), None
@@ -284,9 +284,10 @@ def train(name, classifier, reviews, cfg, bf16, teacher=None):
         share = warm_up_and_decay(step, steps)
         stepper.set_lr(share)
         accuracy = float((logits.argmax(1).cpu().numpy() == reviews.labels[rows]).mean())
-        metrics = dict(loss=loss.item(), accuracy=accuracy, lr=share * cfg.lr, grad_norm=stepper.step())
-        metrics["skipped_steps"] = state["skipped_steps"] = stepper.skipped
-        log.write(step, **metrics)
+        metrics = dict(
+            loss=loss.item(), accuracy=accuracy, lr=optimizers[0].param_groups[0]["lr"], grad_norm=stepper.step()
+        )
+        log.write(step, **metrics, skipped_steps=stepper.skipped)
         progress.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
     model.eval().to(SAVE_DTYPES[cfg.save_dtype])
     with replacing(out, model.state_dict()) as folder:
