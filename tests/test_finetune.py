@@ -14,11 +14,12 @@ import checkpoint
 import finetune_gpt2
 from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from config import BadInput, FinetuneConfig
-from data import block_order, encode, load_splits, pack
+from data import block_order, digest, encode, language_model_texts, load_splits, pack
 from finetune_gpt2 import blocks, learning_rate, train_step, validate, validation_texts
 from hub import load_gpt2, open_gpt2, read_tensors, save_gpt2
 from log import RunLog
 from model import GPT2, GPT2Config
+from optimizer import Stepper
 
 LN2 = math.log(2)
 
@@ -192,7 +193,13 @@ def test_a_model_of_reviews_of_three_tokens_learns_to_stop_after_three(tokenizer
 
 
 @pytest.fixture(scope="module")
-def scratch_run(tmp_path_factory):
+def steppers():
+    """The steppers of the runs of this module that kept them."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def scratch_run(tmp_path_factory, steppers):
     """(config, lines of log.jsonl) of a run from random weights on toy reviews."""
     folder = tmp_path_factory.mktemp("run")
     cfg = FinetuneConfig(
@@ -202,6 +209,7 @@ def scratch_run(tmp_path_factory):
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(finetune_gpt2, "Stepper", lambda *args: steppers.append(Stepper(*args)) or steppers[-1])
         finetune_gpt2.main(cfg)
     return cfg, [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
 
@@ -235,6 +243,24 @@ def test_the_folder_holds_the_best_weights_and_the_config_of_the_run(scratch_run
     saved = json.loads(open(f"{cfg.out}/run_config.json").read())
     assert perplexity_of(cfg.out, cfg, load_gpt2)[0] == pytest.approx(best, rel=1e-5)
     assert saved == json.loads(json.dumps(vars(cfg)))
+
+
+def test_a_run_takes_its_steps_with_the_constants_of_its_config(scratch_run, steppers):
+    """AdamW by itself has betas (.9, .999) and a decay of .01, of biases too; a rate that is only logged stays .01."""
+    cfg, _ = scratch_run
+    (stepper,) = steppers
+    decayed, spared = stepper.optimizers[0].param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (cfg.weight_decay, 0)
+    assert decayed["betas"] == spared["betas"] == (cfg.beta1, cfg.beta2)
+    assert decayed["lr"] == spared["lr"] == pytest.approx(cfg.min_lr)  # after the last step
+    assert stepper.grad_clip == cfg.grad_clip
+
+
+def test_a_run_learns_from_the_reviews_of_the_two_classifiers_alone(scratch_run):
+    """By the hash that it wrote down: of what gives prompts or is held out nothing may be known by heart."""
+    cfg, _ = scratch_run
+    told = json.loads((Path(cfg.out) / "results.json").read_text())
+    assert told["data"] == digest(language_model_texts(load_splits(cfg.dataset)))
 
 
 def test_transformers_opens_the_folder_and_finds_the_same_perplexity(scratch_run):

@@ -8,6 +8,7 @@ from test_ppo import EOS, Words
 from test_ppo import tiny_policy as any_policy
 
 from config import PPOConfig
+from evaluate import distinct
 from log import rollout_metrics
 from optimizer import Stepper
 from ppo import rollout, update
@@ -32,7 +33,9 @@ def train(policy, reward, cfg, prompt=1, ref_policy=None):
     for step in range(cfg.steps):
         optimizer.param_groups[0]["lr"] = cfg.lr * (1 - (1 - cfg.lr_end) * step / cfg.steps)
         batch = rollout(policy, ref_policy, Words(), reward, prompts, cfg.kl_coef, cfg, generator)
-        logs.append(rollout_metrics(batch, policy, ref_policy, reward, None, cfg))
+        few = [ids[kept].tolist() for ids, kept in zip(batch.sequences[:32, batch.prompt_len :], batch.mask)]
+        diversity = {"distinct_2": distinct(few, 2)}  # of 32 responses: 256 repeat all bigrams of 10 tokens anyway
+        logs.append(rollout_metrics(batch, policy, ref_policy, reward, None, cfg) | diversity)
         update(policy, stepper, batch, cfg, generator)
     return logs
 
@@ -73,20 +76,38 @@ def test_kl_alone_pulls_the_policy_back_to_its_reference():
     assert first > 0.5 and 0 <= last < 0.1 * first
 
 
+def share_of_sevens(texts):
+    return [words.count("7") / 4 for words in responses(texts)]
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_policy_learns_what_is_rewarded_and_unlearns_what_is_punished(sign):
-    """E2E-3: score is the share of id 7 among the response tokens, and drifting is free."""
+    """E2E-3: score is the share of id 7 among the response tokens, and drifting is free: so is saying one thing."""
     policy = tiny_policy(10)
 
-    def share_of_sevens(texts):
-        return [sign * words.count("7") / 4 for words in responses(texts)]
+    def reward(texts):
+        return [sign * share for share in share_of_sevens(texts)]
 
-    logs = train(policy, share_of_sevens, config(steps=20, lr=1e-2, response_len=4, kl_coef=0.0))
+    logs = train(policy, reward, config(steps=20, lr=1e-2, response_len=4, kl_coef=0.0))
     first, last = logs[0], logs[-1]
     assert 0.02 < sign * first["score"] < 0.3
     assert last["score"] >= 0.8 if sign == 1 else abs(last["score"]) < 0.1 * abs(first["score"])
     assert first["kl"] == pytest.approx(0, abs=1e-6) and last["kl_exact"] > 0.1 and last["kl_k3"] > 0.1
     assert last["entropy"] < 0.5 * first["entropy"] if sign == 1 else last["entropy"] > 0.5
+    assert sign == -1 or last["distinct_2"] < 0.05
+
+
+def test_kl_penalty_lets_the_reward_rise_and_the_texts_stay_diverse():
+    """The same reward at a price: 10 tokens, so about e^2.5 / (e^2.5 + 9) = .58 sevens at 2.8 nats, and not one text.
+
+    Without the penalty the run above ends at a score of 1, 9.4 nats, distinct-2 of .01.
+    """
+    policy = tiny_policy(10)
+    logs = train(policy, share_of_sevens, config(steps=20, lr=1e-2, response_len=4, kl_coef=0.1))
+    first, last = logs[0], {name: sum(log[name] for log in logs[-5:]) / 5 for name in logs[0]}
+    assert first["score"] < 0.1 and 0.45 < last["score"] < 0.7
+    assert first["kl_exact"] < 1e-6 and 2 < last["kl_exact"] < 4 and abs(last["kl"] - last["kl_exact"]) < 1
+    assert first["distinct_2"] > 0.5 and last["distinct_2"] > 0.2
 
 
 def test_policy_learns_to_end_its_response():

@@ -14,6 +14,8 @@ from conftest import ROOT, hf_gpt2
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from config import BadInput, FinetuneConfig, PPOConfig
@@ -281,6 +283,39 @@ def test_decoding_stops_soon_after_every_row_has_ended(monkeypatch):
     assert len(calls) == model_file.STOP_CHECK
 
 
+def test_decoding_computes_each_token_once():
+    """Without the cache each step would go through the whole sequence again, here 11 times the work."""
+    gpt2 = small_gpt2(n_embd=64)
+    with FlopCounterMode(display=False) as counter:
+        gpt2.generate(some_ids(4, 8), 16, 1.0, eos_id=-1, generator=random_generator("cpu", 0))
+    products = 4 * (23 * 2 * 12 * 64**2 + 16 * 30 * 64)  # of 4 rows: 23 tokens in two blocks, 16 times the head
+    assert 1 <= counter.get_total_flops() / (2 * products) < 1.1  # a multiply and an add; the rest is attention
+
+
+class Widest(TorchDispatchMode):
+    """The most numbers of a tensor whose last dimension is the vocabulary."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.numbers = vocab_size, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() and out.shape[-1] == self.vocab_size:
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+def test_only_the_response_meets_the_vocabulary():
+    """Logits of the prompt too would be three times the memory, where a prompt is twice as long as its response."""
+    policy, ids = small_policy(), some_ids(20, 15)
+    with Widest(30) as evaluated:
+        policy(ids, 10)
+    with Widest(30) as sampled:
+        policy.gpt2.generate(ids[:, :10], 5, 1.0, eos_id=-1)
+    assert (evaluated.numbers, sampled.numbers) == (20 * 5 * 30, 20 * 30)
+
+
 def test_rows_of_the_embedding_beyond_the_tokenizer_have_no_logit_and_are_never_sampled(tmp_path, tokenizer):
     n = len(tokenizer)
     theirs = hf_gpt2(n + 12)
@@ -407,6 +442,20 @@ def test_bf16_rounds_the_trunk_and_never_the_logits():
     rounded = token_logprobs(logits.bfloat16().float()[:, 3:-1], ids[:, 4:])
     assert 0 < (policy(ids, 4)[0] - expected).abs().mean() < 0.03
     assert (rounded - expected).abs().mean() > 0.05
+
+
+def test_the_head_of_a_bf16_run_is_exact_where_logits_lie_near_minus_100(monkeypatch):
+    """L5, from final hidden states on: logits of -100 +- 3 rounded to bf16 cost .17 nats a token, to fp16 .02."""
+    policy, ids = Policy(small_gpt2(vocab_size=500, n_embd=64)), some_ids(16, 20, 500)
+    hidden = torch.randn(16, 19, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hidden[..., 0] = 10
+    with torch.no_grad():
+        policy.gpt2.wte.weight.mul_(1.25)[:, 0] = -10  # .3 * 1.25 * sqrt(64) = 3
+    monkeypatch.setattr(GPT2, "trunk", lambda self, ids: hidden.to(self.wte.weight.dtype))
+    logits, expected = policy.gpt2.logits(hidden), policy(ids, 4)[0]
+    assert -101 < logits.mean() < -99 and 2.5 < logits.std() < 3.5
+    policy.float().gpt2.bf16 = True
+    assert (policy(ids, 4)[0] - expected).abs().mean() < 1e-3
 
 
 # ---- the self-check before PPO's first step
@@ -642,6 +691,13 @@ def test_prompt_and_response_must_fit_the_context():
         check_context(cfg, GPT2Config(n_positions=23))
 
 
+def test_loading_draws_no_random_number(gpt2_folder):
+    """M10: weights that the file's overwrite are not initialised first, which takes half a minute for GPT-2 XL."""
+    before = torch.get_rng_state()
+    load_gpt2(gpt2_folder, read_config(gpt2_folder))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 PEAK = """
 import sys
 from pathlib import Path
@@ -660,7 +716,7 @@ print((peak() - before) / sum(p.numel() * 4 for p in model.parameters()))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path, gpt2_folder):
-    """Twice the weights, if the network were initialised first or the state dict read as a whole and copied."""
+    """Twice the weights, if the state dict were read as a whole and copied."""
     config = GPT2Config(vocab_size=8192, n_embd=512, n_head=8)  # 168 MB
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in GPT2(config).state_dict().items()}

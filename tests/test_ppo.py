@@ -18,6 +18,7 @@ import checkpoint
 import ppo
 from checkpoint import latest_checkpoint, save_checkpoint
 from config import BadInput, PPOConfig
+from data import load_splits, prompt_pool
 from hub import load_policy, open_gpt2
 from log import rollout_metrics, show
 from model import GPT2, GPT2Config, Policy
@@ -449,6 +450,16 @@ def test_without_a_step_every_ratio_is_1_in_every_epoch(temperature):
         assert abs(metrics[name]) < 1e-12, name
 
 
+@pytest.mark.parametrize("bf16, rounding", [(False, 1e-5), (True, 5e-3)])
+def test_without_a_step_every_ratio_is_1_in_float32_and_in_bf16(bf16, rounding):
+    """L4, E2E-5: a rollout in float32 and an update in bf16 are .018 nats a token apart before anything is learned."""
+    policy, cfg = tiny_policy(0).float(), config(temperature=0.7)
+    policy.gpt2.bf16 = bf16
+    batch = play(cfg, policy, copy.deepcopy(policy))
+    assert batch.logprobs.dtype == torch.float32 and batch.kl.abs().max() <= rounding
+    assert update(policy, sgd(policy, lr=0.0), batch, cfg)["max_log_ratio"] <= rounding
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_micro_batch_size_does_not_change_the_step(micro_batch_size):
     """O1. Responses differ in length: the mean of the micro-batches' means would weigh a short one's tokens more."""
@@ -624,8 +635,13 @@ def train(tmp_path_factory, gpt2_folder):
             kept.saved_after.append(len((kept.out / "log.jsonl").read_text().splitlines()))
             save_checkpoint(out, *args)
 
+        def keep_texts(texts, *args):
+            kept.texts = texts
+            return prompt_pool(texts, *args)
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint, "save_checkpoint", keep_saves)
+            patch.setattr(ppo, "prompt_pool", keep_texts)
             patch.setattr(ppo, "Stepper", keep_stepper)
             patch.setattr(ppo, "rollout", keep_policies)
             ppo.main(cfg)
@@ -653,6 +669,11 @@ def test_every_rollout_draws_its_own_random_numbers(trained):
     assert len(set(trained.seeds)) == len(trained.seeds) == 3
 
 
+def test_prompts_of_a_run_begin_no_review_that_is_held_out_or_was_learned_from(trained):
+    """Of the reviews that evaluate.py takes its prompts from PPO must know nothing."""
+    assert trained.texts == load_splits(trained.cfg.dataset)["prompts"].texts
+
+
 def test_learning_rate_falls_linearly_to_0_behind_the_last_rollout(trained):
     """O5: the last step still learns, and every group of parameters follows."""
     assert [line["lr"] for line in trained.metrics] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
@@ -675,6 +696,7 @@ def test_optimizer_is_adam_without_weight_decay_over_the_policy_alone(trained):
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-5, 0)
     optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert optimised == {id(p) for p in trained.policy.parameters()}
+    assert trained.stepper.grad_clip == trained.cfg.grad_clip
 
 
 def test_reference_stays_what_the_policy_was(trained, gpt2_folder):

@@ -206,11 +206,12 @@ def scored_texts(tokenizer, sequences, prompt_len):
         return torch.zeros(2, len(part), part.shape[1] - prompt_len)
 
     seen, sequences = [], torch.tensor(sequences)
-    policy.gpt2 = SimpleNamespace(generate=lambda *_: sequences)
+    policy.gpt2 = SimpleNamespace(generate=lambda *_: sequences.clone())
     cfg = PPOConfig(batch_size=1, minibatch_size=1, micro_batch_size=1)
     scores = lambda texts: seen.extend(texts) or torch.zeros(len(texts))  # noqa: E731
     batch = rollout(policy, policy, tokenizer, scores, sequences[:, :prompt_len], 0.1, cfg)
     assert batch.texts == seen
+    assert torch.equal(batch.sequences, sequences[:, : batch.sequences.shape[1]])
     return seen
 
 
@@ -241,6 +242,14 @@ def test_a_letter_split_between_prompt_and_response_reaches_the_classifier_whole
     assert (len(gpt2_vocabulary), gpt2_vocabulary.eos_token_id) == (50257, 50256)
     assert "\ufffd" in gpt2_vocabulary.decode(ids[:-1])  # the last letter takes more than one token
     assert scored_texts(gpt2_vocabulary, [ids + [50256]], len(ids) - 1) == [text]
+
+
+def test_what_was_sampled_is_learned_from_where_its_text_would_be_other_tokens(gpt2_vocabulary):
+    """L6: "wonderful" letter by letter and half an emoji; encoded anew from its text it is not what was sampled."""
+    ids = sum(encode([*"wonderful"], gpt2_vocabulary), []) + encode(["😀"], gpt2_vocabulary)[0][:1]
+    text = gpt2_vocabulary.decode(ids)
+    assert text == "wonderful\ufffd" and len(encode([text], gpt2_vocabulary)[0]) < len(ids) - 5
+    assert scored_texts(gpt2_vocabulary, [ids], 3) == [text]  # in there the ids are compared
 
 
 # ---- the start-up check, and functions of the user
@@ -407,11 +416,14 @@ def test_transformers_opens_what_training_wrote_and_finds_the_same_accuracy(trai
 
 
 def test_the_reward_and_the_judge_learn_from_different_reviews_and_none_is_held_out(trained):
-    _, cfg, learned = trained
+    folder, cfg, learned = trained
     splits = load_splits(cfg.dataset)
     assert set(learned) == {"reward", "judge"}
     assert not set(learned["reward"]) & set(learned["judge"])
     assert not set(learned["reward"] + learned["judge"]) & set(splits["evaluation"].texts + splits["prompts"].texts)
+    for name in ("reward", "judge"):
+        told = json.loads((folder / name / "results.json").read_text())
+        assert told["held_out"] == len(splits["evaluation"].texts)  # what its accuracy was measured on
 
 
 def test_each_classifier_logs_its_steps(trained):
