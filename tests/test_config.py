@@ -163,7 +163,7 @@ def test_bounds_that_are_allowed_pass():
 def test_differing_names_what_changed_and_only_what_changes_the_result():
     """Where a run computes, how much at once and where it reports do not make it another run."""
     saved = {f.name: getattr(PPOConfig(), f.name) for f in fields(PPOConfig)}
-    same = PPOConfig(force=True, device="cpu", report_to="none", micro_batch_size=8, compile=True, save_every=7)
+    same = PPOConfig(force=True, device="cpu", report_to="none", micro_batch_size=8, compile=True, keep=7)
     assert differing(same, saved) == []
     assert differing(PPOConfig(steps=7), saved) == ["steps 200 -> 7"]
     assert differing(PPOConfig(), {k: v for k, v in saved.items() if k != "lam"}) == ["lam None -> 0.95"]

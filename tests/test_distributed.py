@@ -41,7 +41,7 @@ def updated(ranks, hook=None):
     learner = ranks.learner(policy)
     if hook:
         learner.register_comm_hook(None, hook)
-    cfg = config(ppo_epochs=2, vf_coef=1.0, micro_batch_size=1)  # two to a process's share of a minibatch
+    cfg = config(ppo_epochs=2, vf_coef=1.0, micro_batch_size=2)  # two to a minibatch, an episode a process
     metrics = ppo.update(learner, sgd(policy, grad_clip=0.5), play(cfg), cfg, random_generator("cpu", 0), ranks)
     return {"parameters": state(policy), "metrics": metrics}
 

@@ -389,7 +389,7 @@ def test_a_new_run_leaves_no_figures_of_the_weights_before(tmp_path):
     for name in ("results.json", "samples.md", "example_results.png", "learning_curves.png", "config.json"):
         (tmp_path / name).write_text("old")
     RunLog(cfg, tiny()).close()
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "log.jsonl", "run_config.json"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoints", "config.json", "log.jsonl", "run_config.json"]
 
 
 @pytest.mark.parametrize("lost", ["", "the last line", "everything", "the file"])
