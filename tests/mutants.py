@@ -206,11 +206,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ),
         ],
         "test_ppo::test_micro_batch_size_does_not_change_the_step": [
-            (
-                "mean of the micro-batches' means",
-                "share = mask.sum() / batch.mask[rows].sum()",
-                "share = len(micro) / len(rows)",
-            ),
+            ("mean of the micro-batches' means", "share = mask.sum() / tokens", "share = len(micro) / len(rows)"),
             ("the sum of the micro-batches' means", "(loss * share).backward()", "loss.backward()"),
         ],
         "test_ppo::test_every_minibatch_of_every_epoch_takes_one_step": [
@@ -251,7 +247,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_ppo::test_every_rollout_draws_its_own_random_numbers": [
             (
                 "the same random numbers in every rollout",
-                "random_generator(device, cfg.seed, step)",
+                "random_generator(device, cfg.seed, step, ranks.rank)",
                 "random_generator(device, cfg.seed)",
             ),
         ],
@@ -261,6 +257,48 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
                 "stepper.set_lr(1 - (1 - cfg.lr_end) * step / cfg.steps)",
                 "stepper.set_lr(1.0)",
             ),
+        ],
+        "test_properties::test_gae_is_the_discounted_sum_of_the_td_errors_to_come": [
+            ("no discount between TD errors", "delta + gamma * lam * advantage", "delta + lam * advantage"),
+        ],
+        "test_properties::test_no_function_of_the_arithmetic_changes_what_it_is_given": [
+            (
+                "whitening changes its input",
+                "whitened = (x - mean) / (std + 1e-8)",
+                "whitened = x.sub_(mean).div_(std + 1e-8)",
+            ),
+        ],
+        "test_ppo::test_prompts_of_a_run_begin_no_review_that_is_held_out_or_was_learned_from": [
+            ("prompts of the evaluation split", '["prompts"]', '["evaluation"]'),
+        ],
+        "test_resume::test_ppo_that_broke_in_its_second_pass_over_the_prompts_goes_on_exactly": [
+            (
+                "the KL coefficient begins anew after a kill",
+                'AdaptiveKL(state["kl_coef"], ',
+                "AdaptiveKL(cfg.kl_coef, ",
+            ),
+            (
+                "random numbers counted from where a run goes on",
+                "random_generator(device, cfg.seed, step, ranks.rank)",
+                "random_generator(device, cfg.seed, step - checkpoints.first_step, ranks.rank)",
+            ),
+        ],
+        "test_distributed::test_processes_share_out_the_prompts_and_draw_other_answers": [
+            (
+                "the same random numbers on all ranks",
+                "random_generator(device, cfg.seed, step, ranks.rank)",
+                "random_generator(device, cfg.seed, step)",
+            ),
+        ],
+        "test_distributed::test_two_processes_take_the_steps_of_one": [
+            (
+                "tokens of all processes, gradients' mean",
+                "batch.mask[rows].sum() / ranks.size",
+                "batch.mask[rows].sum()",
+            ),
+        ],
+        "test_guards::test_an_alarm_that_stops_a_run_leaves_its_best_policy": [
+            ("the last policy instead of the best", 'policy = load_policy(*open_gpt2(f"{cfg.out}/{BEST}"))', "pass"),
         ],
     },
     "optimizer.py": {
@@ -376,7 +414,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ),
         ],
     },
-    "checkpoint.py": {
+    "hub.py": {
         "test_model::test_logits_are_those_of_transformers": [
             ("attn.c_proj is not transposed", '"attn.c_attn.weight", "attn.c_proj.weight", ', '"attn.c_attn.weight", '),
         ],
@@ -390,6 +428,8 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_model::test_a_config_that_asks_for_other_arithmetic_is_refused": [
             ("other arithmetic in config.json is ignored", "if found not in supported:", "if False:"),
         ],
+    },
+    "checkpoint.py": {
         "test_model::test_weights_that_do_not_fit_are_refused_by_name": [
             (
                 "a missing tensor is not noticed",
@@ -397,15 +437,50 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
                 "problems = []",
             ),
         ],
+        "test_finetune::test_a_run_that_was_killed_and_goes_on_equals_the_unbroken_one_to_the_bit": [
+            ("the optimizer is not restored", 'optimizer.load_state_dict({"state": found,', 'dict({"state": found,'),
+        ],
         "test_checkpoint::test_a_save_that_fails_leaves_the_old_files_and_no_temporary_ones": [
             (
                 "saved in place",
-                'with tempfile.TemporaryDirectory(prefix=".saving-", dir=out) as temporary:',
-                "for temporary in [out]:",
+                "    with new_folder(out, tensors) as temporary:\n        yield",
+                "    for temporary in [Path(out)]:\n        yield",
             ),
         ],
-        "test_finetune::test_a_run_that_was_killed_and_goes_on_equals_the_unbroken_one_to_the_bit": [
-            ("the optimizer is not restored", 'optimizer.load_state_dict({"state": found,', 'dict({"state": found,'),
+        "test_resume::test_kills_while_saving_leave_a_checkpoint_of_a_single_step": [
+            (
+                "a checkpoint written in place",
+                "        folder = temporary / name\n",
+                "        folder = parent / name\n",
+            ),
+        ],
+        "test_resume::test_a_checkpoint_that_is_damaged_is_refused_with_the_file": [
+            ("checksums are not looked at", "    check_sums(folder)\n    state", "    state"),
+        ],
+        "test_resume::test_a_signal_ends_a_run_behind_its_step_with_a_checkpoint_of_it": [
+            (
+                "no checkpoint before a signal ends the run",
+                "(asked or step % self.cfg.save_every == 0)",
+                "(step % self.cfg.save_every == 0)",
+            ),
+        ],
+        "test_guards::test_a_weight_that_is_no_number_is_never_saved": [
+            ("weights that are not finite are saved", "if not tensor.isfinite().all()]", "if False]"),
+        ],
+    },
+    "distributed.py": {
+        "test_distributed::test_two_processes_take_the_steps_of_one": [
+            ("gradients are not exchanged", "return DistributedDataParallel(model)", "return model"),
+        ],
+        "test_distributed::test_a_rollout_of_two_processes_is_what_one_finds_for_all_its_episodes": [
+            ("advantages whitened by each process", "return torch.cat(parts)", "return torch.cat([part] * self.size)"),
+        ],
+        "test_distributed::test_processes_exchange_gradients_once_an_optimizer_step": [
+            (
+                "gradients exchanged by every micro-batch",
+                "return nullcontext() if last else learner.no_sync()",
+                "return nullcontext()",
+            ),
         ],
     },
     "data.py": {
@@ -476,6 +551,9 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_finetune::test_validation_is_the_perplexity_worked_out_token_by_token": [
             ("the rest of the validation stream is dropped", "    if whole < len(stream):", "    if False:"),
         ],
+        "test_finetune::test_a_run_takes_its_steps_with_the_constants_of_its_config": [
+            ("AdamW's own betas", "(cfg.beta1, cfg.beta2), ", "(0.9, 0.999), "),
+        ],
     },
     "reward.py": {
         "test_reward::test_the_order_of_the_labels_changes_no_score": [
@@ -495,6 +573,13 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_reward::test_the_log_odds_of_three_classes_set_the_positive_one_against_the_sum_of_the_others": [
             ("the others' mean in the log-odds", "others.logsumexp(1)", "others.mean(1)"),
         ],
+        "test_resume::test_reward_goes_on_after_kill_9_in_its_second_epoch_as_if_nothing_had_been": [
+            (
+                "dropout goes on from the start's random numbers",
+                "torch.manual_seed(seed_of(seed, step))  # of dropout",
+                "pass",
+            ),
+        ],
     },
     "log.py": {
         "test_ppo::test_metrics_sum_kl_over_a_response_and_average_over_responses": [
@@ -508,6 +593,9 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
                 '"entropy": -batch.logprobs[mask].mean()',
                 '"entropy": -batch.logprobs.mean()',
             ),
+        ],
+        "test_guards::test_the_alarm_goes_off_when_the_judge_falls_while_the_score_rises": [
+            ("an alarm when both rise", "if score > 2 and judge < -2:", "if score > 2:"),
         ],
     },
     "evaluate.py": {
