@@ -117,6 +117,19 @@ def start_model(cfg, opened, texts, bf16):
     return GPT2(config, bf16=bf16).init_weights(), tokenizer
 
 
+def write_results(cfg, model, before, after, facts):
+    """results.json, and a line on the terminal. before, after: (perplexity, bits per character) each."""
+    names = ("perplexity", "bits_per_character")
+    results = facts | {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "before": dict(zip(names, before)),
+        "after": dict(zip(names, after)),
+    }
+    write_text(Path(cfg.out) / RESULTS, json.dumps(results, indent=1))
+    change = f"{before[0]:.2f} before, {after[0]:.2f} after, {after[1]:.3f} bits a character"
+    print(f"validation perplexity {change}: {cfg.out}")
+
+
 def main(cfg):
     check_run(cfg)
     device, bf16 = pick_device(cfg)
@@ -149,7 +162,6 @@ def main(cfg):
     learner = ranks.learner(model)
     counts = len(texts), len(stream), len(validation_reviews), len(validation)
     print(finetune_sheet(cfg, model, steps, *counts, device), flush=True)
-
     progress = log.progress(checkpoints, steps + 1, "fine-tune", "step")
     for step in progress:
         metrics = {}
@@ -169,28 +181,16 @@ def main(cfg):
             stepper.set_lr(lr / cfg.lr)
             loss = train_step(learner, x, y, cfg, ranks).item()
             metrics |= ranks.mean(dict(loss=loss)) | dict(lr=lr, grad_norm=stepper.step())
-            metrics["skipped_steps"] = stepper.skipped
-            metrics["tokens_per_second"] = len(numbers) * cfg.block_size / (time.time() - clock)
-            tok_s = f"{metrics['tokens_per_second']:.0f}"
-            progress.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{lr:.1e}", tok_s=tok_s, refresh=False)
+            tok_s = len(numbers) * cfg.block_size / (time.time() - clock)
+            metrics |= dict(skipped_steps=stepper.skipped, tokens_per_second=tok_s)
+            progress.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{lr:.1e}", tok_s=f"{tok_s:.0f}", refresh=False)
         log.write(step, tokens=step * cfg.batch_size * cfg.block_size, **metrics)
     seconds = log.close()
     if ranks.rank == 0:
         stored = load_gpt2(Path(cfg.out), model.config, len(tokenizer), bf16).to(device)  # as it was rounded
-        start, after = state["start"], look(stored)
-        results = {
-            "data": data,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens": trained_blocks * cfg.block_size,
-            "seconds": seconds,
-            "validation_tokens": len(validation),
-            "before": dict(zip(("perplexity", "bits_per_character"), start)),
-            "after": dict(zip(("perplexity", "bits_per_character"), after)),
-        }
-        write_text(Path(cfg.out) / RESULTS, json.dumps(results, indent=1))
+        facts = {"data": data, "tokens": trained_blocks * cfg.block_size, "validation_tokens": len(validation)}
+        write_results(cfg, stored, state["start"], look(stored), facts | {"seconds": seconds})
         delete_checkpoints(cfg.out)
-        change = f"{start[0]:.2f} before, {after[0]:.2f} after, {after[1]:.3f} bits a character"
-        print(f"validation perplexity {change}: {cfg.out}")
 
 
 if __name__ == "__main__":
