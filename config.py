@@ -22,6 +22,7 @@ Dtype = Literal["auto", "fp32", "bf16"]
 SaveDtype = Literal["fp32", "fp16"]
 Preset = Literal["gpt2", "mini"]
 Alarm = Literal["warn", "stop"]
+Work = Literal["124m", "mini"]
 RewardKind = Literal["logit", "log_odds", "probability"]
 
 
@@ -254,6 +255,20 @@ class EvaluateConfig:
         positive(self, "sample_temperature")
         between(self, 0, None, "samples seed")
         prompt_range(self)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Say where the time of a PPO step goes."""
+
+    work: Work = "124m"  # 124m: GPT-2 and BERT-base, random weights, 32 episodes of 8 + 24; mini: 128 of 6 + 24
+    repeats: int = 5  # steps that are timed, behind one that warms up
+    json: bool = False  # print JSON, for machines
+    device: Device = "auto"  # auto: CUDA, else MPS, else CPU
+    dtype: Dtype = "auto"  # of the trunk; auto: bf16 on a CUDA device that has it, else fp32. All else is fp32
+
+    def __post_init__(self):
+        positive(self, "repeats")
 
 
 # Everything offline on a CPU: a small GPT-2 and two small BERTs from asset/mini, on reviews from a package

@@ -164,6 +164,7 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
     parts = sequences.split(cfg.micro_batch_size)
     evaluated = [policy(part, prompt_len, cfg.temperature) for part in parts]
     logprobs, values = (torch.cat(tensors) for tensors in zip(*evaluated))  # (B, T) each
+    clock.append(time.time())
     ref_logprobs = torch.cat([ref_policy(part, prompt_len, cfg.temperature)[0] for part in parts])  # (B, T)
     check_finite("log-probability or value", (logprobs + ref_logprobs + values).sum(1), texts)
     clock.append(time.time())
@@ -174,7 +175,7 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
     advantages = whiten(advantages, mask)  # over the whole rollout; the returns keep the scale of the rewards
-    seconds = dict(zip(("generate", "score", "logprobs"), (b - a for a, b in zip(clock, clock[1:]))))
+    seconds = dict(zip(("generate", "score", "logprobs", "reference"), (b - a for a, b in zip(clock, clock[1:]))))
     return Rollout(
         sequences, prompt_len, mask, logprobs, values, advantages, returns, kl, scores, ended, texts, seconds
     )

@@ -579,7 +579,7 @@ def test_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted():
 # ---- main
 
 CLOCKS = {
-    *(f"seconds{phase}" for phase in ("", "_generate", "_score", "_logprobs", "_update")),
+    *(f"seconds{phase}" for phase in ("", "_generate", "_score", "_logprobs", "_reference", "_update")),
     *("tokens_per_second", "peak_memory_gb"),
 }
 METRICS = {
