@@ -1,0 +1,59 @@
+"""bench.py: its phases, and FLOPs that are those of the formulas."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import bench
+from bench import WORKS, flops, main, peak_flops
+from config import BenchConfig
+
+
+@pytest.fixture
+def small(monkeypatch, gpt2_folder, bert_folder):
+    """The work mini on tiny models: 4 episodes of 3 + 6 tokens, 2 epochs of 2 minibatches."""
+    sizes = dict(batch_size=4, minibatch_size=2, micro_batch_size=2, min_prompt_len=3, max_prompt_len=3, response_len=6)
+    monkeypatch.setitem(WORKS, "mini", replace(WORKS["mini"], **sizes))
+    monkeypatch.setattr(bench, "MINI", {"policy": str(gpt2_folder), "reward": str(bert_folder)})
+    monkeypatch.setattr(bench, "peak_flops", lambda device: 1e9)
+
+
+def test_a_phase_is_timed_as_often_as_told_and_counted(small, capsys):
+    main(BenchConfig(work="mini", repeats=2, json=True, device="cpu"))
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    phases = told["phases"]
+    assert list(phases) == ["generate", "score", "logprobs", "reference", "update", "step"]
+    assert all(len(phase["seconds"]) == 2 and phase["flops"] > 0 for phase in phases.values())
+    assert phases["step"]["flops"] == sum(phase["flops"] for name, phase in phases.items() if name != "step")
+    assert phases["logprobs"]["flops"] == phases["reference"]["flops"]
+
+
+def test_the_update_costs_three_forwards_for_each_epoch(small, capsys):
+    """A backward pass is two: what a vocabulary at the prompt's positions or a second trunk would add shows here."""
+    main(BenchConfig(work="mini", repeats=1, json=True, device="cpu"))
+    phases = json.loads(capsys.readouterr().out.splitlines()[-1])["phases"]
+    assert phases["update"]["flops"] == pytest.approx(2 * 3 * phases["logprobs"]["flops"], rel=0.02)
+
+
+def test_the_table_has_a_row_for_each_phase_and_the_share_of_the_peak(small, capsys):
+    main(BenchConfig(work="mini", repeats=2, device="cpu"))
+    said = capsys.readouterr().out
+    for word in (
+        "generate",
+        "score",
+        "logprobs",
+        "reference",
+        "update",
+        "step",
+        "of the peak",
+        "tokens/s",
+        "GB at most",
+    ):
+        assert word in said
+
+
+def test_flops_are_two_for_each_number_of_a_product_and_its_inner_length():
+    assert flops(torch.matmul, torch.ones(3, 5), torch.ones(5, 7)) == 2 * 3 * 5 * 7
+    assert peak_flops(torch.device("cpu"), n=64, seconds=0.01) > 0
