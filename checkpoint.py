@@ -207,7 +207,7 @@ def save_checkpoint(out, model, optimizers, state, keep=2):
         for j, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{j}.{name}": tensor for name, tensor in moments.items()}
     parent, name = Path(out) / CHECKPOINTS, f"{state['step']:08d}"
-    parent.mkdir(exist_ok=True)
+    parent.mkdir(parents=True, exist_ok=True)
     with new_folder(parent, tensors) as temporary:
         folder = temporary / name
         folder.mkdir()

@@ -36,6 +36,16 @@ def test_the_committed_results_are_of_the_preset_as_it_is():
     )
 
 
+def test_the_committed_run_became_positive_and_stayed_near_its_start():
+    """A rise by the judge of .35 at 8 nats at most, perplexity within a quarter either way, distinct-2 within 15 %."""
+    results = json.loads((ROOT / "asset" / "results.json").read_text())
+    before, after = ({name: entry["value"] for name, entry in results[side].items()} for side in ("before", "after"))
+    assert after["positive_by_judge"] - before["positive_by_judge"] >= 0.35
+    assert after["kl"] <= 8
+    assert 0.75 <= after["perplexity"] / before["perplexity"] <= 1.25
+    assert after["distinct_2"] / before["distinct_2"] >= 0.85
+
+
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
 def test_every_link_into_the_repository_leads_to_a_file(link):
     assert link.startswith(("http://", "https://")) or (ROOT / link).is_file()
