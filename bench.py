@@ -1,7 +1,7 @@
 """Where the time of a PPO step goes: seconds and FLOPs of each phase, beside the machine's own peak.
 
     python bench.py                  # GPT-2 124M and BERT-base: 32 episodes of 8 + 24 tokens, 16 optimizer steps
-    python bench.py --work mini      # the models of preset mini: 128 episodes of 6 + 24 tokens, 4 optimizer steps
+    python bench.py --preset mini    # the models of preset mini: 128 episodes of 6 + 24 tokens, 4 optimizer steps
     python bench.py --json True      # for machines
 
 What is timed is ppo.rollout and ppo.update as main calls them. FLOPs are counted in calls of their own
@@ -27,8 +27,8 @@ from ppo import rollout, update
 from reward import SentimentReward
 
 MINI = PRESETS["mini"][PPOConfig]
-WORKS = {  # work: the PPO it does; where the prompts have one length, every step has the same tokens
-    "124m": PPOConfig(
+WORKS = {  # preset: the PPO that is timed; its prompts have one length, so that every step has the same tokens
+    "gpt2": PPOConfig(
         batch_size=32, minibatch_size=8, micro_batch_size=8, min_prompt_len=8, max_prompt_len=8, response_len=24
     ),
     "mini": PPOConfig(**MINI | dict(min_prompt_len=6, max_prompt_len=6, response_len=24)),
@@ -50,11 +50,11 @@ class Folded:
         return self.tokenizer.batch_decode(sequences % len(self.tokenizer), **how)
 
 
-def load(work, device, bf16):
-    """(policy, tokenizer, reward_fn) of a work: those of preset mini, or random weights of the published sizes."""
+def load(preset, device, bf16):
+    """(policy, tokenizer, reward_fn) of a preset: mini's own, or random weights of the published sizes."""
     opened = open_gpt2(MINI["policy"])
     reward_fn = SentimentReward.load(MINI["reward"], device=device)
-    if work == "mini":
+    if preset == "mini":
         return load_policy(*opened, bf16).to(device), opened[2], reward_fn
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -82,7 +82,7 @@ def flops(function, *args):
 def measure(cfg):
     """{phase: {"seconds": [one a step], "flops": n}}, [peak FLOP/s after each step], response tokens a step."""
     device, bf16 = pick_device(cfg)
-    ppo, (policy, tokenizer, reward_fn) = WORKS[cfg.work], load(cfg.work, device, bf16)
+    ppo, (policy, tokenizer, reward_fn) = WORKS[cfg.preset], load(cfg.preset, device, bf16)
     ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(policy.parameters(), ppo.lr, eps=ppo.adam_eps, fused=device.type != "mps")
     stepper = Stepper(policy, [optimizer], ppo.grad_clip)
@@ -120,7 +120,7 @@ def main(cfg):
     peak, table = statistics.median(peaks), phases | {"step": everything}
     if cfg.json:
         told = dict(
-            work=cfg.work, device=str(device), phases=table, peak_flops=peaks, peak_memory_gb=peak_memory(device)
+            preset=cfg.preset, device=str(device), phases=table, peak_flops=peaks, peak_memory_gb=peak_memory(device)
         )
         print(json.dumps(told | {"threads": torch.get_num_threads()}))
         return
@@ -132,7 +132,7 @@ def main(cfg):
     rows["generation"] = f"{tokens / statistics.median(phases['generate']['seconds']):.0f} tokens/s"
     rows["peak"] = f"{peak / 1e9:.0f} GFLOP/s, {min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f}, a 2048 x 2048 product"
     rows["memory"] = f"{peak_memory(device):.2f} GB at most"
-    print(sheet(f"a PPO step, {cfg.work}, {cfg.repeats} of them, {device}, {torch.get_num_threads()} threads", rows))
+    print(sheet(f"a PPO step, {cfg.preset}, {cfg.repeats} of them, {device}, {torch.get_num_threads()} threads", rows))
 
 
 if __name__ == "__main__":

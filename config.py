@@ -22,7 +22,6 @@ Dtype = Literal["auto", "fp32", "bf16"]
 SaveDtype = Literal["fp32", "fp16"]
 Preset = Literal["gpt2", "mini"]
 Alarm = Literal["warn", "stop"]
-Work = Literal["124m", "mini"]
 RewardKind = Literal["logit", "log_odds", "probability"]
 
 
@@ -261,7 +260,7 @@ class EvaluateConfig:
 class BenchConfig:
     """Say where the time of a PPO step goes."""
 
-    work: Work = "124m"  # 124m: GPT-2 and BERT-base, random weights, 32 episodes of 8 + 24; mini: 128 of 6 + 24
+    preset: Preset = "gpt2"  # gpt2: the 124M model and BERT-base, 32 episodes of 8 + 24 tokens; mini: 128 of 6 + 24
     repeats: int = 5  # steps that are timed, behind one that warms up
     json: bool = False  # print JSON, for machines
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU

@@ -13,7 +13,7 @@ from config import BenchConfig
 
 @pytest.fixture
 def small(monkeypatch, gpt2_folder, bert_folder):
-    """The work mini on tiny models: 4 episodes of 3 + 6 tokens, 2 epochs of 2 minibatches."""
+    """Preset mini on tiny models: 4 episodes of 3 + 6 tokens, 2 epochs of 2 minibatches."""
     sizes = dict(batch_size=4, minibatch_size=2, micro_batch_size=2, min_prompt_len=3, max_prompt_len=3, response_len=6)
     monkeypatch.setitem(WORKS, "mini", replace(WORKS["mini"], **sizes))
     monkeypatch.setattr(bench, "MINI", {"policy": str(gpt2_folder), "reward": str(bert_folder)})
@@ -21,7 +21,7 @@ def small(monkeypatch, gpt2_folder, bert_folder):
 
 
 def test_a_phase_is_timed_as_often_as_told_and_counted(small, capsys):
-    main(BenchConfig(work="mini", repeats=2, json=True, device="cpu"))
+    main(BenchConfig(preset="mini", repeats=2, json=True, device="cpu"))
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     phases = told["phases"]
     assert list(phases) == ["generate", "score", "logprobs", "reference", "update", "step"]
@@ -32,13 +32,13 @@ def test_a_phase_is_timed_as_often_as_told_and_counted(small, capsys):
 
 def test_the_update_costs_three_forwards_for_each_epoch(small, capsys):
     """A backward pass is two: what a vocabulary at the prompt's positions or a second trunk would add shows here."""
-    main(BenchConfig(work="mini", repeats=1, json=True, device="cpu"))
+    main(BenchConfig(preset="mini", repeats=1, json=True, device="cpu"))
     phases = json.loads(capsys.readouterr().out.splitlines()[-1])["phases"]
     assert phases["update"]["flops"] == pytest.approx(2 * 3 * phases["logprobs"]["flops"], rel=0.02)
 
 
 def test_the_table_has_a_row_for_each_phase_and_the_share_of_the_peak(small, capsys):
-    main(BenchConfig(work="mini", repeats=2, device="cpu"))
+    main(BenchConfig(preset="mini", repeats=2, device="cpu"))
     said = capsys.readouterr().out
     for word in (
         "generate",

@@ -12,6 +12,7 @@ from config import (
     FROM_SCRATCH,
     PRESETS,
     BadInput,
+    BenchConfig,
     EvaluateConfig,
     FinetuneConfig,
     PPOConfig,
@@ -27,6 +28,7 @@ READERS = {  # the modules that get a config of the class
     RewardConfig: ("reward", *SHARED),
     PPOConfig: ("ppo", "reward", *SHARED),
     EvaluateConfig: ("evaluate", "reward", *SHARED),
+    BenchConfig: ("bench", *SHARED),
 }
 every_class = pytest.mark.parametrize("cls", READERS, ids=lambda cls: cls.__name__)
 

@@ -8,7 +8,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from config import EvaluateConfig, FinetuneConfig, PPOConfig, RewardConfig, differing, parse
+from config import BenchConfig, EvaluateConfig, FinetuneConfig, PPOConfig, RewardConfig, differing, parse
 from evaluate import table_text
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,6 +17,7 @@ CONFIGS = {
     "reward.py": RewardConfig,
     "ppo.py": PPOConfig,
     "evaluate.py": EvaluateConfig,
+    "bench.py": BenchConfig,
 }
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
