@@ -15,10 +15,11 @@ import torch
 from conftest import message
 from soak import outcome, ppo_flags, start, to_flags, toy, wait_for
 
+import finetune_gpt2
 import ppo
 import reward
 from checkpoint import SAVING, check_run, latest_checkpoint, load_checkpoint, save_checkpoint
-from config import PPOConfig, RewardConfig, parse
+from config import FinetuneConfig, PPOConfig, RewardConfig, parse
 from data import load_splits, prompt_pool
 from hub import load_tokenizer
 from log import RunLog, read_lines
@@ -104,6 +105,23 @@ def test_a_skipped_rollout_is_counted_and_shown_and_a_run_that_broke_behind_it_g
         play(home, tmp_path / "out", nan_in=[1], dies_in=2)
     play(home, tmp_path / "out", first=2, resume=True)
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_fine_tuning_goes_on_after_kill_9_as_if_nothing_had_been(home, tmp_path):
+    """Catches moments, the best perplexity or the place in the data left behind; test_finetune.py has the corners."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    flags = dict(
+        dataset=home / "reviews.csv", init_from=home / "gpt2", block_size=40, epochs=0.2, batch_size=8,
+        micro_batch_size=4, lr=1e-3, warmup_steps=2, eval_every=3, eval_tokens=300, save_every=2, device="cpu",
+        report_to="none",
+    )  # fmt: skip
+    finetune_gpt2.main(parse(FinetuneConfig, to_flags(flags | {"out": whole})))
+    process = start("finetune_gpt2", to_flags(flags | {"out": out}), tmp_path / "told", pause=0.3)
+    wait_for(process, lambda: len(lines(out)) == 4)
+    process.kill()
+    assert ends(process, tmp_path / "told")[0] == -signal.SIGKILL
+    finetune_gpt2.main(parse(FinetuneConfig, to_flags(flags | {"out": out, "resume": True})))
+    assert outcome(out) == outcome(whole) and len(lines(whole)) > 6
 
 
 def reward_flags(home, out, **changes):
