@@ -127,8 +127,8 @@ def rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg):
     metrics = {
         "score": batch.scores.mean(),
         "score_std": batch.scores.std(unbiased=False),
-        "objective": batch.scores.mean()
-        - cfg.kl_coef * responses.mean(),  # with the coefficient that the run began with
+        # with the coefficient that the run began with, so that two rollouts can be compared
+        "objective": batch.scores.mean() - cfg.kl_coef * responses.mean(),
         "kl": responses.mean(),
         "kl_stderr": responses.std(unbiased=False) / len(responses) ** 0.5,
         "kl_k3": (((-kl).exp() - 1 + kl) * mask).sum(1).mean(),

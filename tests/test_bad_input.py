@@ -97,6 +97,7 @@ def check(status, error, named):
     assert len(lines) == 1, error
     assert lines[0].startswith("error: ")
     assert all(word in lines[0] for word in named), lines[0]
+    return True
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_a_real_process_ends_the_same_way(case, paths, tmp_path):
     name, flags, named = CASES[case]
     command = [sys.executable, str(ROOT / f"{name}.py"), *flags.format(**paths).split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    check(done.returncode, done.stderr, named)
+    assert check(done.returncode, done.stderr, named)
 
 
 def test_a_bug_is_a_traceback_and_ctrl_c_is_not(monkeypatch, capsys):
