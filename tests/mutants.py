@@ -4,18 +4,25 @@
     python tests/mutants.py "score at" kl   # those whose name holds one of the words
 
 Each line is replaced in a copy of the tree, where its one test is run. A mutant survives where that test stays green;
-it is stale where the line is no longer there exactly once. Either makes the exit status 1.
+it is stale where the line is no longer there exactly once. Either makes the exit status 1. A test that does not end
+is not green: its mutant is caught.
 """
 
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+WORKERS, LIMIT = 2, 300  # tests at a time, each on one thread; seconds that one may take, of which it needs ten
+FORKS = multiprocessing.get_context("forkserver")  # torch and transformers are imported once, not once a mutant
+FORKS.set_forkserver_preload(
+    ["pytest", "hypothesis", "tyro", "datasets", "transformers.models.bert.modeling_bert"]
+    + ["transformers.models.gpt2.modeling_gpt2", "transformers.models.auto.modeling_auto"]
+)
 
 
 MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a part of it, the wrong one), ...]}
@@ -620,27 +627,45 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
 }
 
 
-def pytest(tree, tests):
-    """Run tests of a tree on one thread; returns the exit status: 0 all green, 1 one is red, else it did not run."""
-    names = [f"tests/{test.replace('::', '.py::')}" for test in tests]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *names]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True).returncode
+def copy(folder):
+    """A copy of the tree in folder; returns folder as a Path."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "tests", Path(folder, "tests"), ignore=shutil.ignore_patterns("__pycache__"))
+    Path(folder, "asset").symlink_to(ROOT / "asset")
+    return Path(folder)
+
+
+def pytest(tree, tests, limit=None):
+    """Run tests of a tree; returns the exit status: 0 all green, 1 one is red or not done within limit seconds."""
+    process = FORKS.Process(target=_pytest, args=(tree, [f"tests/{test.replace('::', '.py::')}" for test in tests]))
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        return 1
+    return process.exitcode
+
+
+def _pytest(tree, names):
+    import pytest
+
+    os.chdir(tree)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *names]))
 
 
 def verdict(file, test, right, wrong):
     """'caught', or what is wrong: 'survived', 'stale', or 'broken' where the mutant is no program any more."""
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        for path in ROOT.glob("*.py"):
-            shutil.copy(path, tree)
-        shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-        (tree / "asset").symlink_to(ROOT / "asset")
-        source = (tree / file).read_text(encoding="utf-8")
+        mutated = copy(folder) / file
+        source = mutated.read_text(encoding="utf-8")
         if source.count(right) != 1:
             return "stale"
-        (tree / file).write_text(source.replace(right, wrong), encoding="utf-8")
-        return {0: "survived", 1: "caught"}.get(pytest(tree, [test]), "broken")
+        mutated.write_text(source.replace(right, wrong), encoding="utf-8")
+        return {0: "survived", 1: "caught"}.get(pytest(folder, [test], LIMIT), "broken")
 
 
 def main(words):
@@ -651,10 +676,12 @@ def main(words):
         for name, right, wrong in mutants
         if not words or any(word in name for word in words)
     ]
-    if pytest(ROOT, sorted({test for _, _, test, _, _ in chosen})):
-        sys.exit("error: one of the tests is red without any mutant: run make test")
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        if pytest(copy(folder), sorted({test for _, _, test, _, _ in chosen})):
+            sys.exit("error: one of the tests is red without any mutant: run make test")
     bad = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         for (name, file, *_), found in zip(chosen, pool.map(lambda mutant: verdict(*mutant[1:]), chosen)):
             bad += found != "caught"
             print(f"{found:<8}  {file:<16}  {name}", flush=True)
