@@ -213,7 +213,7 @@ def ppo_sheet(cfg, policy, reward_fn, n_prompts, device):
     reward_weights = sum(p.numel() for p in reward_fn.model.parameters()) if hasattr(reward_fn, "model") else 0
     tokens = cfg.micro_batch_size * (cfg.max_prompt_len + cfg.response_len)
     trunk = tokens * c.n_layer * 16 * c.n_embd  # numbers that a block keeps for its backward pass, a token
-    logits = 3 * cfg.micro_batch_size * cfg.response_len * V  # logits, their softmax, their gradient
+    logits = 2 * cfg.micro_batch_size * cfg.response_len * V  # logits and their gradient
     # weights, gradient, two moments of Adam, the reference; 4 bytes each
     estimate = 4 * (5 * weights + reward_weights + trunk + logits)
     updates = cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
