@@ -3,13 +3,13 @@
     python3 -m venv trl0 && trl0/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.46.3 "datasets<4" \\
         "numpy<2.3" "accelerate<1.3" rich
     python3 -m venv trl1 && trl1/bin/pip install -r requirements.txt trl==1.10.0 accelerate rich
-    python tests/peers.py trl0/bin/python trl1/bin/python                  # all contests, about an hour and a half
-    python tests/peers.py trl0/bin/python trl1/bin/python "generate" 7     # those with this in their name, 7 pairs
+    python tests/peers.py trl0/bin/python trl1/bin/python                # all contests, an hour and a half
+    python tests/peers.py trl0/bin/python trl1/bin/python generation 7   # those with this in their name, 7 rounds
 
-A contest is a number of pairs: ours, theirs, ours, theirs, each a process of its own that does the work once to warm up
-and then twice. What counts is the ratio of a pair, since the machine's speed changes from minute to minute. Weights are
-random where none are in asset/mini: the cost does not depend on them. TRL 1.10 wants a reward model with the policy's
-tokenizer, so a GPT-2 classifier of BERT-base's size stands in for it.
+A contest is a number of rounds: ours, theirs, ours, theirs, each a process of its own that does the work once to warm
+up and once for the clock. What counts is the ratio within a round: the machine's speed changes from minute to minute.
+Weights are random where none are in asset/mini: the cost does not depend on them. TRL 1.10 wants a reward model with
+the policy's tokenizer, so a GPT-2 classifier of BERT-base's size stands in for it.
 """
 
 import json
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-REPEATS, PAIRS = 2, 5
+REPEATS, ROUNDS = 1, 5
 MINI = {"policy": f"{ROOT}/asset/mini/gpt2", "reward": f"{ROOT}/asset/mini/reward"}
 STEPS = {  # bench.WORKS in numbers, which the environments of others cannot import; a test compares
     "124M": dict(batch_size=32, minibatch_size=8, ppo_epochs=4, prompt_len=8, response_len=24),
@@ -243,26 +243,32 @@ def hf_scoring(batch_size):
     return clock(lambda texts: classify(texts, batch_size=batch_size, truncation=True), mixed_texts())
 
 
-CONTESTS = {  # name: (whose environment runs theirs, ours, theirs)
-    "a PPO step, 124M / TRL 0.11.4": ("trl0", ("our_step", "124M"), ("trl0_step", "124M")),
-    "a PPO step, 124M / TRL 1.10": ("trl1", ("our_step", "124M"), ("trl1_step", "124M")),
-    "a PPO step, mini / TRL 0.11.4": ("trl0", ("our_step", "mini"), ("trl0_step", "mini")),
-    "generate 32 x 24 tokens, 124M / transformers": ("trl1", ("our_generation", 32, 24), ("hf_generation", 32, 24)),
-    "generate 8 x 120 tokens, 124M / transformers": ("trl1", ("our_generation", 8, 120), ("hf_generation", 8, 120)),
-    "fine-tune on 4 x 256 tokens, 124M / Trainer": (
-        "trl1",
-        ("our_fine_tuning", "124M", 4),
-        ("hf_fine_tuning", "124M", 4),
+CONTESTS = {  # what is done: (our call, {rival: (the environment it runs in, its call)})
+    "a PPO step, mini": (("our_step", "mini"), {"TRL 0.11.4": ("trl0", ("trl0_step", "mini"))}),
+    "a PPO step, 124M": (
+        ("our_step", "124M"),
+        {"TRL 0.11.4": ("trl0", ("trl0_step", "124M")), "TRL 1.10": ("trl1", ("trl1_step", "124M"))},
     ),
-    "fine-tune on 8 x 256 tokens, mini / Trainer": (
-        "trl1",
+    "generation, 124M, 32 x 24 tokens": (
+        ("our_generation", 32, 24),
+        {"transformers": ("trl1", ("hf_generation", 32, 24))},
+    ),
+    "generation, 124M, 8 x 120 tokens": (
+        ("our_generation", 8, 120),
+        {"transformers": ("trl1", ("hf_generation", 8, 120))},
+    ),
+    "fine-tuning, mini, 8 x 256 tokens": (
         ("our_fine_tuning", "mini", 8),
-        ("hf_fine_tuning", "mini", 8),
+        {"Trainer": ("trl1", ("hf_fine_tuning", "mini", 8))},
     ),
-    **{
-        f"score 256 texts, BERT-base / pipeline, batches of {n}": ("trl1", ("our_scoring",), ("hf_scoring", n))
-        for n in (1, 8, 32)
-    },
+    "fine-tuning, 124M, 4 x 256 tokens": (
+        ("our_fine_tuning", "124M", 4),
+        {"Trainer": ("trl1", ("hf_fine_tuning", "124M", 4))},
+    ),
+    "scoring 256 texts, BERT-base": (
+        ("our_scoring",),
+        {f"pipeline, batches of {n}": ("trl1", ("hf_scoring", n)) for n in (1, 8, 32)},
+    ),
 }
 
 
@@ -281,19 +287,24 @@ def run(python, name, *args):
     return statistics.median(told["seconds"]), told["gb"]
 
 
-def main(trl0, trl1, part="", pairs=PAIRS):
+def main(trl0, trl1, part="", rounds=ROUNDS):
     pythons = {"trl0": trl0, "trl1": trl1}
-    for name, (whose, ours, theirs) in CONTESTS.items():
+    for name, (ours, rivals) in CONTESTS.items():
         if part not in name:
             continue
-        found = [(run(sys.executable, *ours), run(pythons[whose], *theirs)) for _ in range(int(pairs))]
-        ratios = sorted(their[0] / our[0] for our, their in found)
-        ours, theirs = (tuple(map(statistics.median, zip(*side))) for side in zip(*found))
-        print(
-            f"{name}: {statistics.median(ratios):.2f} times as fast ({ratios[0]:.2f} to {ratios[-1]:.2f}), "
-            f"{ours[0]:.2f} s and {theirs[0]:.2f} s, {ours[1]:.2f} GB and {theirs[1]:.2f} GB",
-            flush=True,
-        )
+        found = {"ours": []} | {rival: [] for rival in rivals}
+        for _ in range(int(rounds)):
+            found["ours"].append(run(sys.executable, *ours))
+            for rival, (whose, theirs) in rivals.items():
+                found[rival].append(run(pythons[whose], *theirs))
+        for rival, results in found.items():
+            ratios = sorted(their[0] / our[0] for our, their in zip(found["ours"], results))
+            seconds, gb = map(statistics.median, zip(*results))
+            print(
+                f"{name}: {rival} {seconds:.2f} s, {statistics.median(ratios):.2f} times ours "
+                f"({ratios[0]:.2f} to {ratios[-1]:.2f}), {gb:.2f} GB",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
