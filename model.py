@@ -200,7 +200,7 @@ def draw(logits, generator=None):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """Of (B, T, V) numbers only the logits are kept, and the gradient takes their place: they can be used only once."""
+    """token_logprobs, with a gradient that is one new tensor of the logits' size. Autograd would make five."""
 
     @staticmethod
     def forward(ctx, logits, ids):

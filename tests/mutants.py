@@ -346,8 +346,23 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ),
         ],
         "test_model::test_samples_follow_softmax_of_the_logits_over_the_temperature": [
-            ("no temperature in sampling", "[:, -1]) / temperature).softmax(-1)", "[:, -1])).softmax(-1)"),
-            ("greedy decoding", "torch.empty_like(probs).exponential_(generator=generator)", "torch.ones_like(probs)"),
+            (
+                "no temperature in sampling",
+                "new = draw(logits / temperature, generator)",
+                "new = draw(logits, generator)",
+            ),
+            (
+                "greedy decoding",
+                "torch.searchsorted(cumulated, (1 - u) * cumulated[:, -1:]).squeeze(-1)",
+                "logits.argmax(-1)",
+            ),
+        ],
+        "test_model::test_a_draw_is_never_a_token_without_probability": [
+            ("a uniform number of 0 draws the first token", "(1 - u) * cumulated", "u * cumulated"),
+        ],
+        "test_model::test_the_gradient_of_log_probabilities_is_that_of_log_softmax": [
+            ("gradient of a log-probability without its softmax", "probs.mul_(-grad)", "probs.mul_(0 * grad)"),
+            ("gradient of the softmax with the wrong sign", "probs.mul_(-grad)", "probs.mul_(grad)"),
         ],
         "test_ppo::test_without_a_step_every_ratio_is_1_in_every_epoch": [
             (
@@ -374,6 +389,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("positions that start anew in decoding", "self.wpe.weight[seen:end]", "self.wpe.weight[: end - seen]"),
             ("causal mask on a cached step", "is_causal=L > 1", "is_causal=True"),
             ("a full cache is not moved on", "cache.filled = end", "cache.filled = seen + 1"),
+            ("decoding without biases", "torch.addmm(bias[:, None], weight, rows)", "weight @ rows"),
         ],
         "test_model::test_a_later_token_changes_no_earlier_logit": [
             ("no causal mask", "is_causal=L > 1", "is_causal=False"),
@@ -381,8 +397,8 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_model::test_bf16_rounds_the_trunk_and_never_the_logits": [
             (
                 "logits in bf16",
-                "return F.linear(hidden.to(weight.dtype), weight)",
-                "return F.linear(hidden.bfloat16(), weight.bfloat16()).to(weight.dtype)",
+                "return linear(hidden.to(weight.dtype), weight)",
+                "return linear(hidden.bfloat16(), weight.bfloat16()).to(weight.dtype)",
             ),
         ],
         "test_model::test_logits_are_those_of_transformers": [
@@ -396,16 +412,12 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_model::test_gradients_are_those_of_transformers": [
             (
                 "no gradient through the LM head",
-                "weight = self.wte.weight[: self.n_tokens]",
-                "weight = self.wte.weight[: self.n_tokens].detach()",
+                "return linear(hidden.to(weight.dtype), weight)",
+                "return linear(hidden.to(weight.dtype), weight.detach())",
             ),
         ],
         "test_model::test_rows_of_the_embedding_beyond_the_tokenizer_have_no_logit_and_are_never_sampled": [
-            (
-                "rows beyond the tokenizer can be sampled",
-                "weight = self.wte.weight[: self.n_tokens]",
-                "weight = self.wte.weight",
-            ),
+            ("rows beyond the tokenizer can be sampled", "weight = weight[: self.n_tokens]", "pass"),
         ],
         "test_model::test_a_row_holds_nothing_but_eos_behind_its_first_eos_and_all_it_drew_before": [
             ("rows go on after their end", "new = torch.where(ended, eos_id, new)", "pass"),

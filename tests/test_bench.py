@@ -3,12 +3,14 @@
 import json
 from dataclasses import replace
 
+import peers
 import pytest
 import torch
 
 import bench
-from bench import WORKS, flops, main, peak_flops
+from bench import GROWTH, WORKS, flops, main, peak_flops
 from config import BenchConfig
+from model import GPT2Config
 
 
 @pytest.fixture
@@ -52,6 +54,29 @@ def test_the_table_has_a_row_for_each_phase_and_the_share_of_the_peak(small, cap
         "GB at most",
     ):
         assert word in said
+
+
+def test_the_others_do_the_work_that_is_ours():
+    for name, work in (("124M", WORKS["gpt2"]), ("mini", WORKS["mini"])):
+        sizes = {
+            field: getattr(work, field) for field in ("batch_size", "minibatch_size", "ppo_epochs", "response_len")
+        }
+        assert peers.STEPS[name] == sizes | {"prompt_len": work.min_prompt_len}
+        assert work.min_prompt_len == work.max_prompt_len
+
+
+def test_growth_is_shown_for_every_size(small, monkeypatch, capsys):
+    tiny = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=1)
+    monkeypatch.setitem(bench.SIZES, "gpt2", tiny)
+    monkeypatch.setitem(bench.SIZES, "gpt2-medium", tiny)
+    values = {"batch_size": (2, 8), "response_len": (4, 6), "model": GROWTH["model"][2]}
+    smaller = {axis: (*work[:2], values[axis]) for axis, work in GROWTH.items()}
+    monkeypatch.setattr(bench, "GROWTH", smaller)
+    main(BenchConfig(growth=True, repeats=1, device="cpu"))
+    said = capsys.readouterr().out
+    assert all(f"a PPO step against {axis}" in said for axis in GROWTH)
+    rows = [line.split()[0] for line in said.splitlines() if line[-1:].isdigit()]
+    assert rows == ["2", "8", "4", "6", "mini", "gpt2", "gpt2-medium"]
 
 
 def test_flops_are_two_for_each_number_of_a_product_and_its_inner_length():

@@ -1,5 +1,6 @@
 """The network against transformers' own GPT-2 in float64, sampling, log-probabilities, files in and out."""
 
+import ctypes
 import json
 import math
 import shutil
@@ -39,6 +40,7 @@ from model import (
     Policy,
     cached_logprobs,
     check_policy,
+    draw,
     exact_kl,
     pick_device,
     random_generator,
@@ -293,17 +295,56 @@ def test_decoding_computes_each_token_once():
 
 
 class Widest(TorchDispatchMode):
-    """The most numbers of a tensor whose last dimension is the vocabulary."""
+    """The most numbers of a tensor whose last dimension is the vocabulary, and how many such tensors were made."""
 
     def __init__(self, vocab_size):
         super().__init__()
-        self.vocab_size, self.numbers = vocab_size, 0
+        self.vocab_size, self.numbers, self.storages = vocab_size, 0, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.dim() and out.shape[-1] == self.vocab_size:
             self.numbers = max(self.numbers, out.numel())
+            if not any(out.untyped_storage() is kept or out.data_ptr() == kept.data_ptr() for kept in self.storages):
+                self.storages.append(out.untyped_storage())  # kept, so that no other takes its place
         return out
+
+
+def test_a_gradient_of_log_probabilities_is_one_more_tensor_of_their_logits_size():
+    """Autograd's own way makes five: a gather's zeros, a softmax, products and sums."""
+    logits, ids = torch.randn(4, 6, 30, dtype=torch.float64, requires_grad=True), some_ids(4, 6)
+    logprobs = token_logprobs(logits, ids)
+    with Widest(30) as backward:
+        logprobs.sum().backward()
+    assert len(backward.storages) == 1
+
+
+def test_the_gradient_of_log_probabilities_is_that_of_log_softmax():
+    logits, ids = torch.randn(4, 6, 30, dtype=torch.float64, requires_grad=True), some_ids(4, 6)
+    weights = torch.randn(4, 6, dtype=torch.float64)
+    ours = token_logprobs(logits, ids)
+    theirs = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    gradients = [torch.autograd.grad((found * weights).sum(), logits)[0] for found in (ours, theirs)]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(lambda logits: token_logprobs(logits, ids), logits)
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_a_draw_is_never_a_token_without_probability(u, monkeypatch):
+    """The first and the last have none: catches a uniform number of 0 that draws the first, an id behind the last."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: torch.full(size, u, dtype=how["dtype"]))
+    logits = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf]]).repeat(3, 1)
+    assert draw(logits).tolist() == [2 if u == 0 else 1] * 3
+
+
+@pytest.mark.parametrize("u", [0.002, 0.005, 0.008])
+def test_tokens_far_below_the_rounding_of_float32_are_drawn_where_they_lie(u, monkeypatch):
+    """A million of them at 1e-8 each, behind one token of .99. Catches a sum that steps over them: float32 near 1."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: torch.full(size, u, dtype=how["dtype"]))
+    logits = torch.full((1, 10**6 + 1), 1e-8).log()
+    logits[0, 0] = math.log(0.99)
+    assert draw(logits).item() == pytest.approx((0.01 - u) / 1e-8, abs=1000)
 
 
 def test_only_the_response_meets_the_vocabulary():
@@ -715,6 +756,24 @@ print((peak() - before) / sum(p.numel() * 4 for p in model.parameters()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc only")
+def test_what_tensors_freed_is_used_again_without_page_faults():
+    """Else the gradients of every step come back a page fault every 4 kB, a quarter of a step's time."""
+    code = """
+import resource, torch
+from model import keep_freed_memory
+keep_freed_memory()
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(10), faults(10))
+"""
+    first, then = map(int, subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split())
+    assert then < first / 10  # the heap has found its size
+
+
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path, gpt2_folder):
     """Twice the weights, if the state dict were read as a whole and copied."""
     config = GPT2Config(vocab_size=8192, n_embd=512, n_head=8)  # 168 MB

@@ -4,6 +4,7 @@ Row 0 of most examples ends at its third token; what lies behind a response's en
 """
 
 import copy
+import gc
 import json
 import math
 import types
@@ -20,7 +21,7 @@ from checkpoint import latest_checkpoint, save_checkpoint
 from config import BadInput, PPOConfig
 from data import load_splits, prompt_pool
 from hub import load_policy, open_gpt2
-from log import rollout_metrics, show
+from log import RunLog, rollout_metrics, show
 from model import GPT2, GPT2Config, Policy
 from optimizer import Stepper
 from ppo import AdaptiveKL, Rollout, gae, ppo_loss, response_mask, rollout, token_rewards, update, whiten
@@ -662,6 +663,22 @@ def test_a_run_logs_every_metric_of_every_rollout(trained):
         assert set(line) == METRICS | CLOCKS and all(math.isfinite(value) for value in line.values())
         assert line["first_max_log_ratio"] < 1e-5 and line["skipped_steps"] == 0 and line["kl_exact"] >= 0
     assert trained.metrics[0]["kl"] == trained.metrics[0]["kl_exact"] == 0 and trained.metrics[2]["kl_exact"] > 0
+
+
+def test_memory_does_not_grow_with_the_number_of_steps(train):
+    """Catches a loss or a rollout that is kept with its graph. What lives when a line is logged is counted."""
+    alive, write = [], RunLog.write
+
+    def count(*args, **metrics):
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+        alive.append((len(tensors), sum(x.nbytes for x in tensors)))
+        write(*args, **metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "write", count)
+        train("longer", steps=6, min_prompt_len=4, missing_eos_penalty=100.0)
+    assert len(alive) == 6 and alive[1] == alive[3] == alive[5]  # behind the first the optimizer has its moments
 
 
 def test_every_rollout_draws_its_own_random_numbers(trained):

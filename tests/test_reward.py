@@ -127,10 +127,19 @@ def test_the_log_odds_of_three_classes_set_the_positive_one_against_the_sum_of_t
 def test_a_text_has_the_same_score_alone_and_in_any_batch_and_scores_keep_the_order_of_the_texts(classifier):
     """Catches a missing attention mask, and scores left in the order of length."""
     alone = torch.cat([classifier([text]) for text in MIXED])
-    classifier.batch_size = 3
+    classifier.batch_tokens = 30
     torch.testing.assert_close(classifier(MIXED), alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(classifier(MIXED[::-1]), alone.flip(0), atol=1e-5, rtol=0)
     assert alone.unique().numel() == len(MIXED)
+
+
+def test_a_batch_has_so_many_tokens_with_its_padding_and_texts_of_like_length(classifier):
+    """Catches batches of a number of texts, which leave a CPU's cache where texts are long."""
+    shapes, forward = [], classifier.model.forward
+    classifier.model.forward = lambda **inputs: shapes.append(inputs["input_ids"].shape) or forward(**inputs)
+    classifier.batch_tokens = 24
+    classifier([" ".join(["movie"] * n) for n in (1, 20, 2, 4, 1, 2, 40)])
+    assert [tuple(shape) for shape in shapes] == [(1, 42), (1, 22), (4, 6), (1, 3)]
 
 
 def test_scoring_has_no_dropout_no_gradient_and_no_side_effect(tmp_path):
