@@ -575,6 +575,10 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         ],
     },
     "reward.py": {
+        "test_reward::test_a_batch_has_so_many_tokens_with_its_padding_and_texts_of_like_length": [
+            ("all texts in one batch", "max(1, self.batch_tokens // lengths[order[0]])", "len(order)"),
+            ("short texts first", "order = np.argsort(-lengths", "order = np.argsort(lengths"),
+        ],
         "test_reward::test_the_order_of_the_labels_changes_no_score": [
             ("the reward is a fixed index", "return found[0]", "return 1"),
         ],

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import peers
 import pytest
 import torch
+from transformers import BertConfig
 
 import bench
 from bench import GROWTH, WORKS, flops, main, peak_flops
@@ -69,6 +71,7 @@ def test_growth_is_shown_for_every_size(small, monkeypatch, capsys):
     tiny = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=1)
     monkeypatch.setitem(bench.SIZES, "gpt2", tiny)
     monkeypatch.setitem(bench.SIZES, "gpt2-medium", tiny)
+    monkeypatch.setattr("transformers.BertConfig", partial(BertConfig, hidden_size=16, num_attention_heads=1))
     values = {"batch_size": (2, 8), "response_len": (4, 6), "model": GROWTH["model"][2]}
     smaller = {axis: (*work[:2], values[axis]) for axis, work in GROWTH.items()}
     monkeypatch.setattr(bench, "GROWTH", smaller)
