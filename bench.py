@@ -37,7 +37,7 @@ WORKS = {  # preset: the PPO that is timed; its prompts have one length, so that
 }
 MINIBATCHES = ("minibatch_size", "micro_batch_size")
 SIZES = {"gpt2": GPT2Config(), "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16)}
-GROWTH = {  # what grows: (model, what else is changed in its work, values); the smaller the work, the less it waits for
+GROWTH = {  # what grows: (model, what else differs from its work in WORKS, to be done in minutes; values)
     "batch_size": ("mini", {"ppo_epochs": 1}, (32, 64, 128, 256, 512)),
     "response_len": ("mini", {"ppo_epochs": 1}, (6, 12, 24, 48, 96)),
     "model": ("gpt2", {"batch_size": 8, "ppo_epochs": 1}, ("mini", "gpt2", "gpt2-medium")),

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WORKERS, LIMIT = 2, 300  # tests at a time, each on one thread; seconds that one may take, of which it needs ten
+WORKERS, LIMIT = 2, 600  # pytests at a time, each on one thread; seconds that one may take: it needs ten, all 40
 FORKS = multiprocessing.get_context("forkserver")  # torch and transformers are imported once, not once a mutant
 FORKS.set_forkserver_preload(
     ["pytest", "hypothesis", "tyro", "datasets", "transformers.models.bert.modeling_bert"]
@@ -652,11 +652,11 @@ def copy(folder):
     return Path(folder)
 
 
-def pytest(tree, tests, limit=None):
-    """Run tests of a tree; returns the exit status: 0 all green, 1 one is red or not done within limit seconds."""
+def pytest(tree, tests):
+    """Run tests of a tree; returns the exit status: 0 all green, 1 one is red or not done within LIMIT seconds."""
     process = FORKS.Process(target=_pytest, args=(tree, [f"tests/{test.replace('::', '.py::')}" for test in tests]))
     process.start()
-    process.join(limit)
+    process.join(LIMIT)
     if process.is_alive():
         process.kill()
         return 1
@@ -681,7 +681,7 @@ def verdict(file, test, right, wrong):
         if source.count(right) != 1:
             return "stale"
         mutated.write_text(source.replace(right, wrong), encoding="utf-8")
-        return {0: "survived", 1: "caught"}.get(pytest(folder, [test], LIMIT), "broken")
+        return {0: "survived", 1: "caught"}.get(pytest(folder, [test]), "broken")
 
 
 def main(words):
@@ -695,7 +695,7 @@ def main(words):
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         if pytest(copy(folder), sorted({test for _, _, test, _, _ in chosen})):
-            sys.exit("error: one of the tests is red without any mutant: run make test")
+            sys.exit(f"error: a test is red, or takes over {LIMIT} s, without any mutant: run make test")
     bad = 0
     with ThreadPoolExecutor(WORKERS) as pool:
         for (name, file, *_), found in zip(chosen, pool.map(lambda mutant: verdict(*mutant[1:]), chosen)):

@@ -755,7 +755,6 @@ print((peak() - before) / sum(p.numel() * 4 for p in model.parameters()))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc only")
 def test_what_tensors_freed_is_used_again_without_page_faults():
     """Else the gradients of every step come back a page fault every 4 kB, a quarter of a step's time."""
@@ -774,6 +773,7 @@ print(faults(10), faults(10))
     assert then < first / 10  # the heap has found its size
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path, gpt2_folder):
     """Twice the weights, if the state dict were read as a whole and copied."""
     config = GPT2Config(vocab_size=8192, n_embd=512, n_head=8)  # 168 MB
