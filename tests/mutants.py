@@ -360,6 +360,13 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_model::test_a_draw_is_never_a_token_without_probability": [
             ("a uniform number of 0 draws the first token", "(1 - u) * cumulated", "u * cumulated"),
         ],
+        "test_model::test_tokens_below_the_rounding_of_float32_are_all_drawn": [
+            (
+                "probabilities summed up in float32",
+                'dtype=torch.float32 if logits.device.type == "mps" else torch.float64',
+                "dtype=torch.float32",
+            ),
+        ],
         "test_model::test_the_gradient_of_log_probabilities_is_that_of_log_softmax": [
             ("gradient of a log-probability without its softmax", "probs.mul_(-grad)", "probs.mul_(0 * grad)"),
             ("gradient of the softmax with the wrong sign", "probs.mul_(-grad)", "probs.mul_(grad)"),

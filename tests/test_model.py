@@ -338,13 +338,16 @@ def test_a_draw_is_never_a_token_without_probability(u, monkeypatch):
     assert draw(logits).tolist() == [2 if u == 0 else 1] * 3
 
 
-@pytest.mark.parametrize("u", [0.002, 0.005, 0.008])
-def test_tokens_far_below_the_rounding_of_float32_are_drawn_where_they_lie(u, monkeypatch):
-    """A million of them at 1e-8 each, behind one token of .99. Catches a sum that steps over them: float32 near 1."""
-    monkeypatch.setattr(torch, "rand", lambda *size, **how: torch.full(size, u, dtype=how["dtype"]))
-    logits = torch.full((1, 10**6 + 1), 1e-8).log()
-    logits[0, 0] = math.log(0.99)
-    assert draw(logits).item() == pytest.approx((0.01 - u) / 1e-8, abs=1000)
+def test_tokens_below_the_rounding_of_float32_are_all_drawn(monkeypatch):
+    """100,000 of them at 1e-8 each, behind one of .999: uniform numbers 1e-8 apart draw neighbours, each another one.
+
+    Near 1 float32 steps by 6e-8: catches sums in it, of which five in six tokens could never be drawn.
+    """
+    numbers = 5e-4 + 1e-8 * torch.arange(20, dtype=torch.float64)[:, None]
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: numbers.to(how["dtype"]))
+    logits = torch.full((20, 10**5 + 1), 1e-8).log()
+    logits[:, 0] = math.log(0.999)
+    assert len(draw(logits).unique()) > 15
 
 
 def test_only_the_response_meets_the_vocabulary():
