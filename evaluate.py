@@ -2,12 +2,14 @@
 
     python evaluate.py
     python evaluate.py --preset mini
+    python evaluate.py frontier --preset mini    # hours: many policies instead of two, see frontier.py
 
 Writes results.json, samples.md, example_results.png and learning_curves.png into the folder of the policy,
 ppo_checkpoints/<preset>/.
 """
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import RESULTS, write_text
-from config import BadInput, EvaluateConfig, run
+from config import BadInput, EvaluateConfig, FrontierConfig, run
 from data import load_splits, prompt_pool
 from hub import check_context, load_policy, open_gpt2
 from log import one_line, side_by_side
@@ -220,4 +222,10 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run(main, EvaluateConfig)
+    if sys.argv[1:2] == ["frontier"]:
+        import frontier  # which imports this file
+
+        del sys.argv[1]
+        run(frontier.main, FrontierConfig)
+    else:
+        run(main, EvaluateConfig)

@@ -3,6 +3,7 @@
     python finetune_gpt2.py                                      # gpt2 from the hub on IMDB
     python finetune_gpt2.py --preset mini                        # on a CPU: asset/mini/gpt2 goes on for a minute
     python finetune_gpt2.py --preset mini --init_from scratch    # how asset/mini/gpt2 was made, in hours
+    python finetune_gpt2.py --reviews positive                   # the plain way, to compare PPO with
     torchrun --nproc_per_node 8 finetune_gpt2.py                 # on eight GPUs
 
 Writes a Hugging Face folder with the weights that were best on the validation stream, log.jsonl, results.json and
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 from checkpoint import RESULTS, Checkpoints, check_run, delete_checkpoints, write_text
 from config import BadInput, FinetuneConfig, run
-from data import block_order, digest, language_model_texts, load_splits, pack, train_bpe
+from data import block_order, digest, language_model_texts, load_splits, pack, texts_of, train_bpe
 from hub import SAVE_DTYPES, load_gpt2, open_gpt2, save_gpt2
 from log import RunLog, finetune_sheet
 from model import GPT2, ONE_PROCESS, GPT2Config, join, pick_device
@@ -139,12 +140,12 @@ def main(cfg):
         raise BadInput(f"block_size {cfg.block_size} is over the {opened[1].n_positions} positions of {cfg.init_from}")
 
     splits = load_splits(cfg.dataset)
-    texts = language_model_texts(splits)
+    texts = language_model_texts(splits, cfg.reviews)
     model, tokenizer = start_model(cfg, opened, texts, bf16)
     model.to(device)
     stream, data = pack(texts, tokenizer), digest(texts)
     n_blocks, trained_blocks, steps = plan(len(stream), cfg, ranks.size)
-    validation_reviews = validation_texts(splits["prompts"].texts, tokenizer, cfg.eval_tokens)
+    validation_reviews = validation_texts(texts_of(splits["prompts"], cfg.reviews), tokenizer, cfg.eval_tokens)
     validation, characters = pack(validation_reviews, tokenizer), sum(map(len, validation_reviews))
 
     def look(model):

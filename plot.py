@@ -6,7 +6,9 @@
 Every figure is 10 inches wide. Drawings are measured in inches from the lower left, texts in points.
 """
 
+import csv
 import json
+import statistics
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -264,6 +266,42 @@ def example_results(folder):
     axis.axhline(y, 0.03, 0.97, color=GREY, linewidth=0.6)
     caption = f"sampled at temperature {temperature}; in colour: the judge's probability of POSITIVE"
     note(axis, 0.3, y - 0.2, caption, ha="left", color=GREY)
+    return figure
+
+
+METHOD_COLOURS = {  # of frontier.csv; the shape of the marker tells them apart without colour
+    "PPO": (BLUE, "o"), "RLOO": (AMBER, "s"), "GRPO": (GREEN, "^"),
+    "best-of-n": (PURPLE, "D"), "positive-only fine-tuning": (RED, "v"),
+}  # fmt: skip
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 95 %, by seeds
+
+
+def half_width(values):
+    """Of the 95 % interval of the mean over a few seeds: Student's t times the standard error."""
+    return STUDENT_T.get(len(values), 2.2) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def frontier(folder):
+    """Score and judge against KL, a curve a method: means over seeds with 95 % bands, of the folder's frontier.csv."""
+    with open(Path(folder) / "frontier.csv", newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    start = next(row for row in rows if row["method"] not in METHOD_COLOURS)
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.6), layout="constrained")
+    for axis, (name, label) in zip(axes, (("score", "score"), ("positive_by_judge", "share positive by the judge"))):
+        axis.plot(0, float(start[name]), color=INK, marker="*", markersize=11, linestyle="none", label=start["method"])
+        for method, (colour, marker) in METHOD_COLOURS.items():
+            points = []
+            for setting in dict.fromkeys(row["setting"] for row in rows if row["method"] == method):
+                seeds = [row for row in rows if (row["method"], row["setting"]) == (method, setting)]
+                kl, values = ([float(row[n]) for row in seeds] for n in ("kl_exact", name))
+                points.append((statistics.mean(kl), statistics.mean(values), half_width(values)))
+            if points:
+                kl, mean, half = zip(*sorted(points))
+                axis.plot(kl, mean, color=colour, marker=marker, markersize=5, label=method)
+                low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
+                axis.fill_between(kl, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set(xlabel="KL from the fine-tuned model, nats a response", ylabel=label)
+    axes[1].legend(loc="lower right")
     return figure
 
 

@@ -77,6 +77,22 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, advantages + values
 
 
+def group_advantages(rewards, cfg):
+    """How much better a response was than the others to its prompt: (B,) rewards of responses -> (B,).
+
+    rloo: the reward less the mean of the other k - 1 (Ahmadian et al. 2024, arXiv:2402.14740, section 3.2). grpo: less
+    the mean of all k, over their standard deviation (Shao et al. 2024, arXiv:2402.03300, section 4.1.2; there the KL is
+    a term of the loss, here it stays in the reward, so that all three methods have one objective).
+    """
+    groups = rewards.view(-1, cfg.samples_per_prompt)  # the k rows of a prompt follow one another
+    advantages = groups - groups.mean(1, keepdim=True)
+    if cfg.advantage == "grpo":
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
+    else:
+        advantages = advantages * cfg.samples_per_prompt / (cfg.samples_per_prompt - 1)  # the same as without itself
+    return advantages.flatten()
+
+
 def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, cfg):
     """Clipped surrogate (Schulman et al. 2017, Eq. 7) plus vf_coef times the value loss (Eq. 9), no entropy bonus.
 
@@ -101,7 +117,8 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, cf
         "clip_frac": ((ratio - 1).abs() > cfg.clip_eps).float().mean(),
         "vf_clip_frac": (vf_errors_clipped > vf_errors).float().mean(),
     }
-    return pg_loss + cfg.vf_coef * vf_loss, {name: value.detach() for name, value in metrics.items()}
+    vf_coef = cfg.vf_coef if cfg.advantage == "gae" else 0.0  # else nobody asks the value head
+    return pg_loss + vf_coef * vf_loss, {name: value.detach() for name, value in metrics.items()}
 
 
 class AdaptiveKL:
@@ -173,7 +190,10 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
     rewards = token_rewards(penalised.to(kl.dtype), kl, mask, kl_coef)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+    if cfg.advantage == "gae":
+        advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+    else:  # a response is one action, and each of its tokens has its advantage
+        advantages = returns = group_advantages(rewards.sum(1), cfg)[:, None] * mask
     advantages = whiten(advantages, mask)  # over the whole rollout; the returns keep the scale of the rewards
     seconds = dict(zip(("generate", "score", "logprobs", "reference"), (b - a for a, b in zip(clock, clock[1:]))))
     return Rollout(

@@ -1,0 +1,305 @@
+"""Reward and judge against KL: PPO, RLOO and GRPO beside two plain rivals, and what single details are worth.
+
+    python evaluate.py frontier --preset mini     # hours on a CPU; a sweep that was stopped goes on
+
+Each point of a frontier is a run of ppo.py with a fixed KL coefficient (Gao et al. 2022, arXiv:2210.10760, draw such
+curves), or best-of-n, or a GPT-2 fine-tuned on positive reviews alone. All answer the same held-out prompts. The
+ablation repeats the preset's own run with one detail of the algorithm changed, by a flag or by a patch of the source in
+asset/ablations/. Writes frontier.csv, ablation.csv, frontier.png and frontier.md into its folder; of each run the log
+and a line of JSON stay, its weights go.
+"""
+
+import csv
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from checkpoint import RUN_CONFIG, read_json, write_text
+from config import BadInput, EvaluateConfig, differing, parse
+from data import load_splits, prompt_pool
+from evaluate import measure, prompt_groups, respond
+from hub import load_policy, open_gpt2
+from model import pick_device
+from plot import frontier as draw
+from plot import half_width, save
+from reward import SentimentReward, as_scores, load_reward
+
+ROOT = Path(__file__).parent
+METHODS = {"PPO": "gae", "RLOO": "rloo", "GRPO": "grpo"}
+BEST_OF_N, POSITIVE_ONLY, START = "best-of-n", "positive-only fine-tuning", "fine-tuned model"
+PRESET = "as the preset"
+ABLATIONS = {  # a detail of the algorithm: the flags, or the patch in asset/ablations/, that change it
+    PRESET: "",
+    "advantages not whitened": "no_whitening.patch",
+    "token rewards whitened too": "--whiten_rewards True",
+    "values do not train the trunk": "detached_values.patch",
+    "value loss not clipped": "--value_clip 1e9",
+    "ratio not clipped": "--clip_eps 1e9",
+    "KL coefficient fixed": "--kl_target 0",
+    "scores not cut": "--score_clip 0",
+    "Adam's epsilon 1e-8": "--adam_eps 1e-8",
+    "learning rate constant": "--lr_end 1",
+    "lambda 1": "--lam 1",
+    "one epoch": "--ppo_epochs 1",
+}
+MEASURES = (
+    "score", "positive_by_reward", "positive_by_judge", "kl", "kl_exact", "perplexity", "distinct_2", "response_length",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of a CSV: how a model is made, and what it is called."""
+
+    method: str
+    setting: str  # what differs between the runs of a method: KL coefficient, n, epochs, detail
+    seed: int
+    script: str
+    flags: tuple
+    patch: str = ""
+
+    @property
+    def name(self):
+        kept = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.method}-{self.setting}")
+        return f"{kept}-{self.seed}"
+
+
+def runs_of(cfg):
+    """Every Run of the sweep, seed by seed, so that what is there of a sweep that was stopped can be compared."""
+    sizes = ("--steps", cfg.steps, "--response_len", cfg.response_len)
+    made = []
+    for seed in range(cfg.seeds):
+        for method, advantage in METHODS.items():
+            for coef in cfg.kl_coefs:
+                flags = (*sizes, "--advantage", advantage, "--kl_coef", coef, "--kl_target", 0)
+                made.append(Run(method, f"{coef:g}", seed, "ppo.py", flags))
+        for epochs in cfg.positive_epochs:
+            flags = ("--reviews", "positive", "--epochs", epochs)
+            made.append(Run(POSITIVE_ONLY, f"{epochs:g}", seed, "finetune_gpt2.py", flags))
+        for detail, change in ABLATIONS.items() if cfg.ablation else ():
+            patch, flags = (change, ()) if change.endswith(".patch") else ("", tuple(change.split()))
+            made.append(Run("ablation", detail, seed, "ppo.py", (*sizes, *flags), patch))
+    return made
+
+
+def source_of(patch, parent):
+    """The folder whose scripts a run uses: the repository's, or a copy under parent with the patch applied."""
+    if not patch:
+        return ROOT
+    copy = Path(tempfile.mkdtemp(dir=parent))
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, copy)
+    # GIT_CEILING_DIRECTORIES: else git takes the copy for a part of the repository around it, and skips the patch
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path(parent).resolve())}
+    patch = (ROOT / "asset" / "ablations" / patch).resolve()
+    subprocess.run(["git", "apply", str(patch)], cwd=copy, env=environment, check=True)
+    return copy
+
+
+def train(run, cfg):
+    """Make the policy of a Run, going on where an earlier sweep was stopped; returns its folder."""
+    out = Path(cfg.out, run.name)
+    if (out / "model.safetensors").is_file() and not (out / "checkpoints").is_dir():
+        return out
+    folder = source_of(run.patch, cfg.out)
+    flags = ("--preset", cfg.preset, *run.flags, "--seed", run.seed, "--out", out, "--resume", True)
+    flags += ("--device", cfg.device, "--dtype", cfg.dtype, "--report_to", "none")
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.workers))}
+    with open(Path(cfg.out, f"{run.name}.log"), "w", encoding="utf-8") as log:
+        command = [sys.executable, folder / run.script, *map(str, flags)]
+        status = subprocess.run(command, env=os.environ | threads, stdout=log, stderr=log).returncode
+    if folder != ROOT:
+        shutil.rmtree(folder)
+    if status:
+        raise BadInput(f"{run.script} ended with status {status}: see {log.name}; a second call goes on from there")
+    return out
+
+
+class Examiner:
+    """The held-out prompts, the reference and the classifiers: the same for every run of the sweep."""
+
+    def __init__(self, cfg):
+        sizes = ["--prompts", cfg.prompts, "--response_len", cfg.response_len, "--device", cfg.device]
+        self.cfg = parse(EvaluateConfig, ["--preset", cfg.preset, *map(str, sizes), "--dtype", cfg.dtype])
+        self.device, self.bf16 = pick_device(self.cfg)
+        opened = open_gpt2(self.cfg.before)
+        self.tokenizer = opened[2]
+        self.reward_fn = load_reward(self.cfg, self.device)
+        self.judge = SentimentReward.load(self.cfg.judge, device=self.device)
+        reviews = load_splits(self.cfg.dataset)["evaluation"].texts
+        pool = prompt_pool(reviews, self.tokenizer, self.cfg.max_prompt_len, cfg.prompts)
+        if len(pool) < cfg.prompts:
+            raise BadInput(f"prompts is {cfg.prompts}, and the held-out reviews give {len(pool)}")
+        self.groups = list(prompt_groups(pool, self.cfg))
+        self.reference = load_policy(*opened, self.bf16).to(self.device).eval()
+        self.lock = threading.Lock()
+
+    def answers(self, policy, name, seed=0):
+        return respond(
+            policy, self.reference, self.tokenizer, self.groups, replace(self.cfg, seed=seed), self.device, name
+        )
+
+    def measures(self, answers):
+        """{name: mean over the prompts}: the intervals of a sweep are over seeds, not over prompts."""
+        table = measure(answers, self.reward_fn, self.judge, replace(self.cfg, resamples=1))[0]
+        return {name: table[name]["value"] for name in MEASURES if name in table}
+
+    def folder(self, folder, name):
+        with self.lock:  # of the threads that wait for runs one at a time computes itself
+            policy = load_policy(*open_gpt2(folder), self.bf16).to(self.device).eval()
+            return self.measures(self.answers(policy, name))
+
+    def best_of_n(self, ns, seed):
+        """{n: measures of the best of n answers of the reference, by the reward}, for one draw of max(ns) answers each.
+
+        kl is log n - (n - 1) / n, of which the true one falls short at most (Beirami et al. 2024, arXiv:2401.01879).
+        """
+        draws = [self.answers(self.reference, f"{BEST_OF_N} {i}", seed_of_draw(seed, i)) for i in range(max(ns))]
+        scores = np.stack([as_scores(self.reward_fn(d["texts"]), d["texts"]).numpy() for d in draws])  # (n, prompts)
+        found = {}
+        for n in ns:
+            best = scores[:n].argmax(0)
+            chosen = {name: [draws[i][name][row] for row, i in enumerate(best)] for name in draws[0]}
+            bound = math.log(n) - (n - 1) / n
+            found[n] = self.measures(chosen) | {"kl": bound, "kl_exact": bound}
+        return found
+
+
+def seed_of_draw(seed, i):
+    """Each of the answers that best-of-n chooses from has random numbers of its own."""
+    return 1 + 1000 * seed + i
+
+
+def finish(run, cfg, examiner):
+    """Train and measure a Run once: its row, from the sweep's folder where it is there."""
+    file = Path(cfg.out, f"{run.name}.json")
+    if file.is_file():
+        return read_json(file)
+    folder = train(run, cfg)
+    row = {"method": run.method, "setting": run.setting, "seed": run.seed} | examiner.folder(folder, run.name)
+    write_text(file, json.dumps(row))
+    for weights in (*folder.glob("*.safetensors"), *folder.glob("best/*.safetensors")):
+        weights.unlink()
+    return row
+
+
+def best_of_n_rows(cfg, examiner):
+    rows = []
+    for seed in range(cfg.seeds):
+        file = Path(cfg.out, f"{BEST_OF_N}-{seed}.json")
+        if not file.is_file():
+            found = examiner.best_of_n(cfg.best_of, seed)
+            told = [{"method": BEST_OF_N, "setting": str(n), "seed": seed} | row for n, row in found.items()]
+            write_text(file, json.dumps(told))
+        rows += read_json(file)
+    return rows
+
+
+# ---- what the rows say
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, ["method", "setting", "seed", *MEASURES])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def at_equal_kl(rows, measure, nats):
+    """A measure of each method where its frontier crosses so many nats: {method: [one a seed]}, linear in between.
+
+    A seed whose runs do not reach so far, or begin beyond, has none. Every frontier begins at the fine-tuned model.
+    """
+    start = next(row for row in rows if row["method"] == START)
+    found = {}
+    for method in dict.fromkeys(row["method"] for row in rows if row is not start):
+        for seed in sorted({row["seed"] for row in rows if row["method"] == method}):
+            points = [row for row in rows if row["method"] == method and row["seed"] == seed] + [start]
+            points.sort(key=lambda row: row["kl_exact"])
+            kl, values = ([row[name] for row in points] for name in ("kl_exact", measure))
+            if nats <= kl[-1]:
+                found.setdefault(method, []).append(float(np.interp(nats, kl, values)))
+    return found
+
+
+def cell(values):
+    return f"{statistics.mean(values):.3f} ± {half_width(values):.3f}" if len(values) > 1 else "-"
+
+
+def summary(frontier, ablation, cfg):
+    """Two tables as Markdown: the methods at equal KL, and the ablation with its differences within a seed."""
+    nats = (1, 2, 4, 8)
+    lines = [f"Mean and 95 % interval over {cfg.seeds} seeds, {cfg.prompts} held-out prompts.", ""]
+    for name in ("score", "positive_by_judge"):
+        lines += [f"| {name} at a KL of | " + " | ".join(f"{n} nats" for n in nats) + " |", "|---" * 5 + "|"]
+        columns = [at_equal_kl(frontier, name, n) for n in nats]
+        for method in dict.fromkeys(m for column in columns for m in column):
+            lines.append(f"| {method} | " + " | ".join(cell(column.get(method, [])) for column in columns) + " |")
+        lines.append("")
+    names = ("score", "positive_by_judge", "kl_exact", "perplexity", "distinct_2")
+    if ablation:
+        lines += ["| less the preset's run | " + " | ".join(names) + " |", "|---" * 6 + "|"]
+    base = {row["seed"]: row for row in ablation if row["setting"] == PRESET}
+    for detail in dict.fromkeys(row["setting"] for row in ablation):
+        rows = [row for row in ablation if row["setting"] == detail]
+        differences = [[row[n] - (base[row["seed"]][n] if detail != PRESET else 0) for row in rows] for n in names]
+        lines.append(f"| {detail} | " + " | ".join(map(cell, differences)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def check_sweep(cfg):
+    """BadInput where the folder holds a sweep of other sizes: its points would not be comparable with ours."""
+    file = Path(cfg.out) / RUN_CONFIG
+    free = ("seeds", "kl_coefs", "best_of", "positive_epochs", "ablation", "workers")  # more of the same kind
+    if file.is_file():
+        told = read_json(file) | {name: getattr(cfg, name) for name in free}
+        if changed := differing(cfg, told):
+            raise BadInput(
+                f"{cfg.out} holds a sweep of another config ({', '.join(changed)}): --out names another folder"
+            )
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(asdict(cfg), indent=1))
+
+
+def main(cfg):
+    check_sweep(cfg)
+    examiner = Examiner(cfg)
+    start = {"method": START, "setting": "0", "seed": 0} | examiner.measures(
+        examiner.answers(examiner.reference, START)
+    )
+    rows, runs = [], runs_of(cfg)
+    with ThreadPoolExecutor(cfg.workers) as pool:
+        jobs = {pool.submit(finish, run, cfg, examiner): run for run in runs}
+        try:
+            for job in tqdm(as_completed(jobs), "frontier", total=len(jobs), unit="run"):
+                rows.append(job.result())
+        except BaseException:  # Ctrl-C or a run that failed: those under way end by themselves, the others not begun
+            pool.shutdown(cancel_futures=True)
+            raise
+    rows.sort(
+        key=lambda row: [(r.method, r.setting, r.seed) for r in runs].index(
+            (row["method"], row["setting"], row["seed"])
+        )
+    )
+    ablation = [row for row in rows if row["method"] == "ablation"]
+    frontier = [start, *(row for row in rows if row["method"] != "ablation"), *best_of_n_rows(cfg, examiner)]
+
+    out = Path(cfg.out)
+    write_csv(out / "frontier.csv", frontier)
+    write_csv(out / "ablation.csv", ablation)
+    text = summary(frontier, ablation, cfg)
+    write_text(out / "frontier.md", text)
+    print(f"\n{text}\nwritten:", *(out / name for name in ("frontier.csv", "ablation.csv", "frontier.md")), sep="\n  ")
+    print(" ", save(draw(out), out / "frontier.png"))
