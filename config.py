@@ -369,10 +369,10 @@ PRESETS = {
         ),
         FrontierConfig: dict(
             out="frontier/mini",
-            steps=30,
+            steps=24,
             response_len=24,
             kl_coefs=(0.0, 0.03, 0.1, 0.3),
-            positive_epochs=(0.0135, 0.04),
+            positive_epochs=(0.03, 0.1),
         ),
     },
 }

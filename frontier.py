@@ -51,8 +51,6 @@ ABLATIONS = {  # a detail of the algorithm: the flags, or the patch in asset/abl
     "scores not cut": "--score_clip 0",
     "Adam's epsilon 1e-8": "--adam_eps 1e-8",
     "learning rate constant": "--lr_end 1",
-    "lambda 1": "--lam 1",
-    "one epoch": "--ppo_epochs 1",
 }
 MEASURES = (
     "score", "positive_by_reward", "positive_by_judge", "kl", "kl_exact", "perplexity", "distinct_2", "response_length",
