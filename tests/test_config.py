@@ -15,6 +15,7 @@ from config import (
     BenchConfig,
     EvaluateConfig,
     FinetuneConfig,
+    FrontierConfig,
     PPOConfig,
     RewardConfig,
     differing,
@@ -29,6 +30,7 @@ READERS = {  # the modules that get a config of the class
     PPOConfig: ("ppo", "reward", *SHARED),
     EvaluateConfig: ("evaluate", "reward", *SHARED),
     BenchConfig: ("bench", *SHARED),
+    FrontierConfig: ("frontier", *SHARED),
 }
 every_class = pytest.mark.parametrize("cls", READERS, ids=lambda cls: cls.__name__)
 
@@ -136,6 +138,10 @@ def test_a_config_cannot_be_changed_after_it_was_checked():
         (PPOConfig, "--min_prompt_len 9", ["min_prompt_len 9", "max_prompt_len 8"]),
         (PPOConfig, "--minibatch_size 48", ["minibatch_size 48", "batch_size 128"]),
         (PPOConfig, "--micro_batch_size 3", ["micro_batch_size 3", "minibatch_size 128"]),
+        (PPOConfig, "--advantage grpo --samples_per_prompt 1", ["samples_per_prompt", "1"]),
+        (PPOConfig, "--advantage rloo --samples_per_prompt 3", ["samples_per_prompt 3", "batch_size 128"]),
+        (FrontierConfig, "--kl_coefs 0.1 -1", ["kl_coefs", "-1"]),
+        (FrontierConfig, "--seeds 1", ["seeds", "1"]),
         (FinetuneConfig, "--micro_batch_size 5", ["micro_batch_size 5", "batch_size 32"]),
         (FinetuneConfig, "--beta1 1", ["beta1"]),
         (FinetuneConfig, "--epochs nan", ["epochs", "nan"]),

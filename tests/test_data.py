@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pandas
 import pytest
+import torch
 from conftest import TEXTS
 
 import data
@@ -81,6 +82,11 @@ def test_gpt2_learns_from_no_review_that_gives_prompts_or_is_held_out(source):
     learned = set(language_model_texts(splits))
     assert learned == set(splits["reward"].texts) | set(splits["judge"].texts)
     assert not learned & set(splits["prompts"].texts + splits["evaluation"].texts)
+
+
+def test_a_model_of_positive_reviews_learns_from_no_other(source):
+    splits, labels = source(ROWS), dict(ROWS)
+    assert set(language_model_texts(splits, "positive")) == {t for t in language_model_texts(splits) if labels[t] == 1}
 
 
 def test_every_split_has_both_labels_and_about_its_share(source):
@@ -299,6 +305,15 @@ def test_a_pass_over_the_pool_gives_each_prompt_at_most_once_and_the_next_pass_a
     assert not np.array_equal(np.concatenate(passes[0]), np.concatenate(passes[1]))
 
 
+def test_the_responses_to_a_prompt_stand_one_behind_the_other_for_rloo_and_grpo():
+    """Interleaved, a group would compare responses to different prompts."""
+    cfg = PPOConfig(**{**vars(CFG), "advantage": "rloo", "samples_per_prompt": 2})
+    batch = prompt_batch(POOL, 3, cfg)
+    assert batch.shape[0] == 4 and torch.equal(batch[0::2], batch[1::2]) and not torch.equal(batch[0], batch[2])
+    seen = torch.cat([prompt_batch(POOL, step, cfg)[::2, 0] for step in range(9)])
+    assert len(seen.unique()) == 18  # a pass gives every prompt once
+
+
 def test_the_prompts_are_a_function_of_seed_and_step_alone():
     np.random.seed(1)
     late = prompt_batch(POOL, 7, CFG)
@@ -312,5 +327,5 @@ def test_the_prompts_are_a_function_of_seed_and_step_alone():
 def test_a_pool_smaller_than_a_batch_is_refused():
     """Without the check a pass has no batch at all: a division by zero."""
     assert prompt_batch(POOL[:4], 0, CFG).shape[0] == 4
-    with pytest.raises(BadInput, match="batch_size 4 is over the 3 prompts"):
+    with pytest.raises(BadInput, match="batch_size 4 needs 4 prompts, the dataset has 3"):
         prompt_batch(POOL[:3], 0, CFG)

@@ -24,7 +24,18 @@ from hub import load_policy, open_gpt2
 from log import RunLog, rollout_metrics, show
 from model import GPT2, GPT2Config, Policy
 from optimizer import Stepper
-from ppo import AdaptiveKL, Rollout, gae, ppo_loss, response_mask, rollout, token_rewards, update, whiten
+from ppo import (
+    AdaptiveKL,
+    Rollout,
+    gae,
+    group_advantages,
+    ppo_loss,
+    response_mask,
+    rollout,
+    token_rewards,
+    update,
+    whiten,
+)
 
 EOS = 0
 VOCAB = 12
@@ -176,6 +187,46 @@ def test_without_values_and_discount_every_advantage_is_the_score():
     rewards = token_rewards(tensor([2.0, -3.0]), torch.zeros(2, 5), MASK, 0.1)
     advantages, returns = gae(rewards, torch.zeros(2, 5), MASK, 1.0, 1.0)
     assert close(advantages, tensor([[2.0], [-3.0]]) * MASK) and torch.equal(advantages, returns)
+
+
+GROUPS = double([1, 2, 6, 0, 0, 3])  # of three responses to each of two prompts
+
+
+def test_rloo_gives_the_golden_numbers():
+    """1 - (2 + 6) / 2, 2 - (1 + 6) / 2, ...: a mean of all three would be off by a third."""
+    found = group_advantages(GROUPS, config(advantage="rloo", samples_per_prompt=3, batch_size=12))
+    assert close(found, [-3, -1.5, 4.5, -1.5, -1.5, 3])
+
+
+def test_grpo_gives_the_golden_numbers():
+    """Means 3 and 1, Bessel's deviations sqrt(7) and sqrt(3); the epsilon of 1e-4 shows in the fifth digit."""
+    found = group_advantages(GROUPS, config(advantage="grpo", samples_per_prompt=3, batch_size=12))
+    expected = [-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5, -1 / 3**0.5, -1 / 3**0.5, 2 / 3**0.5]
+    assert close(found, expected, tolerance=1e-4) and (found[:3].sum().abs() < 1e-12)
+
+
+def test_grpo_of_equal_rewards_is_zero_and_not_nan():
+    assert close(group_advantages(double([2, 2]), config(advantage="grpo", samples_per_prompt=2)), [0, 0])
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_every_token_of_a_response_has_the_advantage_of_its_whole_reward(advantage):
+    """KL included: advantages of the score alone would ask for any drift. Values play no part."""
+    cfg = config(advantage=advantage, samples_per_prompt=4, kl_coef=0.3)
+    batch = play(cfg, moved_policy(), tiny_policy(values=3.0))
+    rewards = batch.scores - cfg.kl_coef * batch.kl.sum(1)
+    expected = group_advantages(rewards, cfg)[:, None] * batch.mask
+    assert close(batch.returns, expected) and close(batch.advantages, whiten(expected, batch.mask))
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_without_gae_the_value_head_learns_nothing(advantage):
+    policy = tiny_policy(values=0.5)
+    before = copy.deepcopy(policy.value_head.state_dict())
+    cfg = config(advantage=advantage)
+    update(policy, sgd(policy), play(cfg, policy), cfg)
+    assert all(torch.equal(policy.value_head.state_dict()[name], tensor) for name, tensor in before.items())
+    assert any((new != old).any() for new, old in zip(state(policy), state(tiny_policy(values=0.5))))
 
 
 def test_whitening_counts_the_real_tokens_of_the_whole_rollout():
