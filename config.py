@@ -265,6 +265,30 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class GenerateConfig:
+    """See the models before and after PPO go on with the beginning of a review that you type."""
+
+    preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
+    before: str = "finetune_checkpoints/gpt2"  # the fine-tuned model
+    after: str = "ppo_checkpoints/gpt2"  # the policy that PPO trained
+    reward: str = "lvwerra/bert-imdb"  # the classifier that PPO was rewarded by, or file.py:function
+    positive_label: str = "LABEL_1"  # its positive label; empty: found by its name, POSITIVE or POS
+    reward_kind: RewardKind = "logit"  # what its score means, as in PPO
+    judge: str = "reward_checkpoints/gpt2/judge"  # a second classifier, trained on other reviews, that PPO never saw
+
+    prompt: str = ""  # answer this one and end; empty: every line of stdin, up to an empty one or the end of the input
+    response_len: int = 16  # T, most tokens sampled after the prompt
+    temperature: float = 0.7  # of both models: easier to read than their own distribution, 1
+    seed: int = 0  # of sampling: the same prompt has the same answer, however often it is asked
+    device: Device = "auto"  # auto: CUDA, else MPS, else CPU
+    dtype: Dtype = "auto"  # of the trunk; auto: bf16 on a CUDA device that has it, else fp32. All else is fp32
+
+    def __post_init__(self):
+        positive(self, "response_len temperature")
+        between(self, 0, None, "seed")
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """Say where the time of a PPO step goes."""
 
@@ -374,6 +398,14 @@ PRESETS = {
             kl_coefs=(0.0, 0.03, 0.1, 0.3),
             positive_epochs=(0.03, 0.1),
         ),
+        GenerateConfig: dict(
+            before="asset/mini/gpt2",
+            after="ppo_checkpoints/mini",
+            reward="asset/mini/reward",
+            positive_label="",
+            judge="asset/mini/judge",
+            response_len=40,
+        ),
     },
 }
 
@@ -453,11 +485,11 @@ def run(main, cls):
     try:
         main(parse(cls))
     except BadInput as error:
-        sys.exit(_one_line(error))
+        sys.exit(print_error(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        sys.exit(_one_line(f"the disk is full: {error}; what was saved is whole, --resume True goes on from there"))
+        sys.exit(print_error(f"the disk is full: {error}; what was saved is whole, --resume True goes on from there"))
     except Stopped as stop:
         print("stopped; --resume True goes on", file=sys.stderr)
         sys.exit(128 + stop.args[0])
@@ -466,7 +498,8 @@ def run(main, cls):
         sys.exit(130)
 
 
-def _one_line(error):
+def print_error(error):
+    """Show an error as one line on stderr; returns the exit status, 2."""
     rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # of the processes that torchrun started
     print(f"error{rank}: {printable(str(error))}", file=sys.stderr)
     return 2

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from checkpoint import RESULTS, write_text
 from config import BadInput, EvaluateConfig, FrontierConfig, run
 from data import load_splits, prompt_pool
-from hub import check_context, load_policy, open_gpt2
+from hub import check_context, load_policy, open_pair
 from log import one_line, side_by_side
 from model import exact_kl, pick_device, random_generator
 from plot import example_results, learning_curves, save
@@ -170,17 +170,8 @@ def samples_markdown(samples):
 
 def main(cfg):
     device, bf16 = pick_device(cfg)
-    opened = {"before": open_gpt2(cfg.before), "after": open_gpt2(cfg.after)}
-    (_, config, tokenizer), (_, after_config, after_tokenizer) = opened.values()
-    for what, a, b in (
-        ("vocab_size", config.vocab_size, after_config.vocab_size),
-        ("n_positions", config.n_positions, after_config.n_positions),
-        ("size of the tokenizer", len(tokenizer), len(after_tokenizer)),
-    ):
-        if a != b:
-            raise BadInput(f"{what} differs: {a} in {cfg.before}, {b} in {cfg.after}: the KL needs one vocabulary")
-    if tokenizer.get_vocab() != after_tokenizer.get_vocab():
-        raise BadInput(f"{cfg.before} and {cfg.after} have different tokenizers: the KL needs one vocabulary")
+    opened = open_pair(cfg.before, cfg.after)
+    _, config, tokenizer = opened["before"]
     check_context(cfg, config)
     judge = SentimentReward.load(cfg.judge, device=device)
     reward_fn = load_reward(cfg, device)

@@ -146,6 +146,22 @@ def open_gpt2(name):
     return folder, config, load_tokenizer(folder, config)
 
 
+def open_pair(before, after):
+    """{"before": ..., "after": ...}, what open_gpt2 returns of two names; BadInput unless they share one vocabulary."""
+    opened = {"before": open_gpt2(before), "after": open_gpt2(after)}
+    (_, config, tokenizer), (_, after_config, after_tokenizer) = opened.values()
+    for what, a, b in (
+        ("vocab_size", config.vocab_size, after_config.vocab_size),
+        ("n_positions", config.n_positions, after_config.n_positions),
+        ("size of the tokenizer", len(tokenizer), len(after_tokenizer)),
+    ):
+        if a != b:
+            raise BadInput(f"{what} differs: {a} in {before}, {b} in {after}: the comparison needs one vocabulary")
+    if tokenizer.get_vocab() != after_tokenizer.get_vocab():
+        raise BadInput(f"{before} and {after} have different tokenizers: the comparison needs one vocabulary")
+    return opened
+
+
 def check_context(cfg, config):
     """BadInput unless the longest prompt and response of cfg fit the model."""
     if cfg.max_prompt_len + cfg.response_len > config.n_positions:

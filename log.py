@@ -20,6 +20,8 @@ from checkpoint import BEST, CHECKPOINTS, RESULTS, RUN_CONFIG, delete_checkpoint
 from config import BadInput, printable
 from model import exact_kl
 
+SIDES = ("before PPO", "after PPO")  # titles of two columns
+
 
 class RunLog:
     """The log of a run in cfg.out, or of a part of it in a folder there: a JSON line a step, the same to cfg.report_to.
@@ -276,23 +278,40 @@ def sheet(title, rows):
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
 
 
-def side_by_side(samples, width=None):
-    """Answers before and after PPO in two columns, as text: what the judge finds positive is green, the rest red.
+def column_width(width=None):
+    """Characters of each of two columns that fill width, the terminal's when None."""
+    return max(20, min(width or shutil.get_terminal_size().columns, 160)) // 2 - 2
 
-    samples: (prompt, [(response, judge's probability of POSITIVE) before, and after]) each. Colours only for a terminal
-    (or FORCE_COLOR), and never with NO_COLOR (no-color.org). width: of the whole, the terminal's when None.
-    """
+
+def columns(texts, column, codes=(0, 0)):
+    """Two texts side by side, as lines: each wrapped to column characters and in its colour, an ANSI code or 0."""
+    cells = [textwrap.wrap(text, column) for text in texts]
+    return [
+        "    ".join(paint(text, code) + " " * (column - len(text)) for text, code in zip(row, codes)).rstrip()
+        for row in itertools.zip_longest(*cells, fillvalue="")
+    ]
+
+
+def paint(text, code):
+    """Text in a colour, 0 for none: only for a terminal (or FORCE_COLOR), and never with NO_COLOR (no-color.org)."""
     colours = not os.environ.get("NO_COLOR") and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
-    column = max(20, min(width or shutil.get_terminal_size().columns, 160)) // 2 - 2
+    return f"\033[{code}m{text}\033[0m" if colours and code and text else text
 
-    def paint(text, code):
-        return f"\033[{code}m{text}\033[0m" if colours else text
 
-    lines = [f"{'before PPO':<{column}}    after PPO"]
+def tint(probability):
+    """The colour of what the judge finds positive with this probability: green, or else red."""
+    return 32 if probability > 0.5 else 31
+
+
+def side_by_side(samples, width=None):
+    """Answers before and after PPO in two columns, as text, in the judge's colours.
+
+    samples: (prompt, [(response, judge's probability of POSITIVE) before, and after]) each. width: as in column_width.
+    """
+    column = column_width(width)
+    lines = columns(SIDES, column)
     for prompt, answers in samples:
         lines += ["", paint(one_line(prompt, 2 * column) + " …", 1)]
-        cells = [textwrap.wrap(f"({p:.2f}) {one_line(text, 600)}", column) for text, p in answers]
-        codes = [32 if p > 0.5 else 31 for _, p in answers]
-        for row in itertools.zip_longest(*cells, fillvalue=""):
-            lines.append("    ".join(paint(f"{text:<{column}}", code) for text, code in zip(row, codes)).rstrip())
+        texts = [f"({p:.2f}) {one_line(text, 600)}" for text, p in answers]
+        lines += columns(texts, column, [tint(p) for _, p in answers])
     return "\n".join(lines)

@@ -166,25 +166,31 @@ class GPT2(nn.Module):
         return self.logits(self.trunk(ids)[:, first:])
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature, eos_id, generator=None):
-        """Sample responses from softmax(logits / temperature), all of it, so that logprobs describe what was sampled.
+    def stream(self, prompts, max_new_tokens, temperature, eos_id, generator=None):
+        """Sample from softmax(logits / temperature), all of it, so that logprobs describe what was sampled.
 
-        prompts: (B, P), all of P tokens. Returns (B, P + max_new_tokens); behind a row's first eos_id stands eos_id.
+        prompts: (B, P), all of P tokens. Yields the ids (B,) of one step after the other, max_new_tokens times, or
+        fewer when every row has ended: behind a row's first eos_id comes eos_id.
         """
-        B, P = prompts.shape
-        cache = KVCache(self.config, B, P + max_new_tokens)
-        sequences = torch.cat([prompts, prompts.new_full((B, max_new_tokens), eos_id)], dim=1)
-        ended = torch.zeros(B, dtype=torch.bool, device=prompts.device)
+        cache = KVCache(self.config, len(prompts), prompts.shape[1] + max_new_tokens)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
         new = prompts
-        for t in range(P, P + max_new_tokens):
+        for step in range(1, max_new_tokens + 1):
             logits = self.logits(self.trunk(new, cache)[:, -1:]).squeeze(1)
             new = draw(logits / temperature, generator)
             new = torch.where(ended, eos_id, new)
-            sequences[:, t] = new
+            yield new
             ended |= new == eos_id
             new = new[:, None]
-            if (t - P) % STOP_CHECK == STOP_CHECK - 1 and ended.all():
-                break
+            if step % STOP_CHECK == 0 and ended.all():
+                return
+
+    def generate(self, prompts, max_new_tokens, temperature, eos_id, generator=None):
+        """Prompts (B, P) with all that stream yields: (B, P + max_new_tokens); behind an eos_id stands eos_id."""
+        B, P = prompts.shape
+        sequences = torch.cat([prompts, prompts.new_full((B, max_new_tokens), eos_id)], dim=1)
+        for t, new in enumerate(self.stream(prompts, max_new_tokens, temperature, eos_id, generator), start=P):
+            sequences[:, t] = new
         return sequences
 
 

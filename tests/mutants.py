@@ -338,6 +338,12 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         ],
     },
     "model.py": {
+        "test_model::test_a_stream_yields_a_step_at_a_time_what_generate_returns": [
+            ("generation with gradients", "    @torch.no_grad()\n    def stream(", "    def stream("),
+        ],
+        "test_model::test_decoding_stops_soon_after_every_row_has_ended": [
+            ("generation goes on when all have ended", "if step % STOP_CHECK == 0 and ended.all():", "if False:"),
+        ],
         "test_model::test_generate_samples_from_the_distribution_that_the_policy_reports": [
             (
                 "temperature in sampling only",
@@ -441,6 +447,9 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         ],
     },
     "hub.py": {
+        "test_generate::test_two_models_need_one_vocabulary": [
+            ("models of other words compared", "if tokenizer.get_vocab() != after_tokenizer.get_vocab():", "if False:"),
+        ],
         "test_model::test_logits_are_those_of_transformers": [
             ("attn.c_proj is not transposed", '"attn.c_attn.weight", "attn.c_proj.weight", ', '"attn.c_attn.weight", '),
         ],
@@ -626,6 +635,45 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         ],
         "test_guards::test_the_alarm_goes_off_when_the_judge_falls_while_the_score_rises": [
             ("an alarm when both rise", "if score > 2 and judge < -2:", "if score > 2:"),
+        ],
+    },
+    "generate.py": {
+        "test_generate::test_the_same_prompt_and_seed_have_the_same_answer_and_another_seed_another": [
+            ("an answer drawn without the seed", "generator = random_generator(device, cfg.seed)", "generator = None"),
+        ],
+        "test_generate::test_a_model_that_ends_first_waits_and_none_goes_on_behind_its_end": [
+            (
+                "the shorter answer ends both",
+                "itertools.zip_longest(*streams, fillvalue=nothing)",
+                "zip(*streams)",
+            ),
+        ],
+        "test_generate::test_prompt_and_response_are_scored_as_one_text": [
+            ("an answer scored without its prompt", "[prompt + text for text in responses]", "responses"),
+        ],
+        "test_generate::test_a_terminal_shows_every_token_as_it_comes": [
+            ("a terminal waits for the whole answer", "if live:", "if False:"),
+        ],
+        "test_generate::test_an_answer_that_is_higher_than_the_terminal_is_whole_in_the_end": [
+            ("lines painted out of sight", "[-room:]", ""),
+        ],
+        "test_generate::test_nothing_that_a_model_writes_moves_the_cursor": [
+            (
+                "generated text as control characters while it grows",
+                'printable(text.rstrip("\\ufffd"))',
+                'text.rstrip("\\ufffd")',
+            ),
+            ("generated text as control characters in the end", "map(printable, responses)", "responses"),
+        ],
+        "test_generate::test_a_letter_that_comes_in_several_tokens_is_shown_when_it_is_whole": [
+            ("letters shown before they are whole", '.rstrip("\\ufffd")', ""),
+        ],
+        "test_generate::test_the_longest_prompt_leaves_room_for_the_response": [
+            (
+                "the longest prompt refused",
+                "cfg.response_len > config.n_positions",
+                "cfg.response_len >= config.n_positions",
+            ),
         ],
     },
     "evaluate.py": {

@@ -17,6 +17,7 @@ CONFIGS = {
     "reward": config.RewardConfig,
     "ppo": config.PPOConfig,
     "evaluate": config.EvaluateConfig,
+    "generate": config.GenerateConfig,
 }
 SMALL = "--vocab_size 300 --n_layer 1 --n_head 1 --n_embd 8 --report_to none --device cpu"
 FINETUNE = f"--preset mini --init_from scratch --dataset {{csv}} --out out {SMALL}"
@@ -26,12 +27,14 @@ MODELS = "--policy {gpt2} --reward {bert} --judge {bert}"
 PPO = f"--preset mini --dataset {{csv}} {MODELS} --out out --report_to none --device cpu"
 PPO_16 = PPO + " --batch_size 16 --minibatch_size 16 --micro_batch_size 16"
 EVALUATE = "--preset mini --dataset {csv} --before {gpt2} --after {gpt2} --reward {bert} --judge {bert} --device cpu"
+GENERATE = "--preset mini --before {gpt2} --after {gpt2} --reward {bert} --judge {bert} --device cpu --prompt I"
 
 CASES = {  # name: (script, flags, what the message names); of a flag that comes twice the last one counts
     # models
     "no fine-tuned model": ("ppo", f"{PPO} --policy finetune_checkpoints/mini", ["python finetune_gpt2.py"]),
     "no reward": ("ppo", f"{PPO} --reward reward_checkpoints/mini/reward", ["python reward.py --preset mini"]),
     "no policy to evaluate": ("evaluate", f"{EVALUATE} --after ppo_checkpoints/mini", ["python ppo.py --preset mini"]),
+    "no policy to generate with": ("generate", f"{GENERATE} --after ppo_checkpoints/mini", ["ppo.py --preset mini"]),
     "no judge": ("evaluate", f"{EVALUATE} --judge reward_checkpoints/mini/judge", ["python reward.py --preset mini"]),
     "not the repository's folder": ("ppo", "--preset mini", ["asset/mini/gpt2", "run the scripts in its folder"]),
     "no such folder": ("ppo", f"{PPO} --policy ./nowhere", ["./nowhere", "config.json"]),
@@ -59,6 +62,7 @@ CASES = {  # name: (script, flags, what the message names); of a flag that comes
     # sizes
     "prompt and response over the context": ("ppo", f"{PPO} --response_len 41", ["8", "41", "48"]),
     "the same when evaluating": ("evaluate", f"{EVALUATE} --response_len 41", ["8", "41", "48"]),
+    "the same when generating": ("generate", f"{GENERATE} --response_len 48", ["1 tokens", "48"]),
     "a block over the context": ("finetune_gpt2", f"{FROM_FOLDER} --block_size 49", ["49", "48"]),
     "batch sizes that do not divide": ("ppo", f"{PPO} --minibatch_size 48", ["48", "128"]),
     "a number that is none": ("ppo", f"{PPO} --lr nan", ["lr", "nan"]),

@@ -16,6 +16,7 @@ from config import (
     EvaluateConfig,
     FinetuneConfig,
     FrontierConfig,
+    GenerateConfig,
     PPOConfig,
     RewardConfig,
     differing,
@@ -29,6 +30,7 @@ READERS = {  # the modules that get a config of the class
     RewardConfig: ("reward", *SHARED),
     PPOConfig: ("ppo", "reward", *SHARED),
     EvaluateConfig: ("evaluate", "reward", *SHARED),
+    GenerateConfig: ("generate", "reward", *SHARED),
     BenchConfig: ("bench", *SHARED),
     FrontierConfig: ("frontier", *SHARED),
 }
@@ -152,6 +154,7 @@ def test_a_config_cannot_be_changed_after_it_was_checked():
         (RewardConfig, "--crop_share 1.5", ["crop_share", "1.5"]),
         (RewardConfig, "--seed -1", ["seed", "-1"]),
         (EvaluateConfig, "--prompts 0", ["prompts"]),
+        (GenerateConfig, "--response_len 0", ["response_len"]),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it(cls, argv, named):

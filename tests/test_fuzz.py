@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoint import RUN_CONFIG, check_run, latest_checkpoint, load_checkpoint, save_checkpoint
-from config import SAME_RESULT, BadInput, EvaluateConfig, FinetuneConfig, PPOConfig, RewardConfig, parse
+from config import SAME_RESULT, BadInput, EvaluateConfig, FinetuneConfig, GenerateConfig, PPOConfig, RewardConfig, parse
 from data import SHARES, load_splits
 from hub import load_gpt2, load_tokenizer, read_config
 from reward import positive_index
 
-CLASSES = [FinetuneConfig, RewardConfig, PPOConfig, EvaluateConfig]
+CLASSES = [FinetuneConfig, RewardConfig, PPOConfig, EvaluateConfig, GenerateConfig]
 VALUES = st.one_of(
     st.integers().map(str),
     st.floats().map(str),

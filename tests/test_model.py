@@ -277,6 +277,20 @@ def test_a_row_holds_nothing_but_eos_behind_its_first_eos_and_all_it_drew_before
     assert len(set(behind.sum(1).tolist())) > 2
 
 
+def test_a_stream_yields_a_step_at_a_time_what_generate_returns(monkeypatch):
+    """The first of 20 steps is there after one pass through the trunk; no step keeps what a gradient would need."""
+    calls, trunk, draw = [], GPT2.trunk, model_file.draw
+    monkeypatch.setattr(GPT2, "trunk", lambda self, *args: calls.append(1) or trunk(self, *args))
+    monkeypatch.setattr(model_file, "draw", lambda z, dice: calls.append(z.requires_grad) or draw(z, dice))
+    gpt2, prompts = small_gpt2(), some_ids(16, 3)
+    stream = gpt2.stream(prompts, 20, 1.0, 7, random_generator("cpu", 3))
+    steps = [next(stream)]
+    assert calls == [1, False] and torch.is_grad_enabled()
+    steps = torch.stack(steps + list(stream), dim=1)
+    whole = gpt2.generate(prompts, 20, 1.0, 7, random_generator("cpu", 3))
+    assert torch.equal(torch.cat([prompts, steps], dim=1), whole) and (steps == 7).any()
+
+
 def test_decoding_stops_soon_after_every_row_has_ended(monkeypatch):
     calls, trunk = [], GPT2.trunk
     monkeypatch.setattr(GPT2, "trunk", lambda self, *args: calls.append(1) or trunk(self, *args))

@@ -8,7 +8,16 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from config import BenchConfig, EvaluateConfig, FinetuneConfig, PPOConfig, RewardConfig, differing, parse
+from config import (
+    BenchConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    PPOConfig,
+    RewardConfig,
+    differing,
+    parse,
+)
 from evaluate import table_text
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,6 +26,7 @@ CONFIGS = {
     "reward.py": RewardConfig,
     "ppo.py": PPOConfig,
     "evaluate.py": EvaluateConfig,
+    "generate.py": GenerateConfig,
     "bench.py": BenchConfig,
 }
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
