@@ -27,7 +27,7 @@ READERS = {  # the modules that get a config of the class
     FinetuneConfig: ("finetune_gpt2", *SHARED),
     RewardConfig: ("reward", *SHARED),
     PPOConfig: ("ppo", "reward", *SHARED),
-    EvaluateConfig: ("evaluate", "reward", *SHARED),
+    EvaluateConfig: ("evaluate", "metrics", "card", "reward", *SHARED),
     BenchConfig: ("bench", *SHARED),
 }
 every_class = pytest.mark.parametrize("cls", READERS, ids=lambda cls: cls.__name__)
