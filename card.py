@@ -5,7 +5,6 @@
 Names and generated texts are untrusted: they reach Markdown by quote, and YAML by huggingface_hub.
 """
 
-import json
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -141,7 +140,7 @@ def training(run, log):
 def card_text(results, samples, cfg, run, log):
     """The whole card. results: those of evaluate.py. samples: of sample_answers. run, log: of ppo_run."""
     ratio = results["difference"]["perplexity_ratio"]
-    commands = [command("ppo.py", run)] * bool(run) + [command("evaluate.py", cfg)]
+    commands = ([command("ppo.py", run)] if run else []) + [command("evaluate.py", cfg)]
     return f"""---
 {metadata(results, cfg, run)}
 ---
@@ -159,9 +158,9 @@ from its frozen self (Ziegler et al. 2019, arXiv:1909.08593). Made with Mini-RLH
 
 ## Before and after
 
-{results["prompts"]:,} prompts from held-out reviews of {quote(cfg.dataset)}, the same for both, and responses of up to
-{cfg.response_len} tokens at temperature {cfg.temperature}. 95 % bootstrap intervals, of the difference by prompt.
-Score by {quote(cfg.reward)}, the judge is {quote(cfg.judge)}.
+{results["prompts"]:,} prompts from held-out reviews of {quote(cfg.dataset)}, the same for both models; responses of up
+to {cfg.response_len} tokens at temperature {cfg.temperature}; the score is by {quote(cfg.reward)}, the judge is
+{quote(cfg.judge)}. With 95 % bootstrap intervals; the difference is taken prompt by prompt.
 
 {table_text(results)}
 
@@ -178,9 +177,11 @@ At temperature {cfg.sample_temperature}, not chosen; beside each the judge's pro
 {samples_markdown(samples)}
 ## Use
 
+With the name that it has on the hub, or its folder, for USER/NAME:
+
 ```python
 from transformers import pipeline
-print(pipeline("text-generation", model={json.dumps(cfg.after)})("This film was", max_new_tokens={cfg.response_len}))
+print(pipeline("text-generation", model="USER/NAME")("This film was", max_new_tokens={cfg.response_len}))
 ```
 
 ## Limits

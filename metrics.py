@@ -33,6 +33,7 @@ CAPTIONS = {
     "repetition": "repetition, 4-grams",
     "response_length": "length, tokens",
 }
+DIGITS = {"repetition": 4}  # behind the point; of the others 2
 KLS = ("kl", "kl_k3", "kl_exact")
 KL_NOTE = (
     "All three estimate one KL. kl, which PPO is charged, takes the log-ratio of the sampled tokens (k1): right on "
@@ -190,7 +191,9 @@ def table_text(results):
     columns = {"before": "before PPO", "after": "after PPO", "difference": "difference"}
     if not set(names) <= set(results.get("difference", {})):
         del columns["difference"]
-    cells = [[CAPTIONS[name], *(cell(results[column][name]) for column in columns)] for name in names]
+    cells = [
+        [CAPTIONS[name], *(cell(results[column][name], DIGITS.get(name, 2)) for column in columns)] for name in names
+    ]
     return markdown([["", *columns.values()], *cells])
 
 
@@ -201,9 +204,9 @@ def kl_text(results):
     return markdown([["nats a response", "mean", "standard deviation", "share below 0"], *cells])
 
 
-def cell(entry):
-    spread = f" [{entry['low']:.2f}, {entry['high']:.2f}]" if "low" in entry else ""
-    return f"{entry['value']:.2f}{spread}"
+def cell(entry, digits=2):
+    value, *bounds = (f"{entry[name]:z.{digits}f}" for name in ("value", "low", "high") if name in entry)
+    return f"{value} [{', '.join(bounds)}]" if bounds else value
 
 
 def markdown(cells):

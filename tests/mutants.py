@@ -698,7 +698,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("generated text as Markdown", 'f"&#{ord(c)};" if c in', "c if c in"),
         ],
         "test_card::test_nothing_untrusted_becomes_markup": [
-            ("the reward's name as Markdown", "Score by {quote(cfg.reward)}", "Score by {cfg.reward}"),
+            ("the reward's name as Markdown", "score is by {quote(cfg.reward)}", "score is by {cfg.reward}"),
         ],
         "test_card::test_a_readme_by_other_hands_stays_and_ours_is_replaced": [
             ("a README.md by other hands is replaced", "if file.exists() and not is_our_card(file):", "if False:"),

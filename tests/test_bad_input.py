@@ -43,7 +43,7 @@ CASES = {  # name: (script, flags, what the message names); of a flag that comes
     "labels that say nothing": ("ppo", f"{PPO} --reward {{generic}}", ["LABEL_0", "--positive_label"]),
     "a judge without labels": ("evaluate", f"{EVALUATE} --judge {{generic}}", ["LABEL_0"]),
     "no second language model": ("evaluate", f"{EVALUATE} --second_lm ./nowhere", ["./nowhere", "config.json"]),
-    "a classifier as the second model": ("evaluate", f"{EVALUATE} --second_lm {{hollow}}", ["hollow", "no weights"]),
+    "a second model without weights": ("evaluate", f"{EVALUATE} --second_lm {{hollow}}", ["hollow", "no weights"]),
     "a file without a function": ("ppo", f"{PPO} --reward {{nan}}", ["nan.py:function"]),
     "no such function": ("ppo", f"{PPO} --reward nothing.py:f", ["nothing.py"]),
     # data

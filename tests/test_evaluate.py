@@ -149,8 +149,8 @@ def test_the_pieces_of_a_response_join_to_its_text_even_where_letters_have_sever
     _, _, tokenizer = opened
     end = tokenizer.eos_token_id
     whole = tokenizer("A great caf\u00e9 \U0001f600 film")["input_ids"]
-    assert len(whole) > 12  # the smiley is four tokens
-    odd = [*tokenizer("\u00e9")["input_ids"][:1], *tokenizer(" film")["input_ids"]]
+    assert len(tokenizer("\U0001f600")["input_ids"]) == 4
+    odd = tokenizer("\U0001f600")["input_ids"][:2] + tokenizer(" film")["input_ids"]
     for ids in (whole, odd * 3, whole[:-3]):
         for cut in range(1, len(ids)):
             prompt, text = (tokenizer.decode(some, skip_special_tokens=True) for some in (ids[:cut], ids))
@@ -204,7 +204,7 @@ def test_viewer_json_tells_each_token_of_both_answers(opened, answered):
             assert "".join(told["tokens"][: len(tokens) - ended]) == text[len(sample["prompt"]) :]
             assert {len(told[name]) for name in ("tokens", "kl", "ratio", "value", "advantage")} == {len(tokens)}
             assert (told["score"], told["judge"]) == (values[side]["score"][i], round(values[side]["judge"][i], 4))
-            assert told["ratio"] == pytest.approx(np.exp(told["kl"]), rel=1e-2)
+            assert told["ratio"] == pytest.approx(np.exp(told["kl"]), rel=1e-3, abs=2e-4)
             assert set(told["value"]) == {0.5}
             kl, mask = torch.tensor([told["kl"]]), torch.ones(1, len(tokens), dtype=torch.bool)
             rewards = token_rewards(torch.tensor([told["score"]]), kl, mask, 0.3)

@@ -132,10 +132,10 @@ def test_the_interval_of_distinct_is_as_wide_as_new_responses_would_scatter(n):
 
 
 class Judge:
-    """Finds a text the more positive the more tokens ended up in it, as its length."""
+    """Finds long texts positive."""
 
     def log_odds(self, texts):
-        return torch.tensor([len(text) - 40.0 for text in texts])
+        return torch.tensor([(len(text) - 20.0) / 4 for text in texts])
 
 
 def answers(rng, shift):
@@ -154,7 +154,8 @@ def answers(rng, shift):
 def test_every_difference_is_paired_and_has_a_narrower_interval_than_two_samples_apart():
     """Resampled apart, the scatter of the prompts would count twice: this holds for every number of the table."""
     rng = np.random.default_rng(0)
-    (before, b), (after, a) = (measure(answers(rng, shift), lambda t: map(len, t), Judge(), CFG) for shift in (0, 0.1))
+    sides = (measure(answers(rng, shift), lambda texts: [len(x) for x in texts], Judge(), CFG) for shift in (0, 0.1))
+    (before, b), (after, a) = sides
     found = difference(b, a, CFG)
     assert set(found) == {*before, "perplexity_ratio"} >= set(CAPTIONS) - {"positive_by_reward"}
     for name in before:
@@ -182,7 +183,7 @@ def test_measure_tells_value_interval_and_spread():
     table, values = measure(some | kls | {"ref_nll": [2.0, 0.0, 0.1]}, lambda texts: [1.0, 2.0, 6.0], Judge(), CFG)
     assert table["perplexity"]["value"] == pytest.approx(np.exp(0.1))
     assert table["positive_by_judge"]["value"] == pytest.approx(1 / 3)
-    assert values["judge"] == pytest.approx([0, 0, 1])
+    assert values["judge"] == pytest.approx(1 / (1 + np.exp([19 / 4, 18 / 4, -70 / 4])))
     assert table["score"]["value"] == 3
     assert table["response_length"]["value"] == 7
     assert table["distinct_1"]["value"] == pytest.approx(4 / 21)

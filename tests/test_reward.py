@@ -192,7 +192,7 @@ def test_the_limit_is_the_lesser_of_tokenizer_and_model(config, tokens, limit):
     assert token_limit(SimpleNamespace(**config), SimpleNamespace(model_max_length=tokens)) == limit
 
 
-def write_roberta(folder):
+def write_roberta(folder, **limit):
     """Write a tiny RoBERTa classifier like the judge of preset gpt2: 514 positions, of which 2 are not for texts."""
     from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaTokenizerFast
 
@@ -200,7 +200,7 @@ def write_roberta(folder):
     bpe.train_from_iterator(TEXTS, vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     bpe.save_model(str(folder))
     files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
-    RobertaTokenizerFast(*files, model_max_length=512).save_pretrained(folder)
+    RobertaTokenizerFast(*files, **limit).save_pretrained(folder)
     shape = dict(
         vocab_size=bpe.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=16, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1, bos_token_id=0,
@@ -215,9 +215,10 @@ def write_roberta(folder):
     return model
 
 
-def test_a_roberta_scores_short_and_very_long_texts_as_transformers_does(tmp_path):
+@pytest.mark.parametrize("limit", [{"model_max_length": 512}, {}], ids=["tokenizer says 512", "tokenizer says nothing"])
+def test_a_roberta_scores_short_and_very_long_texts_as_transformers_does(tmp_path, limit):
     """No token types, positions from 2 on: one too many in a text would be past the embedding, an IndexError."""
-    model = write_roberta(tmp_path)
+    model = write_roberta(tmp_path, **limit)
     classifier = SentimentReward.load(str(tmp_path))
     long = " ".join(f"word{i}" for i in range(2000))
     assert classifier.max_length == 512
