@@ -27,6 +27,8 @@ RUN_CONFIG = "run_config.json"  # the config of the run, beside Hugging Face's c
 RESULTS = "results.json"  # the figures of a run that is whole
 CHECKPOINTS = "checkpoints"  # in the folder of a run: a folder a step, what --resume True goes on from
 BEST = "best"  # in the folder of a PPO run: the policy with the highest objective so far, as a model folder
+VIEWER = "viewer.json"  # what evaluate.py tells of each token of some answers
+CARD, CARD_MARK = "README.md", "<!-- written by evaluate.py, which replaces it -->"  # the card of a policy
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"  # the files of a checkpoint
 SAVING = ".saving-"  # how the name of a folder begins while it is written; what a kill left of it is swept away
 
@@ -155,6 +157,19 @@ def write_text(path, text):
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def is_our_card(file):
+    """Whether a file is a model card that evaluate.py wrote: nobody else's is replaced or deleted."""
+    return file.is_file() and f"\n{CARD_MARK}\n" in file.read_text(encoding="utf-8", errors="replace")
+
+
+def delete_results(out):
+    """Delete what evaluate.py and plot.py wrote of the weights in a folder."""
+    for name in (RESULTS, VIEWER, "samples.md", "example_results.png", "learning_curves.png"):
+        Path(out, name).unlink(missing_ok=True)
+    if is_our_card(Path(out, CARD)):
+        Path(out, CARD).unlink()
 
 
 # ---- before a run

@@ -241,9 +241,10 @@ class EvaluateConfig:
     reward: str = "lvwerra/bert-imdb"  # the classifier that PPO was rewarded by, or file.py:function
     positive_label: str = "LABEL_1"  # its positive label; empty: found by its name, POSITIVE or POS
     reward_kind: RewardKind = "logit"  # what its score means, as in PPO
-    judge: str = "reward_checkpoints/gpt2/judge"  # a second classifier, trained on other reviews, that PPO never saw
+    judge: str = "siebert/sentiment-roberta-large-english"  # a second classifier, from elsewhere, that PPO never saw
+    second_lm: str = ""  # another language model, hub name or folder, that reads the answers; empty: none
 
-    prompts: int = 512  # held-out prompts, the same for both models
+    prompts: int = 1024  # held-out prompts, the same for both models
     min_prompt_len: int = 2  # P, shortest prompt, tokens
     max_prompt_len: int = 8  # P, longest prompt, tokens
     response_len: int = 16  # T, most tokens sampled after the prompt
@@ -252,6 +253,7 @@ class EvaluateConfig:
     resamples: int = 2000  # bootstrap samples behind an interval
     samples: int = 8  # texts shown side by side, answers to a random few of the prompts
     sample_temperature: float = 0.7  # of these texts alone: easier to read than the model's own distribution
+    viewer_samples: int = 200  # prompts whose answers viewer.json tells token by token, spread over all of them
     self_check: bool = True  # reward and judge rank probe sentences; False only for random weights
     seed: int = 0  # of prompts, sampling and bootstrap
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
@@ -260,7 +262,7 @@ class EvaluateConfig:
     def __post_init__(self):
         positive(self, "prompts min_prompt_len max_prompt_len response_len temperature batch_size resamples")
         positive(self, "sample_temperature")
-        between(self, 0, None, "samples seed")
+        between(self, 0, None, "samples viewer_samples seed")
         prompt_range(self)
 
 

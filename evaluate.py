@@ -1,31 +1,38 @@
-"""Before and after PPO on the same held-out prompts: the table, side-by-side samples, and the learning curves.
+"""Before and after PPO on the same held-out prompts: the table, side-by-side samples, and the model card.
 
     python evaluate.py
     python evaluate.py --preset mini
+    python evaluate.py --second_lm gpt2              # another language model reads the answers too
     python evaluate.py frontier --preset mini    # hours: many policies instead of two, see frontier.py
 
-Writes results.json, samples.md, example_results.png and learning_curves.png into the folder of the policy,
-ppo_checkpoints/<preset>/.
+Writes README.md (the card), results.json, samples.md, viewer.json, example_results.png and learning_curves.png into the
+folder of the policy, ppo_checkpoints/<preset>/. The measures are in metrics.py, the card in card.py.
 """
 
 import json
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from checkpoint import RESULTS, write_text
-from config import BadInput, EvaluateConfig, FrontierConfig, run
+from card import card_text, ppo_run, samples_markdown, write_card
+from checkpoint import RESULTS, VIEWER, write_text
+from config import BadInput, EvaluateConfig, FrontierConfig, PPOConfig, run
 from data import load_splits, prompt_pool
 from hub import check_context, load_policy, open_pair
-from log import one_line, side_by_side
-from model import exact_kl, pick_device, random_generator
+from log import side_by_side
+from metrics import KL_NOTE, difference, kl_text, kl_three_ways, measure, open_second_lm, second_nll, table_text
+from model import pick_device, random_generator, token_logprobs
 from plot import example_results, learning_curves, save
-from ppo import response_mask
-from reward import SentimentReward, as_scores, check_finite, check_reward, load_reward
+from ppo import gae, response_mask, token_rewards
+from reward import SentimentReward, check_reward, load_reward
+
+DECODE = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 def prompt_groups(pool, cfg):
@@ -41,103 +48,28 @@ def prompt_groups(pool, cfg):
 def respond(policy, ref_policy, tokenizer, groups, cfg, device, name):
     """Sample a response to every prompt. Returns dicts of arrays by response, and the texts.
 
-    prompts, texts: str. tokens: ids up to <|endoftext|>. kl: nats, log-probability less the reference's; kl_exact: the
-    same over the whole vocabulary, without the noise of the sampled token. ref_nll: nats of the response under the
-    reference. The random numbers depend on cfg.seed and the batch alone: both models get the same.
+    prompts, texts: str. tokens: ids up to <|endoftext|>. kl, kl_k3, kl_exact: nats, see metrics.kl_three_ways. ref_nll:
+    nats of the response under the reference, at temperature 1. The random numbers depend on cfg.seed and the batch
+    alone: both models get the same.
     """
-    out = {name: [] for name in ("prompts", "texts", "tokens", "kl", "kl_exact", "ref_nll")}
+    out = {name: [] for name in ("prompts", "texts", "tokens", "kl", "kl_k3", "kl_exact", "ref_nll")}
     eos_id = tokenizer.eos_token_id
     for i, prompts in enumerate(tqdm(groups, desc=f"answer by {name}", unit="batch")):
         prompts, prompt_len = prompts.to(device), prompts.shape[1]
         generator = random_generator(device, cfg.seed, i)
         sequences = policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator)
-        mask = response_mask(sequences[:, prompt_len:], eos_id)
-        logprobs = policy(sequences, prompt_len, cfg.temperature)[0] * mask
-        ref_logprobs = ref_policy(sequences, prompt_len, cfg.temperature)[0] * mask
-        out["kl"] += (logprobs - ref_logprobs).sum(1).tolist()
-        out["kl_exact"] += exact_kl(policy, ref_policy, sequences, mask, prompt_len, cfg.temperature).tolist()
-        out["ref_nll"] += (-ref_policy(sequences, prompt_len)[0] * mask).sum(1).tolist()
-        out["tokens"] += [row[keep].tolist() for row, keep in zip(sequences[:, prompt_len:], mask)]
-        decode = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        out["prompts"] += tokenizer.batch_decode(prompts, **decode)
-        out["texts"] += tokenizer.batch_decode(sequences, **decode)
+        responses = sequences[:, prompt_len:]
+        mask = response_mask(responses, eos_id)
+        logits = policy.gpt2(sequences[:, :-1], first=prompt_len - 1)  # (B, T, V)
+        ref_logits = logits if policy is ref_policy else ref_policy.gpt2(sequences[:, :-1], first=prompt_len - 1)
+        kls = kl_three_ways(logits / cfg.temperature, ref_logits / cfg.temperature, responses, mask)
+        for estimator, values in kls.items():
+            out[estimator] += values.tolist()
+        out["ref_nll"] += (-token_logprobs(ref_logits, responses) * mask).sum(1).tolist()
+        out["tokens"] += [row[keep].tolist() for row, keep in zip(responses, mask)]
+        out["prompts"] += tokenizer.batch_decode(prompts, **DECODE)
+        out["texts"] += tokenizer.batch_decode(sequences, **DECODE)
     return out
-
-
-def distinct(responses, n):
-    """Distinct n-grams over all n-grams of the responses, lists of ids (Li et al. 2016): 1 says nothing twice."""
-    grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
-
-
-def interval(values, cfg, statistic=None):
-    """(low, high): the 95 % bootstrap interval of the mean of values (M,), or of statistic(resampled rows)."""
-    rng = np.random.default_rng([cfg.seed, 3])
-    statistic = statistic or (lambda rows: values[rows].mean())
-    draws = [statistic(rng.integers(0, len(values), len(values))) for _ in range(cfg.resamples)]
-    return tuple(float(x) for x in np.quantile(draws, (0.025, 0.975)))
-
-
-def measure(answers, reward_fn, judge, cfg):
-    """What the table tells of one model, {name: {"value", "low", "high"}}, and the values by response, {name: (M,)}."""
-    texts, length = answers["texts"], np.array([len(ids) for ids in answers["tokens"]])
-    scores = as_scores(reward_fn(texts), texts).double()
-    check_finite("score", scores, texts)
-    per_response = {"score": scores.numpy()}
-    if isinstance(reward_fn, SentimentReward):
-        per_response["positive_by_reward"] = (reward_fn.log_odds(texts) > 0).double().numpy()
-    per_response["positive_by_judge"] = (judge.log_odds(texts) > 0).double().numpy()
-    per_response["kl"] = np.array(answers["kl"])
-    per_response["kl_exact"] = np.array(answers["kl_exact"])
-    per_response["response_length"] = length.astype(float)
-    table = {name: row(values.mean(), interval(values, cfg)) for name, values in per_response.items()}
-
-    nll = np.array(answers["ref_nll"])
-
-    def perplexity(rows):  # a ratio of sums: a mean over responses would weigh the tokens of short ones more
-        return np.exp(nll[rows].sum() / length[rows].sum())
-
-    table["perplexity"] = row(perplexity(np.arange(len(nll))), interval(nll, cfg, perplexity))
-    table["distinct_1"] = row(distinct(answers["tokens"], 1))
-    table["distinct_2"] = row(distinct(answers["tokens"], 2))
-    return table, per_response
-
-
-def row(value, bounds=None):
-    """A number of the table as it stands in results.json."""
-    return {"value": float(value)} | ({"low": bounds[0], "high": bounds[1]} if bounds else {})
-
-
-CAPTIONS = {
-    "score": "score",
-    "positive_by_reward": "positive, by the reward",
-    "positive_by_judge": "positive, by the judge",
-    "kl": "KL, nats a response",
-    "kl_exact": "KL over the whole vocabulary",
-    "perplexity": "perplexity, fine-tuned model",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-    "response_length": "length, tokens",
-}
-
-
-def table_text(results):
-    """The before/after table as Markdown: it reads well in a terminal too."""
-
-    def cell(entry):
-        spread = f" [{entry['low']:.2f}, {entry['high']:.2f}]" if "low" in entry else ""
-        return f"{entry['value']:.2f}{spread}"
-
-    cells = [("", "before PPO", "after PPO")]
-    cells += [
-        (label, cell(results["before"][name]), cell(results["after"][name]))
-        for name, label in CAPTIONS.items()
-        if name in results["before"]
-    ]
-    widths = [max(len(line[i]) for line in cells) for i in range(3)]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
 
 
 def sample_answers(policies, tokenizer, judge, groups, cfg, device):
@@ -155,17 +87,90 @@ def sample_answers(policies, tokenizer, judge, groups, cfg, device):
     return [(prompt, list(pair)) for prompt, *pair in zip(answers["prompts"], *sides)]
 
 
-def samples_markdown(samples):
-    """What sample_answers returns as a Markdown table. Generated text is untrusted: nothing in it stays markup."""
+# ---- token by token
 
-    def quote(text):
-        return "".join(f"&#{ord(c)};" if c in "<>&|\\`*_[]!#~$:@." else c for c in one_line(text, 400))
 
-    lines = ["| prompt | before PPO | judge | after PPO | judge |", "|---|---|---|---|---|"]
-    for prompt, sides in samples:
-        cells = [cell for text, probability in sides for cell in (quote(text), f"{probability:.2f}")]
-        lines.append("| " + " | ".join([quote(prompt), *cells]) + " |")
-    return "\n".join(lines) + "\n"
+def pieces(tokenizer, prompt, tokens):
+    """The text that each token of a response adds to the prompt, a str each: joined they are the response's text.
+
+    prompt, tokens: lists of ids. Where a token ends inside a letter it adds "", and the letter comes with a later one.
+    <|endoftext|> stands as itself.
+    """
+    words = tokens[:-1] if tokens[-1] == tokenizer.eos_token_id else tokens
+    shown, *texts = tokenizer.batch_decode([[*prompt, *words[:n]] for n in range(len(words) + 1)], **DECODE)
+    seen, added = len(shown), []
+    for i, text in enumerate(texts):
+        whole = i == len(texts) - 1 or not text.endswith("\ufffd")  # that is how half a letter is decoded
+        added.append(text[seen:] if whole else "")
+        seen = len(text) if whole else seen
+    return added + [tokenizer.eos_token] * (len(tokens) - len(words))
+
+
+@torch.no_grad()
+def token_numbers(policies, sequences, prompt_len, scores, ppo, temperature, eos_id):
+    """What each token of some responses, whoever sampled them, is to the policy after PPO: ({name: (B, T)}, mask).
+
+    kl: its log-probability there less that before PPO, nats; ratio: e^kl. value: of the value head, 0 where the folder
+    has none. advantage: from the rewards of PPO, whose config is ppo, with the coefficient that it began with; not
+    whitened.
+    """
+    responses = sequences[:, prompt_len:]
+    mask = response_mask(responses, eos_id)
+    logprobs, values = policies["after"](sequences, prompt_len, temperature)  # (B, T) each
+    kl = (logprobs - policies["before"](sequences, prompt_len, temperature)[0]) * mask
+    scores = scores.to(kl)
+    scores = scores.clamp(-ppo.score_clip, ppo.score_clip) if ppo.score_clip else scores
+    scores = scores - ppo.missing_eos_penalty * ~(responses == eos_id).any(1)
+    advantages, _ = gae(token_rewards(scores, kl, mask, ppo.kl_coef), values, mask, ppo.gamma, ppo.lam)
+    return {"kl": kl, "ratio": kl.clamp(-20, 20).exp(), "value": values, "advantage": advantages}, mask
+
+
+def by_token(policies, tokenizer, prompts, tokens, values, ppo, cfg):
+    """The responses to prompts (B, P) as viewer.json tells them: a dict each, of lists by token, score and judge.
+
+    tokens: the responses, B lists of ids. values: {"score", "judge"}, (B,) each.
+    """
+    eos_id, prompt_len = tokenizer.eos_token_id, prompts.shape[1]
+    responses = pad_sequence([torch.tensor(ids) for ids in tokens], True, eos_id).to(prompts.device)
+    sequences, scores = torch.cat([prompts, responses], dim=1), torch.from_numpy(values["score"])  # (B, P + T), (B,)
+    numbers, mask = token_numbers(policies, sequences, prompt_len, scores, ppo, cfg.temperature, eos_id)
+    told = []
+    for i, (prompt, ids) in enumerate(zip(prompts.tolist(), tokens)):
+        lists = {name: [round(x, 4) for x in table[i][mask[i]].tolist()] for name, table in numbers.items()}
+        whole = {name: round(float(numbers[i]), 4) for name, numbers in values.items()}
+        told.append({"tokens": pieces(tokenizer, prompt, ids)} | lists | whole)
+    return told
+
+
+def viewer(policies, tokenizer, groups, answers, values, ppo, cfg, device):
+    """viewer.json: answers token by token to cfg.viewer_samples prompts, evenly spread, so that all lengths are there.
+
+    answers, values: {"before", "after"}, as respond and measure return them of all prompts.
+    """
+    chosen = np.linspace(0, cfg.prompts - 1, min(cfg.viewer_samples, cfg.prompts)).astype(int)
+    samples, start = {i: {"prompt": answers["before"]["prompts"][i]} for i in chosen}, 0
+    for prompts in groups:
+        rows = chosen[(start <= chosen) & (chosen < start + len(prompts))]
+        for name in answers if len(rows) else ():
+            tokens = [answers[name]["tokens"][i] for i in rows]
+            some = {key: values[name][key][rows] for key in ("score", "judge")}
+            told = by_token(policies, tokenizer, prompts[rows - start].to(device), tokens, some, ppo, cfg)
+            for i, response in zip(rows, told):
+                samples[i][name] = response
+        start += len(prompts)
+    return {"kl_coef": ppo.kl_coef, "samples": list(samples.values())}
+
+
+def write(out, results, samples, tokens, card):
+    """Put everything into the folder of the policy; returns the paths. samples, card: Markdown. tokens: of viewer."""
+    write_text(out / RESULTS, json.dumps(results, indent=1))
+    write_text(out / "samples.md", samples)
+    write_text(out / VIEWER, json.dumps(tokens))
+    written = [out / RESULTS, out / "samples.md", out / VIEWER, write_card(out, card)]
+    written.append(save(example_results(out), out / "example_results.png"))
+    if (out / "log.jsonl").is_file():  # not where the policy is somebody else's
+        written.append(learning_curves(out))
+    return written
 
 
 def main(cfg):
@@ -173,6 +178,10 @@ def main(cfg):
     opened = open_pair(cfg.before, cfg.after)
     _, config, tokenizer = opened["before"]
     check_context(cfg, config)
+    if not Path(cfg.after).is_dir():
+        raise BadInput(f"after is {cfg.after!r}, no folder here: results are written beside the policy, so download it")
+    ppo, log = ppo_run(cfg.after)
+    second = open_second_lm(cfg.second_lm, device) if cfg.second_lm else None
     judge = SentimentReward.load(cfg.judge, device=device)
     reward_fn = load_reward(cfg, device)
     pool = prompt_pool(load_splits(cfg.dataset)["evaluation"].texts, tokenizer, cfg.max_prompt_len, cfg.prompts)
@@ -184,31 +193,29 @@ def main(cfg):
 
     policies = {name: load_policy(*parts, bf16).to(device).eval() for name, parts in opened.items()}
     groups = list(prompt_groups(pool, cfg))
-    results, rows = {}, {}
+    results, answers, values = {}, {}, {}
     for name, policy in policies.items():
-        answers = respond(policy, policies["before"], tokenizer, groups, cfg, device, name)
-        results[name], rows[name] = measure(answers, reward_fn, judge, cfg)
-    results["difference"] = {}
-    for name in rows["before"]:  # paired: the same prompt and the same random numbers on both sides
-        paired = rows["after"][name] - rows["before"][name]
-        results["difference"][name] = row(paired.mean(), interval(paired, cfg))
-    results["prompts"], told = cfg.prompts, ("before", "after", "seed", "temperature", "sample_temperature")
-    results["config"] = {name: getattr(cfg, name) for name in told}
+        answers[name] = respond(policy, policies["before"], tokenizer, groups, cfg, device, name)
+        if second:
+            answers[name]["second_nll"] = second_nll(*second, answers[name], cfg)
+        results[name], values[name] = measure(answers[name], reward_fn, judge, cfg)
+    results["difference"] = difference(values["before"], values["after"], cfg)
+    told = ("before", "after", "reward", "judge", "second_lm", "seed", "temperature", "sample_temperature")
+    results |= {"prompts": cfg.prompts, "config": {name: getattr(cfg, name) for name in told}}
     samples = sample_answers(policies, tokenizer, judge, groups, cfg, device)
     results["samples"] = [
         {"prompt": prompt} | {name: {"text": text, "judge": p} for name, (text, p) in zip(policies, sides)}
         for prompt, sides in samples
     ]
 
-    out = Path(cfg.after)
-    write_text(out / RESULTS, json.dumps(results, indent=1))
+    tokens = viewer(policies, tokenizer, groups, answers, values, ppo or PPOConfig(), cfg, device)
+    card = card_text(results, samples, cfg, ppo, log)
+
     caption = f"Samples at temperature {cfg.sample_temperature}, beside each the judge's probability of POSITIVE"
-    write_text(out / "samples.md", f"{caption}.\n\n{samples_markdown(samples)}")
     print(f"\n{cfg.prompts} held-out prompts, the same for both; 95 % bootstrap intervals\n\n{table_text(results)}\n")
+    print(f"{kl_text(results)}\n\n{textwrap.fill(KL_NOTE, 118)}\n")
     print(f"{caption}\n\n{side_by_side(samples)}")
-    written = [out / RESULTS, out / "samples.md", save(example_results(out), out / "example_results.png")]
-    if (out / "log.jsonl").is_file():  # not where the policy is somebody else's
-        written.append(learning_curves(out))
+    written = write(Path(cfg.after), results, f"{caption}.\n\n{samples_markdown(samples)}", tokens, card)
     print("\nwritten:", *written, sep="\n  ")
 
 

@@ -29,8 +29,9 @@ from tqdm import tqdm
 from checkpoint import RUN_CONFIG, read_json, write_text
 from config import BadInput, EvaluateConfig, differing, parse
 from data import load_splits, prompt_pool
-from evaluate import measure, prompt_groups, respond
+from evaluate import prompt_groups, respond
 from hub import load_policy, open_gpt2
+from metrics import measure
 from model import pick_device
 from plot import frontier as draw
 from plot import half_width, save

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import BEST, CHECKPOINTS, RESULTS, RUN_CONFIG, delete_checkpoints, need_disk, sweep, write_text
+from checkpoint import BEST, CHECKPOINTS, RUN_CONFIG, delete_checkpoints, delete_results, need_disk, sweep, write_text
 from config import BadInput, printable
 from model import exact_kl
 
@@ -57,9 +57,7 @@ class RunLog:
                 self.start -= earlier[-1]["seconds"]
             if not first_step:
                 shutil.rmtree(self.out / BEST, ignore_errors=True)
-                # what was said of other weights than those to come
-                for old in (RESULTS, "samples.md", "example_results.png", "learning_curves.png"):
-                    (self.out / old).unlink(missing_ok=True)
+                delete_results(self.out)  # what was said of other weights than those to come
         except OSError as error:
             raise BadInput(f"cannot write to {self.out}: {error}") from None
         if cfg.report_to == "tensorboard":

@@ -9,8 +9,8 @@ The teacher of the last line is an earlier run, of a pretrained encoder, on one 
     python reward.py --preset mini --init_from sentence-transformers/all-MiniLM-L6-v2 --out reward_checkpoints/teacher
     --epochs 2 --batch_size 32 --lr 1e-4 --crop_share 0.85
 
-The two learn from disjoint reviews. PPO is rewarded by the first; evaluate.py asks the second, which PPO never saw,
-whether the policy became positive or only found what the first one likes. Each is written as a Hugging Face folder
+The two learn from disjoint reviews. PPO is rewarded by the first; evaluate.py --judge asks the second, which PPO never
+saw, whether the policy became positive or only found what the first one likes. Each is written as a Hugging Face folder
 with the labels NEGATIVE and POSITIVE, log.jsonl and results.json to reward_checkpoints/<preset>/reward and judge.
 """
 
@@ -98,7 +98,10 @@ class SentimentReward:
 
     def __call__(self, texts):
         """Scores (len(texts),) float32 on the CPU."""
-        logits = self.logits(texts)
+        return self.score(self.logits(texts))
+
+    def score(self, logits):
+        """The scores (B,) of logits (B, labels), by self.kind."""
         if self.kind == "logit":
             return logits[:, self.positive]
         odds = log_odds(logits, self.positive)

@@ -684,15 +684,72 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
                 "generator = None",
             ),
         ],
-        "test_evaluate::test_perplexity_is_of_all_tokens_together": [
+        "test_evaluate::test_the_pieces_of_a_response_join_to_its_text_even_where_letters_have_several_tokens": [
+            ("letters of several tokens are lost", "seen = len(text) if whole else seen", "seen = len(text)"),
+        ],
+        "test_evaluate::test_the_numbers_of_each_token_are_those_that_ppo_would_have_learned_from": [
+            ("the viewer's score is not cut", "scores.clamp(-ppo.score_clip, ppo.score_clip)", "scores"),
+            ("the viewer knows no penalty", "- ppo.missing_eos_penalty * ~", "- 0 * ~"),
+        ],
+        "test_evaluate::test_viewer_json_tells_each_token_of_both_answers": [
             (
-                "perplexity as a mean over responses",
-                "np.exp(nll[rows].sum() / length[rows].sum())",
-                "np.exp((nll[rows] / length[rows]).mean())",
+                "the viewer's tokens of another prompt",
+                "prompts[rows - start].to(device)",
+                "prompts[rows * 0].to(device)",
             ),
         ],
-        "test_evaluate::test_generated_text_cannot_become_markup_in_the_samples": [
+        "test_evaluate::test_the_prompts_of_the_viewer_are_spread_over_all_lengths": [
+            ("the viewer shows the shortest prompts", "np.linspace(0, cfg.prompts - 1, min", "np.arange(min"),
+        ],
+    },
+    "metrics.py": {
+        "test_metrics::test_the_kl_three_ways_gives_the_golden_numbers": [
+            ("k3 of the reference", "(-d).expm1() + d", "d.expm1() - d"),
+            ("kl_exact weighed by the reference", "(logp.exp() * diff)", "((logp - diff).exp() * diff)"),
+        ],
+        "test_metrics::test_repetition_is_the_share_of_ngrams_that_were_there_before": [
+            ("repetition upside down", "[1 - len(set(some)) / len(some)", "[len(set(some)) / len(some)"),
+        ],
+        "test_metrics::test_perplexity_is_of_all_tokens_together": [
+            (
+                "perplexity as a mean over responses",
+                "return jackknife(*map(np.exp, leave_one_out(nll.sum(), nll, lengths)))",
+                "return np.exp(nll / lengths)",
+            ),
+        ],
+        "test_metrics::test_the_interval_of_distinct_is_as_wide_as_new_responses_would_scatter": [
+            ("an interval that hardly has a width", "whole + (len(without) - 1) * (", "whole + ("),
+        ],
+        "test_metrics::test_every_difference_is_paired_and_has_a_narrower_interval_than_two_samples_apart": [
+            (
+                "the other side answers another prompt",
+                "= after[name] - before[name]",
+                "= after[name] - before[name][::-1]",
+            ),
+        ],
+        "test_metrics::test_the_ratio_of_perplexities_is_paired_too": [
+            ("a ratio of two samples", "/ theirs[rows].mean()", "/ theirs[rows[::-1] // 2].mean()"),
+        ],
+        "test_metrics::test_measure_tells_value_interval_and_spread": [
+            ("a KL of 0 counted as below 0", "(values[name] < 0).mean()", "(values[name] <= 0).mean()"),
+        ],
+        "test_metrics::test_the_second_model_reads_each_response_as_transformers_does": [
+            ("the second model is charged for the prompt", "end > len(prompt) for", "end > 0 for"),
+            ("the second model begins with the prompt", "[start, *row]", "row"),
+        ],
+        "test_metrics::test_a_second_model_is_read_from_safetensors_alone_and_runs_no_code": [
+            ("a pickle is read", "dict(use_safetensors=True, ", "dict("),
+        ],
+    },
+    "card.py": {
+        "test_card::test_the_samples_are_a_table_in_which_nothing_stays_markup": [
             ("generated text as Markdown", 'f"&#{ord(c)};" if c in', "c if c in"),
+        ],
+        "test_card::test_nothing_untrusted_becomes_markup": [
+            ("the reward's name as Markdown", "score is by {quote(cfg.reward)}", "score is by {cfg.reward}"),
+        ],
+        "test_card::test_a_readme_by_other_hands_stays_and_ours_is_replaced": [
+            ("a README.md by other hands is replaced", "if file.exists() and not is_our_card(file):", "if False:"),
         ],
     },
 }

@@ -45,6 +45,8 @@ CASES = {  # name: (script, flags, what the message names); of a flag that comes
     "no name of a model": ("ppo", f"{PPO} --policy a/b/c/d", ["a/b/c/d"]),
     "labels that say nothing": ("ppo", f"{PPO} --reward {{generic}}", ["LABEL_0", "--positive_label"]),
     "a judge without labels": ("evaluate", f"{EVALUATE} --judge {{generic}}", ["LABEL_0"]),
+    "no second language model": ("evaluate", f"{EVALUATE} --second_lm ./nowhere", ["./nowhere", "config.json"]),
+    "a second model without weights": ("evaluate", f"{EVALUATE} --second_lm {{hollow}}", ["hollow", "no weights"]),
     "a file without a function": ("ppo", f"{PPO} --reward {{nan}}", ["nan.py:function"]),
     "no such function": ("ppo", f"{PPO} --reward nothing.py:f", ["nothing.py"]),
     # data
@@ -57,7 +59,7 @@ CASES = {  # name: (script, flags, what the message names); of a flag that comes
         f"{FINETUNE} --block_size 20000 --n_positions 20000",
         ["toy.csv", "20000"],
     ),
-    "fewer held-out reviews than prompts": ("evaluate", EVALUATE, ["512", "32"]),
+    "fewer held-out reviews than prompts": ("evaluate", EVALUATE, ["1024", "32"]),
     "reviews shorter than a prompt": ("ppo", f"{PPO} --max_prompt_len 200 --policy {{long}}", ["longer", "200"]),
     # sizes
     "prompt and response over the context": ("ppo", f"{PPO} --response_len 41", ["8", "41", "48"]),

@@ -29,7 +29,7 @@ READERS = {  # the modules that get a config of the class
     FinetuneConfig: ("finetune_gpt2", *SHARED),
     RewardConfig: ("reward", *SHARED),
     PPOConfig: ("ppo", "reward", *SHARED),
-    EvaluateConfig: ("evaluate", "reward", *SHARED),
+    EvaluateConfig: ("evaluate", "metrics", "card", "reward", *SHARED),
     GenerateConfig: ("generate", "reward", *SHARED),
     BenchConfig: ("bench", *SHARED),
     FrontierConfig: ("frontier", *SHARED),

@@ -1,8 +1,6 @@
-"""The comparison before and after PPO: its numbers, its tables, and a run from start to end."""
+"""The comparison before and after PPO: prompts, answers, what viewer.json tells of them, a run from start to end."""
 
-import html
 import json
-import re
 import shutil
 from dataclasses import replace
 
@@ -12,44 +10,15 @@ import torch
 from conftest import reviews_csv
 
 import evaluate
-from config import EvaluateConfig
-from evaluate import (
-    CAPTIONS,
-    distinct,
-    interval,
-    measure,
-    prompt_groups,
-    respond,
-    sample_answers,
-    samples_markdown,
-    table_text,
-)
+from config import BadInput, EvaluateConfig, PPOConfig
+from evaluate import pieces, prompt_groups, respond, sample_answers, token_numbers, viewer
 from hub import load_policy, open_gpt2
 from log import side_by_side
+from metrics import kl_text, table_text
+from ppo import gae, token_rewards
 
 CFG = EvaluateConfig(prompts=16, max_prompt_len=4, response_len=12, batch_size=3, resamples=200, samples=3)
 CPU = torch.device("cpu")
-
-
-def test_distinct_is_the_share_of_ngrams_that_differ():
-    responses = [[1, 2, 1, 2], [1, 2], [], [3]]
-    assert distinct(responses, 1) == 3 / 7
-    assert distinct(responses, 2) == 2 / 4  # 12, 21, 12, 12: none across two responses
-    assert distinct([[1]], 2) == 0
-
-
-def test_an_interval_holds_the_mean_and_shrinks_with_more_data():
-    values = np.random.default_rng(0).normal(3, 2, 1600)
-    (low, high), (narrow_low, narrow_high) = interval(values[:100], CFG), interval(values, CFG)
-    assert low < values[:100].mean() < high
-    assert narrow_low < values.mean() < narrow_high
-    assert high - low == pytest.approx(2 * 1.96 * 2 / 10, rel=0.3)  # the normal approximation
-    assert (high - low) / (narrow_high - narrow_low) == pytest.approx(4, rel=0.3)
-
-
-def test_an_interval_of_a_constant_has_no_width_and_it_takes_any_statistic():
-    assert interval(np.full(20, 7.0), CFG) == (7.0, 7.0)
-    assert interval(np.arange(5.0), CFG, lambda rows: len(rows)) == (5.0, 5.0)
 
 
 @pytest.mark.parametrize("prompts", [16, 3, 1])
@@ -64,17 +33,7 @@ def test_every_prompt_is_in_one_group_and_a_group_has_one_length(prompts):
     assert len({group.shape[1] for group in groups}) == min(5, prompts)
 
 
-# ---- tables
-
-
-def test_generated_text_cannot_become_markup_in_the_samples():
-    """Nothing but letters of it is left, and a reader sees the text as it was."""
-    nasty = "<script>alert('a')</script> | `code` **bold** [x](y) ![i](j) $m$ a\nb\r\u2028c @you www.x.org"
-    header, rule, line = samples_markdown([("A film", [(nasty, 0.5), (nasty, 0.5)])]).splitlines()
-    cells = line.split("|")[1:-1]
-    assert header.count("|") == rule.count("|") == line.count("|") == 6
-    assert not re.search(r"[<>`*\[\]!$@]|www\.|&(?!#\d+;|\w+;)", line)
-    assert html.unescape(cells[1]).strip() == " ".join(nasty.split())
+# ---- samples
 
 
 SAMPLES = [("A film", [("was dull " * 9, 0.2), ("was\033[2J great\n" * 5, 0.9)])]
@@ -99,17 +58,6 @@ def test_what_the_judge_finds_positive_is_green_and_the_rest_red(monkeypatch, no
     assert ("\033[31m(0.20)" in text and "\033[32m(0.90)" in text) != no_color
 
 
-def test_the_table_is_rectangular_and_shows_each_value_with_its_interval():
-    one = {name: {"value": i, "low": i - 0.5, "high": i + 100} for i, name in enumerate(CAPTIONS)}
-    one["distinct_1"] = {"value": 0.25}
-    lines = table_text({"before": one, "after": one}).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert {line.count("|") for line in lines} == {4}
-    assert len(lines) == 2 + len(CAPTIONS)
-    assert "| 3.00 [2.50, 103.00] " in lines[2 + list(CAPTIONS).index("kl")]
-    assert re.search(r"distinct-1 +\| 0.25 +\| 0.25 +\|", "\n".join(lines))
-
-
 # ---- answers
 
 
@@ -130,8 +78,7 @@ def test_a_policy_that_is_its_own_reference_has_no_kl_and_the_same_seed_gives_th
     policy, _, tokenizer = opened
     first, second = (respond(policy, policy, tokenizer, GROUPS, CFG, CPU, "m") for _ in range(2))
     assert first == second
-    assert np.abs(first["kl"]).max() == 0
-    assert np.abs(first["kl_exact"]).max() < 1e-6
+    assert all(set(first[name]) == {0} for name in ("kl", "kl_k3", "kl_exact"))
     assert all(len(values) == 4 for values in first.values())
     assert all(text.startswith(prompt) for text, prompt in zip(first["texts"], first["prompts"]))
     assert first["prompts"] == [tokenizer.decode(row) for group in GROUPS for row in group]
@@ -144,6 +91,7 @@ def test_another_seed_gives_other_texts_and_another_policy_a_kl(opened):
     apart = respond(other, policy, tokenizer, GROUPS, CFG, CPU, "m")
     assert seeded["texts"] != first["texts"]
     assert min(apart["kl_exact"]) > 0
+    assert min(apart["kl_k3"]) > 0
 
 
 def test_tokens_end_with_the_end_of_text_and_ref_nll_is_of_these_tokens_at_temperature_1(opened):
@@ -193,49 +141,152 @@ def test_the_samples_are_as_many_as_wanted_at_their_own_temperature_with_the_pro
             assert probability == pytest.approx(len(texts[i]) / (len(texts[i]) + 1), rel=1e-4)
 
 
-def test_perplexity_is_of_all_tokens_together(opened):
-    """2 tokens at NLL 1 and 18 at 0: e^.1, not the mean over responses."""
+# ---- token by token
 
-    class Judge:
-        def log_odds(self, texts):
-            return torch.tensor([1.0, -1.0])
 
-    answers = {"texts": ["a", "b"], "tokens": [[1, 2], [3] * 18], "kl": [0.0, 2.0], "kl_exact": [0.0, 1.0]}
-    table, per_response = measure(answers | {"ref_nll": [2.0, 0.0]}, lambda texts: [1.0, 2.0], Judge(), CFG)
-    assert table["perplexity"]["value"] == pytest.approx(np.exp(0.1))
-    assert table["positive_by_judge"]["value"] == 0.5
-    assert table["score"]["value"] == 1.5
-    assert table["response_length"]["value"] == 10
-    assert table["distinct_1"] == {"value": 3 / 20}
-    assert per_response["kl"].tolist() == [0.0, 2.0]
+def test_the_pieces_of_a_response_join_to_its_text_even_where_letters_have_several_tokens(opened):
+    """Prompt and response may be cut inside a letter, and bytes may be no letter at all."""
+    _, _, tokenizer = opened
+    end = tokenizer.eos_token_id
+    whole = tokenizer("A great caf\u00e9 \U0001f600 film")["input_ids"]
+    assert len(tokenizer("\U0001f600")["input_ids"]) == 4
+    odd = tokenizer("\U0001f600")["input_ids"][:2] + tokenizer(" film")["input_ids"]
+    for ids in (whole, odd * 3, whole[:-3]):
+        for cut in range(1, len(ids)):
+            prompt, text = (tokenizer.decode(some, skip_special_tokens=True) for some in (ids[:cut], ids))
+            assert "".join(pieces(tokenizer, ids[:cut], ids[cut:])) == text[len(prompt) :]
+            ended = pieces(tokenizer, ids[:cut], [*ids[cut:], end])
+            assert (len(ended), ended[-1]) == (len(ids) - cut + 1, "<|endoftext|>")
+            assert "".join(ended[:-1]) == text[len(prompt) :]
+    assert pieces(tokenizer, whole, [end]) == ["<|endoftext|>"]
+
+
+def test_the_numbers_of_each_token_are_those_that_ppo_would_have_learned_from():
+    """Two responses of 2 tokens worked out by hand; the second one has no end, and its score is cut to 2.5."""
+    logprobs, ref_logprobs = torch.tensor([[-1.0, -2], [-1, -1]]), torch.tensor([[-1.5, -1], [-1, -1]])
+    values, scores = torch.tensor([[0.5, 0.25], [0, 0]]), torch.tensor([2.0, 3.0])
+    policies = {"after": lambda *_: (logprobs, values), "before": lambda *_: (ref_logprobs, None)}
+    ppo = PPOConfig(kl_coef=0.1, lam=0.5, gamma=1.0, score_clip=2.5, missing_eos_penalty=0.5)
+    sequences = torch.tensor([[9, 5, 0], [9, 5, 6]])
+    found, mask = token_numbers(policies, sequences, 1, scores, ppo, 1.0, eos_id=0)
+    assert mask.all()
+    torch.testing.assert_close(found["kl"], torch.tensor([[0.5, -1], [0, 0]]))
+    torch.testing.assert_close(found["ratio"], torch.tensor([[0.5, -1], [0, 0]]).exp())
+    torch.testing.assert_close(found["advantage"], torch.tensor([[0.625, 1.85], [1, 2]]))
+    assert found["value"] is values
+
+
+@pytest.fixture(scope="module")
+def answered(opened):
+    """Two policies' answers to 16 prompts of 2 to 4 tokens: (policies, groups, answers, values)."""
+    before, after, tokenizer = opened
+    with torch.no_grad():
+        after.value_head.bias += 0.5
+    policies = {"before": before, "after": after}
+    groups = list(prompt_groups(np.random.default_rng(0).integers(1, 250, (16, 4)), CFG))
+    answers = {name: respond(p, before, tokenizer, groups, CFG, CPU, name) for name, p in policies.items()}
+    values = {name: {"score": np.arange(16.0) + i, "judge": np.linspace(0, 1, 16)} for i, name in enumerate(policies)}
+    return policies, groups, answers, values
+
+
+def test_viewer_json_tells_each_token_of_both_answers(opened, answered):
+    """The kl of the policy's own answer sums to its KL; the advantages are GAE's of the rewards of PPO."""
+    tokenizer, (policies, groups, answers, values) = opened[2], answered
+    ppo = PPOConfig(kl_coef=0.3, gamma=0.9, lam=0.8)
+    found = json.loads(json.dumps(viewer(policies, tokenizer, groups, answers, values, ppo, CFG, CPU)))
+    assert found["kl_coef"] == 0.3
+    assert len(found["samples"]) == 16
+    for i, sample in enumerate(found["samples"]):
+        assert sample["prompt"] == answers["before"]["prompts"][i]
+        for side in ("before", "after"):
+            told, tokens, text = sample[side], answers[side]["tokens"][i], answers[side]["texts"][i]
+            ended = tokens[-1] == tokenizer.eos_token_id
+            assert "".join(told["tokens"][: len(tokens) - ended]) == text[len(sample["prompt"]) :]
+            assert {len(told[name]) for name in ("tokens", "kl", "ratio", "value", "advantage")} == {len(tokens)}
+            assert (told["score"], told["judge"]) == (values[side]["score"][i], round(values[side]["judge"][i], 4))
+            assert told["ratio"] == pytest.approx(np.exp(told["kl"]), rel=1e-3, abs=2e-4)
+            assert set(told["value"]) == {0.5}
+            kl, mask = torch.tensor([told["kl"]]), torch.ones(1, len(tokens), dtype=torch.bool)
+            rewards = token_rewards(torch.tensor([told["score"]]), kl, mask, 0.3)
+            advantages, _ = gae(rewards, torch.tensor([told["value"]]), mask, 0.9, 0.8)
+            assert told["advantage"] == pytest.approx(advantages[0].tolist(), abs=2e-3)
+        assert sum(sample["after"]["kl"]) == pytest.approx(answers["after"]["kl"][i], abs=2e-3)
+        assert any(x != 0 for x in sample["before"]["kl"])  # of the policy after PPO, whoever sampled them
+
+
+def test_the_prompts_of_the_viewer_are_spread_over_all_lengths(opened, answered):
+    policies, groups, answers, values = answered
+    found = viewer(policies, opened[2], groups, answers, values, PPOConfig(), replace(CFG, viewer_samples=4), CPU)
+    prompts = answers["before"]["prompts"]
+    assert [sample["prompt"] for sample in found["samples"]] == [prompts[i] for i in (0, 5, 10, 15)]
+    none = viewer(policies, opened[2], groups, answers, values, PPOConfig(), replace(CFG, viewer_samples=0), CPU)
+    assert none["samples"] == []
 
 
 # ---- whole runs
 
 
-@pytest.mark.parametrize("by", ["function", "classifier"])
-def test_a_model_compared_with_itself_differs_in_nothing(tmp_path, monkeypatch, capsys, gpt2_folder, bert_folder, by):
+@pytest.fixture
+def run(tmp_path, monkeypatch, gpt2_folder, bert_folder):
+    """Compare a model with itself in an empty folder, with some fields changed; returns the folder of the policy."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(gpt2_folder, "after")
     (tmp_path / "mine.py").write_text("def length(texts):\n    return [len(t) for t in texts]\n")
-    cfg = EvaluateConfig(
-        dataset=str(reviews_csv(tmp_path / "toy.csv")), before=str(gpt2_folder), after="after", positive_label="",
-        reward="mine.py:length" if by == "function" else str(bert_folder), judge=str(bert_folder), prompts=16,
-        max_prompt_len=4, batch_size=8, resamples=50, samples=3, self_check=False,
-    )  # fmt: skip
-    evaluate.main(cfg)
-    results = json.loads((tmp_path / "after" / "results.json").read_text())
+
+    def compare(**changes):
+        cfg = EvaluateConfig(
+            dataset=str(reviews_csv(tmp_path / "toy.csv")), before=str(gpt2_folder), after="after", positive_label="",
+            reward=str(bert_folder), judge=str(bert_folder), prompts=16, max_prompt_len=4, batch_size=8, resamples=50,
+            samples=3, viewer_samples=5, self_check=False,
+        )  # fmt: skip
+        evaluate.main(replace(cfg, **changes))
+        return tmp_path / "after"
+
+    return compare
+
+
+@pytest.mark.parametrize("by", ["function", "classifier"])
+def test_a_model_compared_with_itself_differs_in_nothing(run, capsys, gpt2_folder, bert_folder, by):
+    out = run(reward="mine.py:length" if by == "function" else str(bert_folder), second_lm=str(gpt2_folder))
+    results = json.loads((out / "results.json").read_text())
+    ratio = results["difference"].pop("perplexity_ratio")
     assert results["before"] == results["after"]
     assert all(row == {"value": 0, "low": 0, "high": 0} for row in results["difference"].values())
-    assert {"score", "kl", "perplexity", "positive_by_judge"} <= set(results["before"])
+    assert ratio == {"value": 1, "low": 1, "high": 1}
+    assert set(results["difference"]) == set(results["before"])
+    assert {"score", "kl", "kl_k3", "perplexity", "positive_by_judge", "repetition"} <= set(results["before"])
     assert ("positive_by_reward" in results["before"]) == (by == "classifier")
-    assert results["before"]["kl"]["value"] == 0
-    assert len((tmp_path / "after" / "samples.md").read_text().splitlines()) == 2 + 2 + 3
+    assert results["before"]["kl"] == {"value": 0, "low": 0, "high": 0, "std": 0, "below_0": 0}
+    assert results["before"]["bits_per_character"]["value"] > 0
+    assert len((out / "samples.md").read_text().splitlines()) == 2 + 2 + 3
     assert [set(sample) for sample in results["samples"]] == 3 * [{"prompt", "before", "after"}]
     assert results["samples"][0]["before"] == results["samples"][0]["after"]
     assert set(results["samples"][0]["before"]) == {"text", "judge"}
     shown = capsys.readouterr().out
     assert table_text(results) in shown
+    assert kl_text(results) in shown
     written = shown.split("written:\n")[1].split()
-    assert written == ["after/results.json", "after/samples.md", "after/example_results.png"]  # no log, no curves
-    assert all((tmp_path / path).stat().st_size > 0 for path in written)
+    files = ["results.json", "samples.md", "viewer.json", "README.md", "example_results.png"]  # no log, no curves
+    assert written == [f"after/{file}" for file in files]
+    assert all((out / file).stat().st_size > 0 for file in files)
+    told = json.loads((out / "viewer.json").read_text())
+    assert (told["kl_coef"], len(told["samples"])) == (PPOConfig().kl_coef, 5)
+
+
+def test_the_kl_coefficient_of_the_viewer_is_that_of_the_run_and_the_card_tells_of_it(run, tmp_path):
+    ppo = PPOConfig(kl_coef=0.75, policy="gpt2-medium", steps=3)
+    (tmp_path / "after" / "run_config.json").write_text(json.dumps(vars(ppo)))
+    out = run()
+    card = (out / "README.md").read_text()
+    assert json.loads((out / "viewer.json").read_text())["kl_coef"] == 0.75
+    assert "base_model: gpt2-medium" in card
+    assert "384: 3 rollouts of 128" in card
+    assert "--kl_coef 0.75" in card
+
+
+def test_results_need_a_folder_to_be_written_to(run, monkeypatch):
+    """Catches a policy of the hub that is compared for minutes and has no place for what was found."""
+    monkeypatch.setattr(evaluate, "open_gpt2", lambda name: open_gpt2(name if name != "user/name" else "after"))
+    monkeypatch.setattr(evaluate, "respond", None)
+    with pytest.raises(BadInput, match="user/name"):
+        run(after="user/name")

@@ -9,8 +9,8 @@ from test_ppo import EOS, Words
 from test_ppo import tiny_policy as any_policy
 
 from config import PPOConfig
-from evaluate import distinct
 from log import rollout_metrics
+from metrics import distinct
 from optimizer import Stepper
 from ppo import rollout, update
 
@@ -35,7 +35,7 @@ def train(policy, reward, cfg, prompt=1, ref_policy=None):
         optimizer.param_groups[0]["lr"] = cfg.lr * (1 - (1 - cfg.lr_end) * step / cfg.steps)
         batch = rollout(policy, ref_policy, Words(), reward, prompts, cfg.kl_coef, cfg, generator)
         few = [ids[kept].tolist() for ids, kept in zip(batch.sequences[:32, batch.prompt_len :], batch.mask)]
-        diversity = {"distinct_2": distinct(few, 2)}  # of 32 responses: 256 repeat all bigrams of 10 tokens anyway
+        diversity = {"distinct_2": distinct(few, 2).mean()}  # of 32: 256 repeat all bigrams of 10 tokens anyway
         logs.append(rollout_metrics(batch, policy, ref_policy, reward, None, cfg) | diversity)
         update(policy, stepper, batch, cfg, generator)
     return logs

@@ -192,6 +192,46 @@ def test_the_limit_is_the_lesser_of_tokenizer_and_model(config, tokens, limit):
     assert token_limit(SimpleNamespace(**config), SimpleNamespace(model_max_length=tokens)) == limit
 
 
+def write_roberta(folder, **limit):
+    """Write a tiny RoBERTa classifier like the judge of preset gpt2: 514 positions, of which 2 are not for texts."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(TEXTS, vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    bpe.save_model(str(folder))
+    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
+    RobertaTokenizerFast(*files, **limit).save_pretrained(folder)
+    shape = dict(
+        vocab_size=bpe.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1, bos_token_id=0,
+        eos_token_id=2, id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in enumerate(NAMES)},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(RobertaConfig(**shape)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3).add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("limit", [{"model_max_length": 512}, {}], ids=["tokenizer says 512", "tokenizer says nothing"])
+def test_a_roberta_scores_short_and_very_long_texts_as_transformers_does(tmp_path, limit):
+    """No token types, positions from 2 on: one too many in a text would be past the embedding, an IndexError."""
+    model = write_roberta(tmp_path, **limit)
+    classifier = SentimentReward.load(str(tmp_path))
+    long = " ".join(f"word{i}" for i in range(2000))
+    assert classifier.max_length == 512
+    found = classifier.log_odds([*TEXTS[:2], long])
+    for text, odds in zip([*TEXTS[:2], long], found):
+        ids = classifier.tokenizer(text, verbose=False)
+        assert "token_type_ids" not in ids
+        ids = ids["input_ids"][:1] + ids["input_ids"][1:][-511:]  # <s>, and the end of the text
+        with torch.no_grad():
+            z = model(torch.tensor([ids])).logits[0]
+        assert odds.item() == pytest.approx((z[1] - z[0]).item(), abs=1e-4)
+
+
 def test_a_model_and_tokenizer_without_any_limit_can_be_used(classifier):
     limit = token_limit(SimpleNamespace(model_type="xlnet"), classifier.tokenizer)
     assert len(tokenize(classifier.tokenizer, ["film " * 600], limit)["input_ids"][0]) == 602
