@@ -33,7 +33,7 @@ WORKS = {  # preset: the PPO that is timed; its prompts have one length, so that
     "gpt2": PPOConfig(
         batch_size=32, minibatch_size=8, micro_batch_size=8, min_prompt_len=8, max_prompt_len=8, response_len=24
     ),
-    "mini": PPOConfig(**MINI | dict(min_prompt_len=6, max_prompt_len=6, response_len=24)),
+    "mini": PPOConfig(**MINI | dict(micro_batch_size=32, min_prompt_len=6, max_prompt_len=6, response_len=24)),
 }
 MINIBATCHES = ("minibatch_size", "micro_batch_size")
 SIZES = {"gpt2": GPT2Config(), "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16)}

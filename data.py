@@ -25,6 +25,7 @@ from config import BadInput
 
 EOS = "<|endoftext|>"
 SHARES = {"reward": 0.42, "judge": 0.42, "prompts": 0.08, "evaluation": 0.08}
+CONTROLS = ("[negative]", "[positive]")  # before the prompts of the task "controlled"
 CACHE = Path(".cache")  # tokenised reviews; safe to delete
 LABELS = {"0": 0, "neg": 0, "negative": 0, "1": 1, "pos": 1, "positive": 1}
 
@@ -253,11 +254,23 @@ def block_order(step, n_blocks, batch_size, trained_blocks, seed):
     return np.array([orders[place // n_blocks][place % n_blocks] for place in places])
 
 
-def prompt_pool(texts, tokenizer, prompt_len, limit=None):
-    """The first prompt_len tokens of the first `limit` reviews that go on after them, (M, prompt_len) int64."""
-    pool = []
+def controls_of(task, tokenizer):
+    """What stands before the prompts of a task, a list of ids for each kind of prompt: nothing, or each of CONTROLS."""
+    return encode(list(CONTROLS), tokenizer) if task == "controlled" else [[]]
+
+
+def prompt_pool(texts, tokenizer, prompt_len, limit=None, task="positive"):
+    """The first prompt_len tokens of reviews that go on after them, `limit` rows at most, (M, prompt_len) int64.
+
+    For the task "controlled" a review gives a row behind each of CONTROLS, as wide as the longest control asks: what a
+    shorter one leaves is the review's.
+    """
+    controls, pool = controls_of(task, tokenizer), []
+    width, space = prompt_len + max(map(len, controls)), " " * (task == "controlled")
     for start in range(0, len(texts), 1000):
-        pool += [ids[:prompt_len] for ids in encode(texts[start : start + 1000], tokenizer) if len(ids) > prompt_len]
+        for ids in encode([space + text for text in texts[start : start + 1000]], tokenizer):
+            if len(ids) > width - min(map(len, controls)):
+                pool += [(control + ids)[:width] for control in controls]
         if limit and len(pool) >= limit:
             break
     if not pool:
@@ -269,7 +282,7 @@ def prompt_batch(pool, step, cfg):
     """The prompts of a rollout, (batch_size, P) int64: P is drawn from cfg's range, one length for the whole batch.
 
     A function of (seed, step) alone: each pass over the pool is a new permutation, and each prompt comes once in it.
-    For rloo and grpo it stands in samples_per_prompt rows, one behind the other.
+    Controls come on top of P. For rloo and grpo it stands in samples_per_prompt rows, one behind the other.
     """
     k = 1 if cfg.advantage == "gae" else cfg.samples_per_prompt
     n = cfg.batch_size // k
@@ -278,4 +291,5 @@ def prompt_batch(pool, step, cfg):
     passes, place = divmod(step, len(pool) // n)
     order = np.random.default_rng([cfg.seed, 0, passes]).permutation(len(pool))
     prompt_len = np.random.default_rng([cfg.seed, 1, step]).integers(cfg.min_prompt_len, cfg.max_prompt_len + 1)
+    prompt_len += pool.shape[1] - cfg.max_prompt_len  # the control's, if there is one
     return torch.from_numpy(pool[order[place * n :][:n], :prompt_len]).repeat_interleave(k, 0)

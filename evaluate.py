@@ -2,7 +2,7 @@
 
     python evaluate.py
     python evaluate.py --preset mini
-    python evaluate.py --second_lm gpt2              # another language model reads the answers too
+    python evaluate.py --second_lm gpt2          # another language model reads the answers too
     python evaluate.py frontier --preset mini    # hours: many policies instead of two, see frontier.py
 
 Writes README.md (the card), results.json, samples.md, viewer.json, example_results.png and learning_curves.png into the
@@ -30,18 +30,19 @@ from metrics import KL_NOTE, difference, kl_text, kl_three_ways, measure, open_s
 from model import pick_device, random_generator, token_logprobs
 from plot import example_results, learning_curves, save
 from ppo import gae, response_mask, token_rewards
-from reward import SentimentReward, check_reward, load_reward
+from reward import CLASSIFIERS, check_reward, load_reward
 
 DECODE = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 def prompt_groups(pool, cfg):
     """cfg.prompts prompts as batches of one length each, (B, P) int64: the lengths share them evenly."""
+    control_len = pool.shape[1] - cfg.max_prompt_len  # 0 where the task has no controls
     lengths = range(cfg.min_prompt_len, cfg.max_prompt_len + 1)
     for prompt_len, rows in zip(lengths, np.array_split(np.arange(cfg.prompts), len(lengths))):
         for batch in np.split(rows, range(cfg.batch_size, len(rows), cfg.batch_size)):
             if len(batch):
-                yield torch.from_numpy(pool[batch, :prompt_len])
+                yield torch.from_numpy(pool[batch, : control_len + prompt_len])
 
 
 @torch.no_grad()
@@ -177,14 +178,15 @@ def main(cfg):
     device, bf16 = pick_device(cfg)
     opened = open_pair(cfg.before, cfg.after)
     _, config, tokenizer = opened["before"]
-    check_context(cfg, config)
+    check_context(cfg, config, tokenizer)
     if not Path(cfg.after).is_dir():
         raise BadInput(f"after is {cfg.after!r}, no folder here: results are written beside the policy, so download it")
     ppo, log = ppo_run(cfg.after)
     second = open_second_lm(cfg.second_lm, device) if cfg.second_lm else None
-    judge = SentimentReward.load(cfg.judge, device=device)
+    judge = CLASSIFIERS[cfg.task].load(cfg.judge, device=device)
     reward_fn = load_reward(cfg, device)
-    pool = prompt_pool(load_splits(cfg.dataset)["evaluation"].texts, tokenizer, cfg.max_prompt_len, cfg.prompts)
+    reviews = load_splits(cfg.dataset)["evaluation"].texts
+    pool = prompt_pool(reviews, tokenizer, cfg.max_prompt_len, cfg.prompts, cfg.task)
     if len(pool) < cfg.prompts:
         raise BadInput(f"prompts is {cfg.prompts}, and the held-out reviews give {len(pool)}")
 
@@ -200,7 +202,7 @@ def main(cfg):
             answers[name]["second_nll"] = second_nll(*second, answers[name], cfg)
         results[name], values[name] = measure(answers[name], reward_fn, judge, cfg)
     results["difference"] = difference(values["before"], values["after"], cfg)
-    told = ("before", "after", "reward", "judge", "second_lm", "seed", "temperature", "sample_temperature")
+    told = ("before", "after", "task", "reward", "judge", "second_lm", "seed", "temperature", "sample_temperature")
     results |= {"prompts": cfg.prompts, "config": {name: getattr(cfg, name) for name in told}}
     samples = sample_answers(policies, tokenizer, judge, groups, cfg, device)
     results["samples"] = [

@@ -13,6 +13,7 @@ the run's config to finetune_checkpoints/<preset>/. A run that was stopped goes 
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from config import BadInput, FinetuneConfig, run
 from data import block_order, digest, language_model_texts, load_splits, pack, texts_of, train_bpe
 from hub import SAVE_DTYPES, load_gpt2, open_gpt2, save_gpt2
 from log import RunLog, finetune_sheet
-from model import GPT2, ONE_PROCESS, GPT2Config, join, pick_device
+from model import GPT2, ONE_PROCESS, GPT2Config, join, micro_batch_size, pick_device, to_device
 from optimizer import Stepper, make_optimizers
 
 
@@ -143,6 +144,8 @@ def main(cfg):
     texts = language_model_texts(splits, cfg.reviews)
     model, tokenizer = start_model(cfg, opened, texts, bf16)
     model.to(device)
+    size = micro_batch_size(cfg, cfg.batch_size, cfg.block_size, model, 3, device, ranks)
+    cfg = replace(cfg, micro_batch_size=size)
     stream, data = pack(texts, tokenizer), digest(texts)
     n_blocks, trained_blocks, steps = plan(len(stream), cfg, ranks.size)
     validation_reviews = validation_texts(texts_of(splits["prompts"], cfg.reviews), tokenizer, cfg.eval_tokens)
@@ -177,7 +180,7 @@ def main(cfg):
         if step < steps:
             clock = time.time()
             numbers = block_order(step, n_blocks, cfg.batch_size, trained_blocks, cfg.seed)
-            x, y = (t.to(device) for t in blocks(stream, ranks.share(numbers), cfg.block_size))
+            x, y = (to_device(t, device) for t in blocks(stream, ranks.share(numbers), cfg.block_size))
             lr = learning_rate(step, steps, cfg)
             stepper.set_lr(lr / cfg.lr)
             loss = train_step(learner, x, y, cfg, ranks).item()

@@ -35,7 +35,7 @@ from metrics import measure
 from model import pick_device
 from plot import frontier as draw
 from plot import half_width, save
-from reward import SentimentReward, as_scores, load_reward
+from reward import CLASSIFIERS, as_scores, load_reward
 
 ROOT = Path(__file__).parent
 METHODS = {"PPO": "gae", "RLOO": "rloo", "GRPO": "grpo"}
@@ -136,9 +136,9 @@ class Examiner:
         opened = open_gpt2(self.cfg.before)
         self.tokenizer = opened[2]
         self.reward_fn = load_reward(self.cfg, self.device)
-        self.judge = SentimentReward.load(self.cfg.judge, device=self.device)
+        self.judge = CLASSIFIERS[self.cfg.task].load(self.cfg.judge, device=self.device)
         reviews = load_splits(self.cfg.dataset)["evaluation"].texts
-        pool = prompt_pool(reviews, self.tokenizer, self.cfg.max_prompt_len, cfg.prompts)
+        pool = prompt_pool(reviews, self.tokenizer, self.cfg.max_prompt_len, cfg.prompts, self.cfg.task)
         if len(pool) < cfg.prompts:
             raise BadInput(f"prompts is {cfg.prompts}, and the held-out reviews give {len(pool)}")
         self.groups = list(prompt_groups(pool, self.cfg))

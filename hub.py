@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from checkpoint import first_line, match, read_file, read_json, replacing
 from config import PRESETS, BadInput
+from data import controls_of
 from model import GPT2, GPT2Config, Policy
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -162,11 +163,13 @@ def open_pair(before, after):
     return opened
 
 
-def check_context(cfg, config):
-    """BadInput unless the longest prompt and response of cfg fit the model."""
-    if cfg.max_prompt_len + cfg.response_len > config.n_positions:
+def check_context(cfg, config, tokenizer):
+    """BadInput unless the longest prompt, with its control, and response of cfg fit the model."""
+    control_len = max(map(len, controls_of(cfg.task, tokenizer)))
+    if control_len + cfg.max_prompt_len + cfg.response_len > config.n_positions:
+        control = f"a control of {control_len} tokens + " if control_len else ""
         raise BadInput(
-            f"max_prompt_len {cfg.max_prompt_len} + response_len {cfg.response_len} is over the model's "
+            f"{control}max_prompt_len {cfg.max_prompt_len} + response_len {cfg.response_len} is over the model's "
             f"{config.n_positions} positions"
         )
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import first_line
 from config import BadInput
+from data import CONTROLS
 from hub import locate
 from model import token_logprobs
 from reward import SentimentReward, as_scores, check_finite, log_odds
@@ -23,6 +24,8 @@ CAPTIONS = {
     "score": "score",
     "positive_by_reward": "positive, by the reward",
     "positive_by_judge": "positive, by the judge",
+    "agrees_negative": "behind [negative], by the judge",
+    "agrees_positive": "behind [positive], by the judge",
     "kl": "KL, nats a response",
     "kl_k3": "KL by k3",
     "kl_exact": "KL over the whole vocabulary",
@@ -141,6 +144,10 @@ def measure(answers, reward_fn, judge, cfg):
     values = scored(texts, reward_fn)
     odds = judge.log_odds(texts).double()
     values |= {"positive_by_judge": (odds > 0).double().numpy(), "judge": odds.sigmoid().numpy()}
+    if cfg.task == "controlled":  # of the answers to each control, the share that the judge finds to agree
+        for control, name in zip(CONTROLS, ("agrees_negative", "agrees_positive")):
+            asked = np.array([prompt.startswith(control) for prompt in answers["prompts"]])
+            values[name] = values["positive_by_judge"][asked]
     values |= {name: np.array(answers[name]) for name in KLS}
     values["response_length"] = np.array([float(len(ids)) for ids in tokens])
     values["perplexity"] = perplexity(nll, values["response_length"])
@@ -191,8 +198,10 @@ def table_text(results):
     columns = {"before": "before PPO", "after": "after PPO", "difference": "difference"}
     if not set(names) <= set(results.get("difference", {})):
         del columns["difference"]
+    controlled = results.get("config", {}).get("task") == "controlled"
+    captions = {n: text.replace("positive,", "as asked,") if controlled else text for n, text in CAPTIONS.items()}
     cells = [
-        [CAPTIONS[name], *(cell(results[column][name], DIGITS.get(name, 2)) for column in columns)] for name in names
+        [captions[name], *(cell(results[column][name], DIGITS.get(name, 2)) for column in columns)] for name in names
     ]
     return markdown([["", *columns.values()], *cells])
 

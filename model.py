@@ -43,7 +43,7 @@ class KVCache:
 
     def __init__(self, config, batch_size, length):
         self.shape = (config.n_layer, 2, batch_size, config.n_head, length, config.n_embd // config.n_head)
-        self.buffer, self.filled = None, 0
+        self.buffer, self.filled, self.mask = None, 0, None
 
     def extend(self, layer, k, v):
         """Append k and v, (B, H, new, C / H), to a layer; returns all its keys and values. `filled` is the caller's."""
@@ -53,6 +53,35 @@ class KVCache:
         self.buffer[layer, 0, :, :, self.filled : end] = k
         self.buffer[layer, 1, :, :, self.filled : end] = v
         return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
+
+
+class StaticKVCache(nn.Module):
+    """A KV cache for steps of one token that torch.compile can make a CUDA graph of: no shape and no address changes.
+
+    The place that a step writes to is a tensor, and it sees all places, of which a mask hides those that are to come.
+    """
+
+    def __init__(self, cache, length):
+        super().__init__()
+        self.register_buffer("buffer", cache.buffer.new_zeros(*cache.shape[:4], length, cache.shape[5]))  # no nan
+        self.register_buffer("position", torch.zeros(1, dtype=torch.long, device=cache.buffer.device))
+        self.register_buffer("places", torch.arange(length, device=cache.buffer.device)[None])
+
+    def fill(self, cache):
+        """Go on behind what a KVCache holds."""
+        self.buffer[:, :, :, :, : cache.filled] = cache.buffer[:, :, :, :, : cache.filled]
+        self.position.fill_(cache.filled)
+        return self
+
+    def extend(self, layer, k, v):
+        """As KVCache.extend, for one token a row; the keys of all places."""
+        self.buffer[layer, 0].index_copy_(2, self.position, k)
+        self.buffer[layer, 1].index_copy_(2, self.position, v)
+        return self.buffer[layer, 0], self.buffer[layer, 1]
+
+    @property
+    def mask(self):
+        return self.places <= self.position  # (1, length)
 
 
 def linear(x, weight, bias=None):
@@ -84,7 +113,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         # one new token sees every key; SDPA's causal triangle starts top left and would show it the first key only
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask if cache else None, is_causal=L > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, L, C))
 
 
@@ -122,6 +151,7 @@ class GPT2(nn.Module):
     def __init__(self, config, n_tokens=None, bf16=False):
         super().__init__()
         self.config, self.n_tokens, self.bf16 = config, n_tokens or config.vocab_size, bf16
+        self.static_caches = None  # by size, after compile_decoding
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -145,14 +175,18 @@ class GPT2(nn.Module):
             raise ValueError(f"{end} tokens are more than the model's context of {self.config.n_positions}")
         if seen and ids.shape[1] > 1:
             raise ValueError(f"behind a filled cache one token at a time, not {ids.shape[1]}")
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            x = self.wte(ids) + self.wpe.weight[seen:end]
-            for layer, block in enumerate(self.h):
-                x = block(x, layer, cache)
-            x = self.ln_f(x)
+        x = self.hidden(ids, slice(seen, end), cache)
         if cache:
             cache.filled = end
         return x
+
+    def hidden(self, ids, positions, cache):
+        """The network up to its last layer norm, for ids (B, L) at positions, a slice or a tensor (L,): (B, L, C)."""
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.wte(ids) + self.wpe.weight[positions]
+            for layer, block in enumerate(self.h):
+                x = block(x, layer, cache)
+            return self.ln_f(x)
 
     def logits(self, hidden):
         """(..., C) -> (..., n_tokens), never in bf16: GPT-2's logits lie near -100, where bf16 steps by 0.5."""
@@ -176,7 +210,9 @@ class GPT2(nn.Module):
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
         new = prompts
         for step in range(1, max_new_tokens + 1):
-            logits = self.logits(self.trunk(new, cache)[:, -1:]).squeeze(1)
+            logits = self.next_logits(new, cache)
+            if step == 1 and self.static_caches is not None:
+                cache = self.static_cache(cache)
             new = draw(logits / temperature, generator)
             new = torch.where(ended, eos_id, new)
             yield new
@@ -184,6 +220,29 @@ class GPT2(nn.Module):
             new = new[:, None]
             if step % STOP_CHECK == 0 and ended.all():
                 return
+
+    def next_logits(self, new, cache):
+        """Logits of what follows ids new (B, L) behind what the cache holds, of either kind: (B, n_tokens)."""
+        if isinstance(cache, KVCache):
+            return self.logits(self.trunk(new, cache)[:, -1:]).squeeze(1)
+        logits = self.static_step(new, cache)
+        cache.position += 1
+        return logits
+
+    def static_step(self, new, cache):
+        """One decoding step on a StaticKVCache: new (B, 1) -> logits (B, n_tokens). What compile_decoding compiles."""
+        return self.logits(self.hidden(new, cache.position, cache)).squeeze(1)
+
+    def static_cache(self, cache):
+        """A StaticKVCache with what a KVCache holds; one for all of about its length, since each has its own graph."""
+        size = cache.shape[2], -(-cache.shape[4] // 64) * 64
+        if size not in self.static_caches:
+            self.static_caches[size] = StaticKVCache(cache, size[1])
+        return self.static_caches[size].fill(cache)
+
+    def compile_decoding(self):
+        """From now on a decoding step on a GPU is one CUDA graph instead of some hundred launches."""
+        self.static_step, self.static_caches = torch.compile(self.static_step, mode="reduce-overhead"), {}
 
     def generate(self, prompts, max_new_tokens, temperature, eos_id, generator=None):
         """Prompts (B, P) with all that stream yields: (B, P + max_new_tokens); behind an eos_id stands eos_id."""
@@ -318,6 +377,29 @@ def pick_device(cfg):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process of a machine its own
     return torch.device(name), cfg.dtype == "bf16" or cfg.dtype == "auto" and name.startswith("cuda") and can_bf16
+
+
+def micro_batch_size(cfg, rows, tokens, gpt2, copies, device, ranks):
+    """Rows of all processes in a forward and backward pass: cfg's, or where that is 0 what fits, a divisor of `rows`.
+
+    On CUDA that is what the free memory holds beside `copies` of the weights, which are still to come: gradient,
+    moments, reference. Elsewhere 2,048 tokens: more are no faster. tokens: of a row.
+    """
+    if cfg.micro_batch_size:
+        return cfg.micro_batch_size
+    fit = 2048 // tokens
+    if device.type == "cuda":
+        weights = sum(p.numel() for p in gpt2.parameters())
+        numbers = 16 * gpt2.config.n_embd * gpt2.config.n_layer + 2 * gpt2.n_tokens  # kept for a token's backward pass
+        fit = int(0.8 * torch.cuda.mem_get_info(device)[0] - 4 * copies * weights) // (4 * tokens * numbers)
+    sizes = [n for n in range(ranks.size, rows + 1, ranks.size) if rows % n == 0]
+    size = max([n for n in sizes if n <= fit * ranks.size], default=ranks.size)
+    return rows - ranks.any(rows - size)  # what the process with the least memory can do
+
+
+def to_device(tensor, device):
+    """A tensor on the device: on CUDA by way of pinned memory, so that the host need not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def keep_freed_memory():

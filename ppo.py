@@ -14,7 +14,7 @@ responses up to and with <|endoftext|>. An episode has one score; every token of
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,9 +24,9 @@ from config import PPOConfig, run
 from data import digest, load_splits, prompt_batch, prompt_pool
 from hub import check_context, load_policy, open_gpt2, save_gpt2
 from log import RunLog, Watch, average, ppo_sheet, rollout_metrics, show
-from model import ONE_PROCESS, check_policy, join, pick_device, random_generator
+from model import ONE_PROCESS, check_policy, join, micro_batch_size, pick_device, random_generator, to_device
 from optimizer import Stepper
-from reward import NotFinite, SentimentReward, as_scores, check_finite, check_reward, load_reward
+from reward import CLASSIFIERS, NotFinite, as_scores, check_finite, check_reward, load_reward
 
 # ---- the arithmetic: tensors in, tensors out
 
@@ -241,29 +241,35 @@ def keep_best(policy, tokenizer, step, objective, state, cfg):
         save_gpt2(policy.gpt2, tokenizer, folder, policy.value_head)
 
 
-def load(cfg, device, bf16):
-    """What a run starts from, checked before anything is written: policy, tokenizer, reward, judge, pool of prompts."""
+def load(cfg, device, bf16, ranks=ONE_PROCESS):
+    """What a run starts from, checked before anything is written: policy, tokenizer, reward, judge, pool of prompts.
+
+    With it comes cfg, now with a micro_batch_size in any case.
+    """
     folder, gpt2_config, tokenizer = open_gpt2(cfg.policy)
-    check_context(cfg, gpt2_config)
+    check_context(cfg, gpt2_config, tokenizer)
     reward_fn = load_reward(cfg, device)
-    judge = SentimentReward.load(cfg.judge, device=device) if cfg.judge else None  # only watches
-    pool = prompt_pool(load_splits(cfg.dataset)["prompts"].texts, tokenizer, cfg.max_prompt_len)
+    judge = CLASSIFIERS[cfg.task].load(cfg.judge, device=device) if cfg.judge else None  # only watches
+    pool = prompt_pool(load_splits(cfg.dataset)["prompts"].texts, tokenizer, cfg.max_prompt_len, task=cfg.task)
     prompts = prompt_batch(pool, 0, cfg)
     policy = load_policy(folder, gpt2_config, tokenizer, bf16).to(device)
+    tokens = pool.shape[1] + cfg.response_len
+    size = micro_batch_size(cfg, cfg.minibatch_size, tokens, policy.gpt2, 4, device, ranks)
+    cfg = replace(cfg, micro_batch_size=size)
     print(ppo_sheet(cfg, policy, reward_fn, len(pool), device), flush=True)
     if cfg.self_check:
         checked = check_policy(policy, copy.deepcopy(policy), prompts.to(device), cfg)
         print("self-check:", checked, "|", check_reward(reward_fn), flush=True)
         if judge:
             print("self-check: judge:", check_reward(judge, "judge"), flush=True)
-    return policy, tokenizer, reward_fn, judge, pool
+    return cfg, policy, tokenizer, reward_fn, judge, pool
 
 
 def main(cfg):
     check_run(cfg, finished="model.safetensors")
     device, bf16 = pick_device(cfg)
     ranks = join(device, cfg, "micro_batch_size")
-    policy, tokenizer, reward_fn, judge, pool = load(cfg, device, bf16)
+    cfg, policy, tokenizer, reward_fn, judge, pool = load(cfg, device, bf16, ranks)
     ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)  # frozen: where the KL is measured from
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps, fused=device.type != "mps")
     stepper = Stepper(policy, [optimizer], cfg.grad_clip)
@@ -277,6 +283,7 @@ def main(cfg):
     if cfg.compile:
         policy.compile()
         ref_policy.compile()
+        policy.gpt2.compile_decoding()
     learner, actor, ref_actor, shared_reward = ranks.spread(policy, ref_policy, reward_fn)
     stopped = False
 
@@ -284,7 +291,7 @@ def main(cfg):
     progress = log.progress(checkpoints, cfg.steps, "ppo", "rollout")
     for step in progress:
         stepper.set_lr(1 - (1 - cfg.lr_end) * step / cfg.steps)
-        prompts = prompt_batch(pool, step, cfg).to(device)
+        prompts = to_device(prompt_batch(pool, step, cfg), device)
         generator = random_generator(device, cfg.seed, step, ranks.rank)
         try:
             batch = rollout(actor, ref_actor, tokenizer, shared_reward, prompts, controller.coef, cfg, generator)

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 
 from checkpoint import RESULTS, Checkpoints, check_run, delete_checkpoints, first_line, replacing, write_text
 from config import BadInput, RewardConfig, run
-from data import Reviews, digest, load_splits, train_wordpiece
+from data import CONTROLS, Reviews, digest, load_splits, train_wordpiece
 from hub import SAVE_DTYPES, locate
 from log import RunLog, sheet
-from model import pick_device, seed_of
+from model import pick_device, seed_of, to_device
 from optimizer import Stepper, make_optimizers, warm_up_and_decay
 
 PROBES = (  # (positive, negative): what any sentiment classifier tells apart
@@ -89,7 +89,8 @@ class SentimentReward:
         while len(order):
             rows, order = np.split(order, [max(1, self.batch_tokens // lengths[order[0]])])
             batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
-            scores[torch.from_numpy(rows)] = self.model(**batch.to(self.device)).logits.float().cpu()
+            batch = {name: to_device(tensor, self.device) for name, tensor in batch.items()}
+            scores[torch.from_numpy(rows)] = self.model(**batch).logits.float().cpu()
         return scores
 
     def log_odds(self, texts):
@@ -106,6 +107,28 @@ class SentimentReward:
             return logits[:, self.positive]
         odds = log_odds(logits, self.positive)
         return odds if self.kind == "log_odds" else odds.sigmoid()
+
+
+class ControlledReward(SentimentReward):
+    """Agreement with the control that a text begins with: behind [negative] the two labels change places.
+
+    So the score, of whatever kind, is that of the wanted label. The control itself is not scored, and a text without
+    one is taken for [positive]. BadInput unless the classifier has two labels.
+    """
+
+    def __init__(self, model, tokenizer, positive, kind="logit", device="cpu"):
+        super().__init__(model, tokenizer, positive, kind, device)
+        if model.config.num_labels != 2:
+            raise BadInput(f"task is controlled: it needs a classifier with 2 labels, not {model.config.num_labels}")
+
+    def logits(self, texts):
+        found = [next((c for c in CONTROLS if text.startswith(c)), "") for text in texts]
+        logits = super().logits([text[len(control) :] for text, control in zip(texts, found)])
+        negative = torch.tensor([control == CONTROLS[0] for control in found])
+        return torch.where(negative[:, None], logits.flip(1), logits)
+
+
+CLASSIFIERS = {"positive": SentimentReward, "controlled": ControlledReward}  # by task
 
 
 def log_odds(logits, positive):
@@ -146,7 +169,7 @@ def load_reward(cfg, device):
     if cfg.reward.endswith(".py"):
         raise BadInput(f"reward {cfg.reward}: name the function too, {cfg.reward}:function")
     if not file.endswith(".py"):
-        return SentimentReward.load(cfg.reward, cfg.positive_label, cfg.reward_kind, device)
+        return CLASSIFIERS[cfg.task].load(cfg.reward, cfg.positive_label, cfg.reward_kind, device)
     if not Path(file).is_file():
         raise BadInput(f"reward {cfg.reward}: no file {file}")
     spec = importlib.util.spec_from_file_location("user_reward", file)

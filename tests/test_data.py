@@ -280,6 +280,22 @@ def test_a_prompt_is_the_first_tokens_of_a_review_that_goes_on(bpe):
     assert prompt_pool(texts, bpe, 5, limit=2).tolist() == want[:2]
 
 
+def test_a_controlled_prompt_is_a_control_and_the_beginning_of_a_review(bpe):
+    """Each review behind both, all rows of one width although the controls are not of one length, nothing padded."""
+    pool = prompt_pool(TEXTS[:2], bpe, 5, task="controlled")
+    asked, read = [bpe.decode(row) for row in pool.tolist()], [f" {text}" for text in TEXTS[:2] for _ in range(2)]
+    assert [text[:10] for text in asked] == ["[negative]", "[positive]"] * 2
+    assert all(text[10:] and whole.startswith(text[10:]) for text, whole in zip(asked, read))
+    assert pool.shape == (4, 5 + max(len(encode([control], bpe)[0]) for control in data.CONTROLS))
+
+
+def test_a_controlled_batch_has_prompts_of_the_asked_length_behind_the_controls(bpe):
+    pool = prompt_pool(TEXTS[:4], bpe, 6, task="controlled")
+    cfg = PPOConfig(**{**vars(CFG), "task": "controlled"})
+    lengths = {prompt_batch(pool, step, cfg).shape[1] for step in range(50)}
+    assert lengths == {pool.shape[1] - 6 + n for n in (2, 3, 4, 5, 6)}
+
+
 def test_a_review_of_exactly_the_prompt_length_is_no_prompt(bpe):
     """Nothing of it would be left to write."""
     n = len(encode(["A good film."], bpe)[0])

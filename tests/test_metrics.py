@@ -157,7 +157,11 @@ def test_every_difference_is_paired_and_has_a_narrower_interval_than_two_samples
     sides = (measure(answers(rng, shift), lambda texts: [len(x) for x in texts], Judge(), CFG) for shift in (0, 0.1))
     (before, b), (after, a) = sides
     found = difference(b, a, CFG)
-    assert set(found) == {*before, "perplexity_ratio"} >= set(CAPTIONS) - {"positive_by_reward"}
+    assert (
+        set(found)
+        == {*before, "perplexity_ratio"}
+        >= set(CAPTIONS) - {"positive_by_reward", "agrees_negative", "agrees_positive"}
+    )
     for name in before:
         apart = math.hypot(*(width((side[name]["low"], side[name]["high"])) for side in (before, after)))
         paired = width((found[name]["low"], found[name]["high"]))
@@ -193,6 +197,17 @@ def test_measure_tells_value_interval_and_spread():
     assert "bits_per_character" not in table  # nobody else read them
     assert all(entry["low"] <= entry["value"] <= entry["high"] for entry in table.values())
     assert values["kl"].tolist() == kls["kl"]
+
+
+def test_a_controlled_task_is_measured_behind_each_control():
+    """One share for both would hide a policy that writes what is asked behind one control alone."""
+    asked = ["[negative] A", "[positive] A", "[positive] B"]
+    some = {"texts": ["x" * 30, "x" * 10, "x" * 30], "prompts": asked, "tokens": [[1]] * 3, "ref_nll": [1.0] * 3}
+    kls = {name: [0.0] * 3 for name in KLS}
+    table, _ = measure(some | kls, lambda texts: [0.0] * 3, Judge(), replace(CFG, task="controlled"))
+    assert [table[f"agrees_{control}"]["value"] for control in ("negative", "positive")] == [1, 0.5]
+    results = {"before": table, "after": table, "config": {"task": "controlled"}}
+    assert "behind [negative], by the judge" in table_text(results) and "as asked, by the judge" in table_text(results)
 
 
 # ---- tables

@@ -35,6 +35,7 @@ from hub import (
 )
 from model import (
     GPT2,
+    ONE_PROCESS,
     GPT2Config,
     KVCache,
     Policy,
@@ -42,6 +43,7 @@ from model import (
     check_policy,
     draw,
     exact_kl,
+    micro_batch_size,
     pick_device,
     random_generator,
     token_logprobs,
@@ -742,11 +744,19 @@ def test_a_tokenizer_that_is_missing_or_has_no_end_of_text_is_refused(tmp_path, 
         load_tokenizer(tmp_path, GPT2Config())
 
 
-def test_prompt_and_response_must_fit_the_context():
+def test_prompt_and_response_must_fit_the_context(tokenizer):
     cfg = PPOConfig(max_prompt_len=8, response_len=16)
-    assert check_context(cfg, GPT2Config(n_positions=24)) is None
+    assert check_context(cfg, GPT2Config(n_positions=24), tokenizer) is None
     with pytest.raises(BadInput, match=r"max_prompt_len 8 \+ response_len 16 is over the model's 23 positions"):
-        check_context(cfg, GPT2Config(n_positions=23))
+        check_context(cfg, GPT2Config(n_positions=23), tokenizer)
+
+
+def test_a_control_must_fit_the_context_too(tokenizer):
+    longest = max(len(tokenizer(control).input_ids) for control in ("[negative]", "[positive]"))
+    cfg = PPOConfig(max_prompt_len=8, response_len=16, task="controlled")
+    assert check_context(cfg, GPT2Config(n_positions=24 + longest), tokenizer) is None
+    with pytest.raises(BadInput, match=f"a control of {longest} tokens"):
+        check_context(cfg, GPT2Config(n_positions=23 + longest), tokenizer)
 
 
 def test_loading_draws_no_random_number(gpt2_folder):
@@ -1037,3 +1047,86 @@ def test_cuda_is_taken_where_it_is_there_and_bf16_where_it_can(only_a_cpu, monke
     if not can_bf16:
         with pytest.raises(BadInput, match="use --dtype fp32"):
             pick_device(FinetuneConfig(dtype="bf16"))
+
+
+# ---- for a GPU, as far as a CPU can tell
+
+
+@pytest.fixture
+def compiled_eagerly(monkeypatch):
+    """torch.compile without a compiler: what it traces is run as it is, and a second trace is an error."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode: compile(function, backend="eager", fullgraph=True))
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    torch._dynamo.reset()
+
+
+def test_the_compiled_decoding_step_writes_the_same_and_is_traced_once(compiled_eagerly):
+    """For prompts of all lengths, with a cache that held longer responses before, after weights that changed in place.
+
+    Catches a mask that shows a place to come or hides the last one, a position that stands still, and a step whose
+    shapes change: one CUDA graph for each of them.
+    """
+    model = GPT2(GPT2Config(vocab_size=50, n_positions=80, n_embd=32, n_layer=2, n_head=4)).init_weights()
+    for parameter in model.parameters():
+        parameter.data *= 3
+    compiled = deepcopy(model)
+    compiled.compile_decoding()
+    for prompt_len, new_tokens in ((5, 30), (2, 30), (7, 11)):
+        prompts = torch.randint(1, 50, (4, prompt_len), generator=torch.Generator().manual_seed(prompt_len))
+        for gpt2 in (model, compiled):
+            gpt2.wte.weight.data *= 1.1
+        written = [
+            gpt2.generate(prompts, new_tokens, 1.0, eos_id=0, generator=random_generator("cpu", prompt_len))
+            for gpt2 in (model, compiled)
+        ]
+        assert torch.equal(*written)
+    assert list(compiled.static_caches) == [(4, 64)]
+
+
+def test_a_static_step_gives_the_logits_of_a_full_forward(compiled_eagerly):
+    """In float64 to 1e-9, so that no draw can hide a difference."""
+    model = GPT2(GPT2Config(vocab_size=50, n_positions=70, n_embd=32, n_layer=2, n_head=4)).init_weights().double()
+    model.compile_decoding()
+    ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+    full = model(ids)
+    with torch.no_grad():
+        cache = KVCache(model.config, 3, 9)
+        model.next_logits(ids[:, :4], cache)
+        cache = model.static_cache(cache)
+        for t in range(4, 9):
+            torch.testing.assert_close(model.next_logits(ids[:, t : t + 1], cache), full[:, t], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "processes", "expected"),
+    [(80, 1, 128), (4.5, 1, 64), (4, 1, 32), (0.1, 1, 1), (4, 2, 64), (0.1, 2, 2)],
+)
+def test_the_micro_batch_is_the_largest_divisor_that_the_memory_of_a_gpu_holds(
+    monkeypatch, free_gb, processes, expected
+):
+    """For GPT-2 124M, rows of 24 tokens: 24 x (16 x 768 x 12 + 2 x 50,257) x 4 bytes are 23.8 MB, four copies 2 GB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * 1e9), int(80e9)))
+    with torch.device("meta"):
+        gpt2 = GPT2(GPT2Config())
+    ranks = type("Ranks", (), {"size": processes, "any": staticmethod(lambda n: n)})
+    found = micro_batch_size(PPOConfig(), 128, 24, gpt2, 4, torch.device("cuda"), ranks)
+    assert found == expected
+
+
+def test_the_process_with_the_least_memory_decides(monkeypatch):
+    """Else one would wait for gradients that another has no backward pass for."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(80e9), int(80e9)))
+    gpt2, ranks = GPT2(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1)), type("Ranks", (), {})
+    ranks.size, ranks.any = 2, lambda lacking: max(lacking, 128 - 32)  # the other one can do 32
+    assert micro_batch_size(PPOConfig(), 128, 24, gpt2, 4, torch.device("cuda"), ranks) == 32
+
+
+def test_on_a_cpu_a_micro_batch_has_2048_tokens_and_a_given_size_stays():
+    gpt2 = GPT2(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    for cfg, tokens, expected in (
+        (PPOConfig(), 48, 32),
+        (PPOConfig(), 4096, 1),
+        (PPOConfig(micro_batch_size=4), 48, 4),
+    ):
+        assert micro_batch_size(cfg, 64, tokens, gpt2, 4, torch.device("cpu"), ONE_PROCESS) == expected

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, reviews_csv, write_bert
+from conftest import TEXTS, message, reviews_csv, write_bert
 from tokenizers import ByteLevelBPETokenizer
 
 import reward
@@ -20,6 +20,7 @@ from data import EOS, digest, encode, load_splits
 from ppo import rollout
 from reward import (
     PROBES,
+    ControlledReward,
     SentimentReward,
     calibration_error,
     check_reward,
@@ -63,6 +64,23 @@ def test_the_order_of_the_labels_changes_no_score(bert_folder, tmp_path, kind):
     swapped = permute_head(bert_folder, tmp_path, [1, 0], NAMES[::-1])
     here, there = (SentimentReward.load(str(folder), kind=kind)(MIXED) for folder in (bert_folder, swapped))
     torch.testing.assert_close(there, here)
+
+
+@pytest.mark.parametrize("kind", ["logit", "log_odds", "probability"])
+def test_behind_a_control_the_wanted_label_is_scored_and_the_control_is_not_read(bert_folder, kind):
+    """Catches a sign turned for both, or for none; and a classifier that reads the word negative."""
+    plain, controlled = (cls.load(str(bert_folder), kind=kind) for cls in (SentimentReward, ControlledReward))
+    other = SentimentReward.load(str(bert_folder), positive_label="NEGATIVE", kind=kind)
+    torch.testing.assert_close(controlled([f"[positive]{text}" for text in MIXED]), plain(MIXED))
+    torch.testing.assert_close(controlled([f"[negative]{text}" for text in MIXED]), other(MIXED))
+    torch.testing.assert_close(controlled(MIXED), plain(MIXED))
+    within = [f"{text} [negative]" for text in MIXED]  # written by the policy, not asked for
+    torch.testing.assert_close(controlled(within), plain(within))
+
+
+def test_a_controlled_task_needs_two_labels(tmp_path):
+    write_bert(tmp_path, labels=("negative", "neutral", "positive"))
+    assert "2 labels, not 3" in message(ControlledReward.load, str(tmp_path))
 
 
 @pytest.mark.parametrize(
