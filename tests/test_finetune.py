@@ -12,7 +12,7 @@ from conftest import reviews_csv
 
 import checkpoint
 import finetune_gpt2
-from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from checkpoint import CARD_MARK, latest_checkpoint, load_checkpoint, save_checkpoint
 from config import BadInput, FinetuneConfig
 from data import block_order, digest, encode, language_model_texts, load_splits, pack
 from finetune_gpt2 import blocks, learning_rate, train_step, validate, validation_texts
@@ -386,8 +386,10 @@ def test_a_run_is_not_resumed_on_other_reviews(unbroken, monkeypatch, tmp_path):
 
 def test_a_new_run_leaves_no_figures_of_the_weights_before(tmp_path):
     cfg = FinetuneConfig(out=str(tmp_path), report_to="none")
-    for name in ("results.json", "samples.md", "example_results.png", "learning_curves.png", "config.json"):
+    results = ("results.json", "viewer.json", "samples.md", "example_results.png", "learning_curves.png")
+    for name in (*results, "config.json"):
         (tmp_path / name).write_text("old")
+    (tmp_path / "README.md").write_text(f"---\n---\n\n{CARD_MARK}\n")
     RunLog(cfg, tiny()).close()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoints", "config.json", "log.jsonl", "run_config.json"]
 
