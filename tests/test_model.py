@@ -1057,8 +1057,9 @@ def compiled_eagerly(monkeypatch):
     """torch.compile without a compiler: what it traces is run as it is, and a second trace is an error."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, mode: compile(function, backend="eager", fullgraph=True))
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
 
 
 def test_the_compiled_decoding_step_writes_the_same_and_is_traced_once(compiled_eagerly):
