@@ -55,7 +55,7 @@ def respond(policy, ref_policy, tokenizer, groups, cfg, device, name):
     """
     out = {name: [] for name in ("prompts", "texts", "tokens", "kl", "kl_k3", "kl_exact", "ref_nll")}
     eos_id = tokenizer.eos_token_id
-    for i, prompts in enumerate(tqdm(groups, desc=f"answer by {name}", unit="batch")):
+    for i, prompts in enumerate(tqdm(groups, desc=f"answer by {name}", unit="batch", leave=None)):
         prompts, prompt_len = prompts.to(device), prompts.shape[1]
         generator = random_generator(device, cfg.seed, i)
         sequences = policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -201,8 +201,8 @@ def best_of_n_rows(cfg, examiner):
         if not file.is_file():
             found = examiner.best_of_n(cfg.best_of, seed)
             told = [{"method": BEST_OF_N, "setting": str(n), "seed": seed} | row for n, row in found.items()]
-            write_text(file, json.dumps(told))
-        rows += read_json(file)
+            write_text(file, json.dumps({"rows": told}))
+        rows += read_json(file)["rows"]
     return rows
 
 
@@ -239,17 +239,20 @@ def cell(values):
 
 def summary(frontier, ablation, cfg):
     """Two tables as Markdown: the methods at equal KL, and the ablation with its differences within a seed."""
-    nats = (1, 2, 4, 8)
+    nats = (1, 2, 4, 8, 16)
     lines = [f"Mean and 95 % interval over {cfg.seeds} seeds, {cfg.prompts} held-out prompts.", ""]
     for name in ("score", "positive_by_judge"):
-        lines += [f"| {name} at a KL of | " + " | ".join(f"{n} nats" for n in nats) + " |", "|---" * 5 + "|"]
+        lines += [
+            f"| {name} at a KL of | " + " | ".join(f"{n} nats" for n in nats) + " |",
+            "|---" * (len(nats) + 1) + "|",
+        ]
         columns = [at_equal_kl(frontier, name, n) for n in nats]
         for method in dict.fromkeys(m for column in columns for m in column):
             lines.append(f"| {method} | " + " | ".join(cell(column.get(method, [])) for column in columns) + " |")
         lines.append("")
     names = ("score", "positive_by_judge", "kl_exact", "perplexity", "distinct_2")
     if ablation:
-        lines += ["| less the preset's run | " + " | ".join(names) + " |", "|---" * 6 + "|"]
+        lines += ["| less the preset's run | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     base = {row["seed"]: row for row in ablation if row["setting"] == PRESET}
     for detail in dict.fromkeys(row["setting"] for row in ablation):
         rows = [row for row in ablation if row["setting"] == detail]
@@ -278,20 +281,13 @@ def main(cfg):
     start = {"method": START, "setting": "0", "seed": 0} | examiner.measures(
         examiner.answers(examiner.reference, START)
     )
-    rows, runs = [], runs_of(cfg)
     with ThreadPoolExecutor(cfg.workers) as pool:
-        jobs = {pool.submit(finish, run, cfg, examiner): run for run in runs}
+        jobs = [pool.submit(finish, run, cfg, examiner) for run in runs_of(cfg)]
         try:
-            for job in tqdm(as_completed(jobs), "frontier", total=len(jobs), unit="run"):
-                rows.append(job.result())
+            rows = [job.result() for job in tqdm(jobs, "frontier", unit="run")]
         except BaseException:  # Ctrl-C or a run that failed: those under way end by themselves, the others not begun
             pool.shutdown(cancel_futures=True)
             raise
-    rows.sort(
-        key=lambda row: [(r.method, r.setting, r.seed) for r in runs].index(
-            (row["method"], row["setting"], row["seed"])
-        )
-    )
     ablation = [row for row in rows if row["method"] == "ablation"]
     frontier = [start, *(row for row in rows if row["method"] != "ablation"), *best_of_n_rows(cfg, examiner)]
 

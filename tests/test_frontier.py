@@ -1,0 +1,156 @@
+"""The sweep: which runs it makes, that it goes on where it was stopped, and what it says of its rows."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, message, reviews_csv
+
+import frontier
+import plot
+from config import PRESETS, EvaluateConfig, FrontierConfig, PPOConfig, parse
+from frontier import ABLATIONS, METHODS, PRESET, START, Run, at_equal_kl, check_sweep, runs_of, source_of, summary
+
+CFG = FrontierConfig(seeds=2, kl_coefs=(0.1, 0.3), best_of=(1, 2), positive_epochs=(0.5,), prompts=8, device="cpu")
+
+
+def test_every_method_has_every_coefficient_and_seed_on_the_same_terms():
+    """A fixed coefficient: with a controller the runs of all coefficients would end at one KL."""
+    runs = runs_of(CFG)
+    assert len({run.name for run in runs}) == len(runs) == 2 * (3 * 2 + 1 + len(ABLATIONS))
+    made = {(run.method, run.setting, run.seed) for run in runs}
+    assert {(m, s, seed) for m in METHODS for s in ("0.1", "0.3") for seed in (0, 1)} <= made
+    for run in runs:
+        if run.method in METHODS:
+            cfg = parse(PPOConfig, [str(flag) for flag in run.flags])
+            assert (cfg.advantage, f"{cfg.kl_coef:g}", cfg.kl_target) == (METHODS[run.method], run.setting, 0)
+            assert (cfg.steps, cfg.response_len) == (CFG.steps, CFG.response_len)
+
+
+@pytest.mark.parametrize("detail", [detail for detail, change in ABLATIONS.items() if change.startswith("--")])
+def test_an_ablation_by_flags_changes_one_constant(detail):
+    plain, changed = (parse(PPOConfig, ["--preset", "mini", *flags.split()]) for flags in ("", ABLATIONS[detail]))
+    assert len([name for name, value in vars(plain).items() if vars(changed)[name] != value]) == 1
+
+
+@pytest.mark.parametrize("detail", [detail for detail, change in ABLATIONS.items() if change.endswith(".patch")])
+def test_an_ablation_by_patch_changes_one_line_of_a_copy(detail, tmp_path):
+    """Catches a patch that no longer fits the source, and one that git passes over in silence."""
+    before = {file.name: file.read_text() for file in ROOT.glob("*.py")}
+    copy = source_of(ABLATIONS[detail], tmp_path)
+    after = {file.name: file.read_text() for file in copy.glob("*.py")}
+    (changed,) = [name for name in before if before[name] != after[name]]
+    lines = list(zip(before[changed].splitlines(), after[changed].splitlines(), strict=True))
+    assert sum(old != new for old, new in lines) == 1
+    assert {file.name: file.read_text() for file in ROOT.glob("*.py")} == before
+    subprocess.run([sys.executable, "-c", f"import {changed.removesuffix('.py')}"], cwd=copy, check=True)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, gpt2_folder, bert_folder):
+    """A sweep on tiny models, whose runs are not trained: each is a copy of the fine-tuned model, made once."""
+    made = []
+    reviews_csv(tmp_path / "reviews.csv")
+    tiny = dict(
+        before=str(gpt2_folder), reward=str(bert_folder), judge=str(bert_folder), max_prompt_len=4, batch_size=4
+    )
+    sizes = dict(dataset=str(tmp_path / "reviews.csv"), positive_label="", self_check=False) | tiny
+    monkeypatch.setitem(PRESETS["mini"], EvaluateConfig, sizes)
+
+    def train(run, cfg):
+        made.append(run.name)
+        if len(made) == 5 and not os.path.exists(tmp_path / "stopped"):
+            (tmp_path / "stopped").touch()
+            raise KeyboardInterrupt
+        return shutil.copytree(gpt2_folder, tmp_path / "sweep" / run.name, dirs_exist_ok=True)
+
+    monkeypatch.setattr(frontier, "train", train)
+    cfg = replace(CFG, preset="mini", out=str(tmp_path / "sweep"), response_len=6)
+    return cfg, tmp_path / "sweep", made
+
+
+def rows_of(file):
+    with open(file, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_a_sweep_that_was_stopped_goes_on_and_makes_no_run_twice(home, capsys):
+    cfg, out, made = home
+    with pytest.raises(KeyboardInterrupt):
+        frontier.main(cfg)
+    frontier.main(cfg)
+    assert sorted(made) == sorted([run.name for run in runs_of(cfg)] + [made[4]])  # the fifth was stopped
+    rows, ablation = rows_of(out / "frontier.csv"), rows_of(out / "ablation.csv")
+    assert rows[0]["method"] == START and float(rows[0]["kl_exact"]) == 0
+    assert len(rows) == 1 + 2 * (6 + 1 + 2) and len(ablation) == 2 * len(ABLATIONS)
+    assert (out / "frontier.png").stat().st_size > 10_000
+    assert not list(out.glob("*/*.safetensors"))
+    first = (out / "frontier.csv").read_text()
+    frontier.main(cfg)  # a third time nothing is left to do
+    assert (out / "frontier.csv").read_text() == first and len(made) == len(runs_of(cfg)) + 1
+    assert "less the preset's run" in capsys.readouterr().out
+
+
+def test_the_best_of_n_has_the_highest_reward_of_n_answers_and_the_kl_of_its_bound(home):
+    """Of one it is the fine-tuned model. Catches the worst of n, and one answer for all n."""
+    cfg, _, _ = home
+    examiner = frontier.Examiner(cfg)
+    found = examiner.best_of_n((1, 4), seed=0)
+    draws = [examiner.answers(examiner.reference, "", frontier.seed_of_draw(0, i))["texts"] for i in range(4)]
+    scores = torch.stack([examiner.reward_fn(texts) for texts in draws]).double()
+    assert len(set(map(tuple, draws))) == 4
+    assert found[1]["score"] == pytest.approx(scores[0].mean().item()) and found[1]["kl"] == 0
+    assert found[4]["score"] == pytest.approx(scores.max(0).values.mean().item())
+    assert found[4]["kl_exact"] == pytest.approx(math.log(4) - 3 / 4)
+
+
+def test_a_sweep_of_other_sizes_is_not_mixed_in(tmp_path):
+    """More seeds or coefficients of the same kind are."""
+    cfg = replace(CFG, out=str(tmp_path))
+    check_sweep(cfg)
+    check_sweep(replace(cfg, seeds=3, kl_coefs=(0.5,)))
+    assert "steps 200 -> 100" in message(check_sweep, replace(cfg, steps=100))
+    assert json.loads((tmp_path / "run_config.json").read_text())["seeds"] == 3
+
+
+def test_a_run_that_fails_says_where_its_words_are(tmp_path):
+    cfg = replace(CFG, out=str(tmp_path))
+    said = message(frontier.train, Run("PPO", "0.1", 0, "ppo.py", ("--steps", "0")), cfg)
+    assert "ended with status 2" in said and "PPO-0.1-0.log" in said
+    assert "steps is 0" in (tmp_path / "PPO-0.1-0.log").read_text()
+
+
+# ---- what the rows say
+
+
+def point(method, kl, score, seed=0, setting="1"):
+    numbers = dict.fromkeys(frontier.MEASURES, 0.0) | {"kl_exact": kl, "score": score}
+    return {"method": method, "setting": setting, "seed": seed} | numbers
+
+
+def test_methods_are_compared_where_their_frontiers_cross_a_kl():
+    """From the fine-tuned model at 0 nats: (0, 1), (2, 3), (4, 4) at 1 and 3 nats; what was not reached is not told."""
+    rows = [point(START, 0, 1), point("PPO", 4, 4), point("PPO", 2, 3, setting="2"), point("RLOO", 2, 2)]
+    assert at_equal_kl(rows, "score", 1) == {"PPO": [2], "RLOO": [1.5]}
+    assert at_equal_kl(rows, "score", 3) == {"PPO": [3.5]}
+    assert at_equal_kl(rows, "score", 5) == {}
+
+
+def test_the_ablation_tells_differences_within_a_seed():
+    """Two seeds that differ by 1 and a detail that adds 0.5 to both: no more than that, and no width."""
+    rows = [point("ablation", 1, seed, seed, PRESET) for seed in (0, 1)]
+    rows += [point("ablation", 1, seed + 0.5, seed, "a detail") for seed in (0, 1)]
+    (line,) = [line for line in summary([point(START, 0, 0)], rows, CFG).splitlines() if line.startswith("| a detail")]
+    assert line.split(" | ")[1] == "0.500 ± 0.000"
+
+
+def test_an_interval_of_three_seeds_is_students():
+    """Of 1, 2, 3: 4.30 x 1 / sqrt(3); the normal's 1.96 would promise too much."""
+    assert plot.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.30 / math.sqrt(3))
