@@ -25,6 +25,7 @@ Alarm = Literal["warn", "stop"]
 RewardKind = Literal["logit", "log_odds", "probability"]
 Advantage = Literal["gae", "rloo", "grpo"]
 Reviews = Literal["all", "positive"]
+Weights = Literal["best", "last"]
 Task = Literal["positive", "controlled"]
 
 
@@ -71,6 +72,7 @@ class FinetuneConfig:
 
     eval_every: int = 50  # optimizer steps between two looks at the validation stream
     eval_tokens: int = 200_000  # length of the validation stream, tokens: whole reviews of the prompts split
+    weights: Weights = "best"  # that are kept: the best on the validation stream, or the last
     save_every: int = 500  # optimizer steps between two checkpoints
     keep: int = 2  # checkpoints, the latest; older ones are deleted
     resume: bool = False  # go on from the latest checkpoint in `out`; where there is none, begin
@@ -407,7 +409,7 @@ PRESETS = {
             steps=24,
             response_len=24,
             kl_coefs=(0.0, 0.03, 0.1, 0.3),
-            positive_epochs=(0.03, 0.1),
+            positive_epochs=(0.05, 0.2),
         ),
         GenerateConfig: dict(
             before="asset/mini/gpt2",

@@ -174,7 +174,8 @@ def main(cfg):
             metrics = dict(zip(("val_perplexity", "val_bits_per_character"), now))
             progress.write(f"step {step} | validation perplexity {now[0]:.2f} | {now[1]:.3f} bits a character")
             state["start"] = state["start"] or now
-            if (state["best"] is None or now[0] < state["best"][0]) and ranks.rank == 0:
+            best = state["best"] is None or now[0] < state["best"][0] or cfg.weights == "last"
+            if best and ranks.rank == 0:
                 state["best"] = now
                 save_gpt2(model, tokenizer, cfg.out, dtype=SAVE_DTYPES[cfg.save_dtype])
         if step < steps:

@@ -85,7 +85,7 @@ def runs_of(cfg):
                 flags = (*sizes, "--advantage", advantage, "--kl_coef", coef, "--kl_target", 0)
                 made.append(Run(method, f"{coef:g}", seed, "ppo.py", flags))
         for epochs in cfg.positive_epochs:
-            flags = ("--reviews", "positive", "--epochs", epochs)
+            flags = ("--reviews", "positive", "--epochs", epochs, "--weights", "last")
             made.append(Run(POSITIVE_ONLY, f"{epochs:g}", seed, "finetune_gpt2.py", flags))
         for detail, change in ABLATIONS.items() if cfg.ablation else ():
             patch, flags = (change, ()) if change.endswith(".patch") else ("", tuple(change.split()))
