@@ -56,7 +56,7 @@ class RunLog:
             if not first_step:
                 shutil.rmtree(self.out / BEST, ignore_errors=True)
                 # what was said of other weights than those to come
-                for old in (RESULTS, "samples.md", "example_results.png", "learning_curves.png"):
+                for old in (RESULTS, "samples.md", "example_results.png", "learning_curves.png", "report.html"):
                     (self.out / old).unlink(missing_ok=True)
         except OSError as error:
             raise BadInput(f"cannot write to {self.out}: {error}") from None

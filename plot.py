@@ -76,14 +76,18 @@ def kl_target(folder):
     return json.loads(file.read_text(encoding="utf-8")).get("kl_target", 0) if file.is_file() else 0
 
 
+def panels(lines):
+    """PANELS with the metrics that lines of a log have; the score where they have no share positive."""
+    for names, label in PANELS:
+        names = [name for name in names if any(name in line for line in lines)]
+        yield (names, label) if names else (["score"], "score")
+
+
 def curves(folder):
-    """PANELS against the rollout, of the log in the folder; the score where it has no share positive."""
+    """PANELS against the rollout, of the log in the folder."""
     lines = read_metrics(folder)
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.5), layout="constrained", sharex=True)
-    for axis, (names, label) in zip(axes.flat, PANELS):
-        names = [name for name in names if any(name in line for line in lines)]
-        if not names:
-            names, label = ["score"], "score"
+    for axis, (names, label) in zip(axes.flat, panels(lines)):
         for name in names:
             colour, text = CURVES.get(name, (BLUE, None))
             axis.plot(*columns(lines, "step", name), color=colour, label=text)
