@@ -386,7 +386,8 @@ def test_a_run_is_not_resumed_on_other_reviews(unbroken, monkeypatch, tmp_path):
 
 def test_a_new_run_leaves_no_figures_of_the_weights_before(tmp_path):
     cfg = FinetuneConfig(out=str(tmp_path), report_to="none")
-    for name in ("results.json", "samples.md", "example_results.png", "learning_curves.png", "config.json"):
+    figures = ("results.json", "samples.md", "example_results.png", "learning_curves.png", "report.html")
+    for name in (*figures, "config.json"):
         (tmp_path / name).write_text("old")
     RunLog(cfg, tiny()).close()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoints", "config.json", "log.jsonl", "run_config.json"]

@@ -20,7 +20,14 @@ import evaluate
 from report import BOTTOM, CAPTIONS, HEIGHT, LEFT, MEASURES, SIDES, TOP, WIDTH, charts, main, scale, table, write
 
 HOSTILE = ["<script>window.hacked = 1</script>", "</script><script>window.hacked = 2</script>"]
-HOSTILE += ["<img src=x onerror=window.hacked=1>", "<!--<script>", "{{ 7 * 7 }}", "\u202e\u2028&amp;", "'\"><b>"]
+HOSTILE += [
+    "<img src=x onerror=window.hacked=1>",
+    "<!--<script>",
+    "{{ 7 * 7 }}",
+    "\u202e\u2028&amp;",
+    "'\"><b>",
+    "W" * 200,
+]
 OPENS = 1.0  # seconds that the list of 200 samples may take, from the start of the script to its first paint
 WORDS = " the a film movie great good bad dull story acting is was it and of I n't , . ! wonderful terrible ending\n"
 WORDS = [" " + word for word in WORDS.split()] + ["é", "", "\n"]
@@ -248,7 +255,7 @@ DAMAGED = [
     ("viewer.json", changed(lambda viewer, _: viewer["samples"][0].pop("before"))),
     ("viewer.json", changed(lambda viewer, _: viewer["samples"][0].update(prompt=3))),
     ("viewer.json", changed(lambda _, answer: answer["kl"].pop())),
-    ("viewer.json", changed(lambda _, answer: answer["value"].append(float("nan")))),
+    ("viewer.json", changed(lambda _, answer: answer["value"].__setitem__(0, float("nan")))),
     ("viewer.json", changed(lambda _, answer: answer.update(ratio=["1"] * len(answer["tokens"])))),
     ("viewer.json", changed(lambda _, answer: answer.update(tokens=list(range(len(answer["tokens"])))))),
     ("log.jsonl", '{"step": 0, "kl"'),
@@ -349,10 +356,14 @@ const [id, value] = arguments;
 document.getElementById(id).value = value;
 document.getElementById(id).dispatchEvent(new Event("input"));
 """
+RIGHTMOST = """
+const right = (token) => token.getBoundingClientRect().right;
+[...document.querySelectorAll(".token")].reduce((a, b) => (right(b) > right(a) ? b : a)).focus();
+"""
 TOKENS = """
 return [...document.querySelectorAll(".token")].map((span) => ({
   number: span.dataset.number, below: span.classList.contains("below"), ink: getComputedStyle(span).color,
-  paper: getComputedStyle(span).backgroundColor, share: Number(span.style.getPropertyValue("--share")),
+  paper: getComputedStyle(span).backgroundColor, share: Number(getComputedStyle(span).getPropertyValue("--share")),
 }));
 """
 
@@ -386,7 +397,7 @@ def test_the_switch_changes_the_colours_and_the_numbers(browser):
         assert [float(token["number"]) for token in tokens] == pytest.approx(numbers, abs=0.0051)
         assert [token["below"] for token in tokens] == [x < centre for x in numbers]
         shares = [min(1, abs(x - centre) / (high - centre)) for x in numbers]
-        assert [token["share"] for token in tokens] == pytest.approx(shares, abs=0.002)
+        assert [token["share"] for token in tokens] == pytest.approx(shares, abs=0.0251)  # 20 steps a side
         ends = page.execute_script("return ['low', 'high'].map((id) => document.getElementById(id).textContent)")
         assert ends == [f"{low:.2f} or less", f"{high:.2f} or more"]
         papers.append([token["paper"] for token in tokens])
@@ -452,8 +463,13 @@ def test_the_numbers_of_a_token_appear_under_the_mouse_the_focus_and_a_finger(br
 def test_a_phone_has_no_sideways_scroll_and_one_response_below_the_other(browser, name):
     page, _ = browser(name, width=390)
     page.execute_script("document.querySelector('details').open = true; document.getElementById('numbers').click()")
-    page.execute_script("[...document.querySelectorAll('.token')].slice(-1)[0].focus()")
+    page.execute_script(RIGHTMOST)
+    assert page.find_element("id", "tip").is_displayed()
     assert page.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+    cut = (
+        "return [...document.querySelectorAll('article')].filter((card) => card.scrollWidth > card.clientWidth).length"
+    )
+    assert page.execute_script(cut) == 0
     boxes = "return ['before', 'after'].map((side) => document.querySelector(`.${side}`).getBoundingClientRect().y)"
     before, after = page.execute_script(boxes)
     assert before < after
@@ -481,7 +497,7 @@ def test_every_text_has_the_contrast_of_aa_in_a_light_and_in_a_dark_scheme(brows
         page, _ = browser("few", scheme=scheme)
         papers.append(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
         pairs = {(token["ink"], token["paper"]) for token in page.execute_script(TOKENS)}
-        assert len(pairs) > 100
+        assert len(pairs) == 41  # 20 steps a side, and none
         quiet = "return [...document.querySelectorAll('p, td span, figcaption, h3, label')].map((element) => "
         pairs |= {(ink, "rgba(0, 0, 0, 0)") for ink in page.execute_script(quiet + "getComputedStyle(element).color)")}
         assert min(contrast(*pair, papers[-1]) for pair in pairs) >= 4.5
