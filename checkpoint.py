@@ -166,7 +166,7 @@ def is_our_card(file):
 
 def delete_results(out):
     """Delete what evaluate.py and plot.py wrote of the weights in a folder."""
-    for name in (RESULTS, VIEWER, "samples.md", "example_results.png", "learning_curves.png"):
+    for name in (RESULTS, VIEWER, "samples.md", "example_results.png", "learning_curves.png", "report.html"):
         Path(out, name).unlink(missing_ok=True)
     if is_our_card(Path(out, CARD)):
         Path(out, CARD).unlink()

@@ -5,8 +5,8 @@
     python evaluate.py --second_lm gpt2          # another language model reads the answers too
     python evaluate.py frontier --preset mini    # hours: many policies instead of two, see frontier.py
 
-Writes README.md (the card), results.json, samples.md, viewer.json, example_results.png and learning_curves.png into the
-folder of the policy, ppo_checkpoints/<preset>/. The measures are in metrics.py, the card in card.py.
+Writes README.md (the card), results.json, samples.md, viewer.json, report.html and figures into the folder of the
+policy, ppo_checkpoints/<preset>/. The measures are in metrics.py, the card in card.py.
 """
 
 import json
@@ -20,6 +20,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import report
 from card import card_text, ppo_run, samples_markdown, write_card
 from checkpoint import RESULTS, VIEWER, write_text
 from config import BadInput, EvaluateConfig, FrontierConfig, PPOConfig, run
@@ -171,7 +172,7 @@ def write(out, results, samples, tokens, card):
     written.append(save(example_results(out), out / "example_results.png"))
     if (out / "log.jsonl").is_file():  # not where the policy is somebody else's
         written.append(learning_curves(out))
-    return written
+    return [*written, report.write(out)]
 
 
 def main(cfg):

@@ -18,25 +18,9 @@ from config import BadInput
 from data import CONTROLS
 from hub import locate
 from model import token_logprobs
+from plot import CAPTIONS, DIGITS
 from reward import SentimentReward, as_scores, check_finite, log_odds
 
-CAPTIONS = {
-    "score": "score",
-    "positive_by_reward": "positive, by the reward",
-    "positive_by_judge": "positive, by the judge",
-    "agrees_negative": "behind [negative], by the judge",
-    "agrees_positive": "behind [positive], by the judge",
-    "kl": "KL, nats a response",
-    "kl_k3": "KL by k3",
-    "kl_exact": "KL over the whole vocabulary",
-    "perplexity": "perplexity, fine-tuned model",
-    "bits_per_character": "bits a character, second model",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-    "repetition": "repetition, 4-grams",
-    "response_length": "length, tokens",
-}
-DIGITS = {"repetition": 4}  # behind the point; of the others 2
 KLS = ("kl", "kl_k3", "kl_exact")
 KL_NOTE = (
     "All three estimate one KL. kl, which PPO is charged, takes the log-ratio of the sampled tokens (k1): right on "

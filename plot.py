@@ -43,6 +43,26 @@ plt.rcParams.update({
     "figure.dpi": 150, "savefig.facecolor": "white",
 })  # fmt: skip
 
+# what evaluate.py measures, as tables call it
+CAPTIONS = {
+    "score": "score",
+    "positive_by_reward": "positive, by the reward",
+    "positive_by_judge": "positive, by the judge",
+    "agrees_negative": "behind [negative], by the judge",
+    "agrees_positive": "behind [positive], by the judge",
+    "judge": "probability, by the judge",
+    "kl": "KL, nats a response",
+    "kl_k3": "KL by k3",
+    "kl_exact": "KL over the whole vocabulary",
+    "perplexity": "perplexity, fine-tuned model",
+    "bits_per_character": "bits a character, second model",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "repetition": "repetition, 4-grams",
+    "response_length": "length, tokens",
+}
+DIGITS = {"repetition": 4}  # behind the point; of the others 2
+
 PANELS = (  # (metrics of one panel, label of its y axis)
     (("positive_by_reward", "positive_by_judge"), "share positive"),
     (("kl", "kl_exact"), "KL, nats a response"),
@@ -78,14 +98,18 @@ def kl_target(folder):
     return json.loads(file.read_text(encoding="utf-8")).get("kl_target", 0) if file.is_file() else 0
 
 
+def panels(lines):
+    """PANELS with the metrics that lines of a log have; the score where they have no share positive."""
+    for names, label in PANELS:
+        names = [name for name in names if any(name in line for line in lines)]
+        yield (names, label) if names else (["score"], "score")
+
+
 def curves(folder):
-    """PANELS against the rollout, of the log in the folder; the score where it has no share positive."""
+    """PANELS against the rollout, of the log in the folder."""
     lines = read_metrics(folder)
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.5), layout="constrained", sharex=True)
-    for axis, (names, label) in zip(axes.flat, PANELS):
-        names = [name for name in names if any(name in line for line in lines)]
-        if not names:
-            names, label = ["score"], "score"
+    for axis, (names, label) in zip(axes.flat, panels(lines)):
         for name in names:
             colour, text = CURVES.get(name, (BLUE, None))
             axis.plot(*columns(lines, "step", name), color=colour, label=text)

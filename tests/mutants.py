@@ -752,12 +752,51 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("a README.md by other hands is replaced", "if file.exists() and not is_our_card(file):", "if False:"),
         ],
     },
+    "report.py": {
+        "test_report::test_every_text_of_a_run_stays_text": [
+            ("page without autoescape", "autoescape=True", "autoescape=False"),
+        ],
+        "test_report::test_the_page_has_every_sample_with_its_numbers": [
+            ("page with before as after", "response(sample[side])", 'response(sample["before"])'),
+        ],
+        "test_report::test_the_table_has_the_numbers_of_the_evaluation_and_the_paired_differences": [
+            ("table of the page with before twice", "cell(after[name])", "cell(before[name])"),
+        ],
+        "test_report::test_a_curve_goes_through_the_numbers_of_the_log": [
+            ("curves of the page upside down", "HEIGHT - BOTTOM - up *", "TOP + up *"),
+        ],
+        "test_report::test_the_band_is_one_standard_error_to_either_side_and_the_target_a_line": [
+            ("band of the page to one side", "for sign in (-1, 1)]", "for sign in (0, 1)]"),
+        ],
+        "test_report::test_the_colours_are_even_around_the_centre_and_a_few_outliers_do_not_wash_them_out": [
+            ("colours as wide as the largest number", "0.98)) if values", "1.0)) if values"),
+            ("colours of a ratio below 0", "min(spread, centre or spread)", "spread"),
+        ],
+        "test_report::test_a_missing_or_damaged_file_is_one_line_that_names_it_and_the_old_page_stays": [
+            ("nan into the page's JSON", "if not math.isfinite(x):", "if False:"),
+            ("tokens without their numbers", "if len(checked[name]) != len(tokens):", "if False:"),
+        ],
+    },
+    "report.html.jinja": {
+        "test_report::test_every_text_of_a_run_stays_text": [
+            (
+                "JSON in the page unescaped",
+                "{{ viewer | tojson }}",
+                '{{ viewer | tojson | replace("\\\\u003c", "<") | safe }}',
+            ),
+            ("a caption as markup", "{{ caption }}", "{{ caption | safe }}"),
+        ],
+        "test_report::test_the_page_points_nowhere_and_lets_in_its_own_script_and_style_alone": [
+            ("any inline script runs", "script-src '{{ script_hash }}'", "script-src 'unsafe-inline'"),
+            ("the page may use the network", "default-src 'none'", "default-src *"),
+        ],
+    },
 }
 
 
 def copy(folder):
     """A copy of the tree in folder; returns folder as a Path."""
-    for path in ROOT.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.jinja")]:
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "tests", Path(folder, "tests"), ignore=shutil.ignore_patterns("__pycache__"))
     Path(folder, "asset").symlink_to(ROOT / "asset")

@@ -386,7 +386,7 @@ def test_a_run_is_not_resumed_on_other_reviews(unbroken, monkeypatch, tmp_path):
 
 def test_a_new_run_leaves_no_figures_of_the_weights_before(tmp_path):
     cfg = FinetuneConfig(out=str(tmp_path), report_to="none")
-    results = ("results.json", "viewer.json", "samples.md", "example_results.png", "learning_curves.png")
+    results = ("results.json", "viewer.json", "samples.md", "example_results.png", "learning_curves.png", "report.html")
     for name in (*results, "config.json"):
         (tmp_path / name).write_text("old")
     (tmp_path / "README.md").write_text(f"---\n---\n\n{CARD_MARK}\n")
