@@ -10,6 +10,7 @@ import torch
 from conftest import reviews_csv
 
 import evaluate
+import hub
 from config import BadInput, EvaluateConfig, PPOConfig
 from evaluate import pieces, prompt_groups, respond, sample_answers, token_numbers, viewer
 from hub import load_policy, open_gpt2
@@ -266,7 +267,7 @@ def test_a_model_compared_with_itself_differs_in_nothing(run, capsys, gpt2_folde
     assert table_text(results) in shown
     assert kl_text(results) in shown
     written = shown.split("written:\n")[1].split()
-    files = ["results.json", "samples.md", "viewer.json", "README.md", "example_results.png"]  # no log, no curves
+    files = ["results.json", "samples.md", "viewer.json", "README.md", "example_results.png", "report.html"]  # no log
     assert written == [f"after/{file}" for file in files]
     assert all((out / file).stat().st_size > 0 for file in files)
     told = json.loads((out / "viewer.json").read_text())
@@ -286,7 +287,7 @@ def test_the_kl_coefficient_of_the_viewer_is_that_of_the_run_and_the_card_tells_
 
 def test_results_need_a_folder_to_be_written_to(run, monkeypatch):
     """Catches a policy of the hub that is compared for minutes and has no place for what was found."""
-    monkeypatch.setattr(evaluate, "open_gpt2", lambda name: open_gpt2(name if name != "user/name" else "after"))
+    monkeypatch.setattr(hub, "open_gpt2", lambda name: open_gpt2(name if name != "user/name" else "after"))
     monkeypatch.setattr(evaluate, "respond", None)
     with pytest.raises(BadInput, match="user/name"):
         run(after="user/name")
