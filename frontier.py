@@ -97,7 +97,8 @@ def source_of(patch, parent):
     """The folder whose scripts a run uses: the repository's, or a copy under parent with the patch applied."""
     if not patch:
         return ROOT
-    copy = Path(tempfile.mkdtemp(dir=parent))
+    copy = Path(parent, "source")
+    copy.mkdir()
     for file in ROOT.glob("*.py"):
         shutil.copy(file, copy)
     # GIT_CEILING_DIRECTORIES: else git takes the copy for a part of the repository around it, and skips the patch
@@ -112,17 +113,15 @@ def train(run, cfg):
     out = Path(cfg.out, run.name)
     if (out / "model.safetensors").is_file() and not (out / "checkpoints").is_dir():
         return out
-    folder = source_of(run.patch, cfg.out)
     flags = ("--preset", cfg.preset, *run.flags, "--seed", run.seed, "--out", out, "--resume", True)
     flags += ("--device", cfg.device, "--dtype", cfg.dtype, "--report_to", "none")
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.workers))}
-    with open(Path(cfg.out, f"{run.name}.log"), "w", encoding="utf-8") as log:
-        command = [sys.executable, folder / run.script, *map(str, flags)]
-        status = subprocess.run(command, env=os.environ | threads, stdout=log, stderr=log).returncode
-    if folder != ROOT:
-        shutil.rmtree(folder)
+    log = Path(cfg.out, f"{run.name}.log")
+    with open(log, "w", encoding="utf-8") as file, tempfile.TemporaryDirectory() as parent:
+        command = [sys.executable, source_of(run.patch, parent) / run.script, *map(str, flags)]
+        status = subprocess.run(command, env=os.environ | threads, stdout=file, stderr=file).returncode
     if status:
-        raise BadInput(f"{run.script} ended with status {status}: see {log.name}; a second call goes on from there")
+        raise BadInput(f"{run.script} ended with status {status}: see {log}; a second call goes on from there")
     return out
 
 

@@ -27,6 +27,32 @@ FORKS.set_forkserver_preload(
 
 MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a part of it, the wrong one), ...]}
     "ppo.py": {
+        "test_ppo::test_rloo_gives_the_golden_numbers": [
+            ("a baseline that a response is part of", "/ (cfg.samples_per_prompt - 1)", "/ cfg.samples_per_prompt"),
+            (
+                "a group of every k-th response",
+                "groups = rewards.view(-1, cfg.samples_per_prompt)",
+                "groups = rewards.view(cfg.samples_per_prompt, -1).T",
+            ),
+        ],
+        "test_ppo::test_grpo_gives_the_golden_numbers": [
+            ("GRPO with the variance", "groups.std(1, keepdim=True)", "groups.var(1, keepdim=True)"),
+            ("GRPO over all prompts", "groups.std(1, keepdim=True)", "groups.std()"),
+        ],
+        "test_ppo::test_every_token_of_a_response_has_the_advantage_of_its_whole_reward": [
+            (
+                "RLOO and GRPO without the KL",
+                "group_advantages(rewards.sum(1), cfg)",
+                "group_advantages(scores.to(kl.dtype), cfg)",
+            ),
+        ],
+        "test_ppo::test_without_gae_the_value_head_learns_nothing": [
+            (
+                "a value loss without gae",
+                'vf_coef = cfg.vf_coef if cfg.advantage == "gae" else 0.0',
+                "vf_coef = cfg.vf_coef",
+            ),
+        ],
         "test_learning::test_kl_alone_pulls_the_policy_back_to_its_reference": [
             ("KL is paid for, not charged", "(-kl_coef * kl * mask)", "(kl_coef * kl * mask)"),
         ],
@@ -186,8 +212,8 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ),
             (
                 "vf_coef twice",
-                "return pg_loss + cfg.vf_coef * vf_loss, {",
-                "return pg_loss + cfg.vf_coef**2 * vf_loss, {",
+                "return pg_loss + vf_coef * vf_loss, {",
+                "return pg_loss + vf_coef**2 * vf_loss, {",
             ),
         ],
         "test_ppo::test_approx_kl_is_k3_of_the_old_policy_from_the_new": [
@@ -338,6 +364,24 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         ],
     },
     "model.py": {
+        "test_model::test_a_static_step_gives_the_logits_of_a_full_forward": [
+            ("a static step that does not see itself", "self.places <= self.position", "self.places < self.position"),
+            ("a static step that sees what is to come", "self.places <= self.position", "self.places >= 0"),
+            ("a static step that stands still", "cache.position += 1", "cache.position += 0"),
+        ],
+        "test_model::test_the_compiled_decoding_step_writes_the_same_and_is_traced_once": [
+            (
+                "what the prompt left in the cache is lost",
+                "self.position.fill_(cache.filled)",
+                "self.position.fill_(0)",
+            ),
+        ],
+        "test_model::test_the_process_with_the_least_memory_decides": [
+            ("each process has its own micro-batch", "return rows - ranks.any(rows - size)", "return size"),
+        ],
+        "test_model::test_the_micro_batch_is_the_largest_divisor_that_the_memory_of_a_gpu_holds": [
+            ("no room for Adam and the reference", "- 4 * copies * weights", ""),
+        ],
         "test_model::test_a_stream_yields_a_step_at_a_time_what_generate_returns": [
             ("generation with gradients", "    @torch.no_grad()\n    def stream(", "    def stream("),
         ],
@@ -399,7 +443,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ),
         ],
         "test_model::test_a_cached_decode_step_gives_the_logits_of_a_full_forward": [
-            ("positions that start anew in decoding", "self.wpe.weight[seen:end]", "self.wpe.weight[: end - seen]"),
+            ("positions that start anew in decoding", "slice(seen, end)", "slice(end - seen)"),
             ("causal mask on a cached step", "is_causal=L > 1", "is_causal=True"),
             ("a full cache is not moved on", "cache.filled = end", "cache.filled = seen + 1"),
             ("decoding without biases", "torch.addmm(bias[:, None], weight, rows)", "weight @ rows"),
@@ -519,6 +563,15 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         ],
     },
     "data.py": {
+        "test_data::test_the_responses_to_a_prompt_stand_one_behind_the_other_for_rloo_and_grpo": [
+            ("the rows of a prompt are far apart", ".repeat_interleave(k, 0)", ".repeat(k, 1)"),
+        ],
+        "test_data::test_a_model_of_positive_reviews_learns_from_no_other": [
+            ("negative reviews for positive ones", 'reviews == "all" or label == 1', 'reviews == "all" or label == 0'),
+        ],
+        "test_data::test_a_controlled_prompt_is_a_control_and_the_beginning_of_a_review": [
+            ("one control for all prompts", "for control in controls]", "for control in controls[:1] * 2]"),
+        ],
         "test_data::test_a_part_named_test_is_the_evaluation_split_and_its_reviews_are_nowhere_else": [
             ("a review in two splits", "rows = _unique(train, evaluation)", "rows = _unique(train, ())"),
         ],
@@ -591,6 +644,10 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         ],
     },
     "reward.py": {
+        "test_reward::test_behind_a_control_the_wanted_label_is_scored_and_the_control_is_not_read": [
+            ("the control is read", "[text[len(control) :] for text", "[text for text"),
+            ("[negative] asks for positive texts", "control == CONTROLS[0]", "control == CONTROLS[1]"),
+        ],
         "test_reward::test_a_batch_has_so_many_tokens_with_its_padding_and_texts_of_like_length": [
             ("all texts in one batch", "max(1, self.batch_tokens // lengths[order[0]])", "len(order)"),
             ("short texts first", "order = np.argsort(-lengths", "order = np.argsort(lengths"),
@@ -604,8 +661,8 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_reward::test_a_text_has_the_same_score_alone_and_in_any_batch_and_scores_keep_the_order_of_the_texts": [
             (
                 "no attention mask in scoring",
-                "self.model(**batch.to(self.device)).logits.float()",
-                'self.model(batch.to(self.device)["input_ids"]).logits.float()',
+                "self.model(**batch).logits.float()",
+                'self.model(batch["input_ids"]).logits.float()',
             ),
             ("scores in the order of length", "        return scores\n", "        return scores[order]\n"),
         ],
@@ -702,6 +759,25 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("the viewer shows the shortest prompts", "np.linspace(0, cfg.prompts - 1, min", "np.arange(min"),
         ],
     },
+    "frontier.py": {
+        "test_frontier::test_every_method_has_every_coefficient_and_seed_on_the_same_terms": [
+            (
+                "a controller that brings all runs to one KL",
+                '"--kl_coef", coef, "--kl_target", 0)',
+                '"--kl_coef", coef)',
+            ),
+        ],
+        "test_frontier::test_the_best_of_n_has_the_highest_reward_of_n_answers_and_the_kl_of_its_bound": [
+            ("the worst of n", "scores[:n].argmax(0)", "scores[:n].argmin(0)"),
+            ("n times the same answer", "return 1 + 1000 * seed + i", "return 1 + 1000 * seed"),
+        ],
+        "test_frontier::test_methods_are_compared_where_their_frontiers_cross_a_kl": [
+            ("points beyond the last one", "if nats <= kl[-1]:", "if True:"),
+        ],
+        "test_frontier::test_the_ablation_tells_differences_within_a_seed": [
+            ("differences to one seed", 'base[row["seed"]][n]', "base[0][n]"),
+        ],
+    },
     "metrics.py": {
         "test_metrics::test_the_kl_three_ways_gives_the_golden_numbers": [
             ("k3 of the reference", "(-d).expm1() + d", "d.expm1() - d"),
@@ -760,7 +836,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("page with before as after", "response(sample[side])", 'response(sample["before"])'),
         ],
         "test_report::test_the_table_has_the_numbers_of_the_evaluation_and_the_paired_differences": [
-            ("table of the page with before twice", "cell(after[name])", "cell(before[name])"),
+            ("table of the page with before twice", "cell(after[name], DIGITS", "cell(before[name], DIGITS"),
         ],
         "test_report::test_a_curve_goes_through_the_numbers_of_the_log": [
             ("curves of the page upside down", "HEIGHT - BOTTOM - up *", "TOP + up *"),
