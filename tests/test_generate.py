@@ -298,7 +298,7 @@ def test_a_terminal_shows_prompts_and_answers_in_turn_until_ctrl_c(command):
         os.write(terminal, line.encode())
         seen = len(told)
         while told.count(b"\n", seen) < 2 or not told.endswith((b"> ", b"> \x1b[?2004h")):  # until it asks again
-            assert select.select([terminal], [], [], 120)[0], told
+            assert select.select([terminal], [], [], 300)[0], told
             told += os.read(terminal, 1000)
     os.write(terminal, b"\x03")
     status = os.waitpid(pid, 0)[1]
