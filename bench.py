@@ -21,9 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import PRESETS, BenchConfig, PPOConfig, run
 from data import load_splits, prompt_batch, prompt_pool
+from device import pick_device, random_generator
 from hub import load_policy, open_gpt2
 from log import peak_memory, sheet
-from model import GPT2, GPT2Config, Policy, pick_device, random_generator
+from model import GPT2, GPT2Config, Policy
 from optimizer import Stepper
 from ppo import rollout, update
 from reward import SentimentReward

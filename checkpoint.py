@@ -2,7 +2,7 @@
 
 A checkpoint is a folder, <out>/checkpoints/<step>/: tensors.safetensors with the weights and the optimizer's moments,
 state.json with all else, and SHA256SUMS, which `sha256sum --check` understands. Random numbers are not in it: a run
-draws them from its seed and the step (model.random_generator), so that going on is exact by construction.
+draws them from its seed and the step (device.random_generator), so that going on is exact by construction.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from config import BadInput, Stopped, differing
-from model import ONE_PROCESS
+from device import ONE_PROCESS
 
 RUN_CONFIG = "run_config.json"  # the config of the run, beside Hugging Face's config.json of the model
 RESULTS = "results.json"  # the figures of a run that is whole

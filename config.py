@@ -58,7 +58,7 @@ class FinetuneConfig:
     # optimisation: AdamW with the betas and clipping of GPT-3 (Brown et al. 2020, appendix B), or Muon for the matrices
     block_size: int = 512  # context of a training example, tokens
     batch_size: int = 32  # blocks an optimizer step
-    micro_batch_size: int = 0  # blocks a forward pass, the result stays the same; 0: see model.micro_batch_size
+    micro_batch_size: int = 0  # blocks a forward pass, the result stays the same; 0: see device.micro_batch_size
     epochs: float = 1.0  # passes over the packed reviews
     optimizer: Optimizer = "adamw"  # muon: Muon for the matrices inside the blocks, AdamW for the rest
     lr: float = 5e-5  # peak learning rate of AdamW, reached after the warm-up
@@ -194,7 +194,7 @@ class PPOConfig:
     # optimisation
     ppo_epochs: int = 4  # K, passes over one rollout
     minibatch_size: int = 128  # episodes an optimizer step
-    micro_batch_size: int = 0  # episodes a forward pass, the result stays the same; 0: see model.micro_batch_size
+    micro_batch_size: int = 0  # episodes a forward pass, the result stays the same; 0: see device.micro_batch_size
     lr: float = 1.41e-5  # Adam
     lr_end: float = 1.0  # lr after the last rollout, as a share of lr: 1 constant (TRL), 0 linear decay (OpenAI)
     adam_eps: float = 1e-5  # epsilon of Adam, from openai/lm-human-preferences; more holds rows of rare tokens still

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import first_line
 from config import BadInput
-from model import OneProcess
+from device import OneProcess
 from reward import as_scores
 
 

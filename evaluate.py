@@ -25,10 +25,11 @@ from card import card_text, ppo_run, samples_markdown, write_card
 from checkpoint import RESULTS, VIEWER, write_text
 from config import BadInput, EvaluateConfig, FrontierConfig, PPOConfig, run
 from data import load_splits, prompt_pool
+from device import pick_device, random_generator
 from hub import check_context, load_policy, open_pair
 from log import side_by_side
 from metrics import KL_NOTE, difference, kl_text, kl_three_ways, measure, open_second_lm, second_nll, table_text
-from model import pick_device, random_generator, token_logprobs
+from model import token_logprobs
 from plot import example_results, learning_curves, save
 from ppo import gae, response_mask, token_rewards
 from reward import CLASSIFIERS, check_reward, load_reward

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from checkpoint import RESULTS, Checkpoints, check_run, delete_checkpoints, write_text
 from config import BadInput, FinetuneConfig, run
 from data import block_order, digest, language_model_texts, load_splits, pack, texts_of, train_bpe
+from device import ONE_PROCESS, join, micro_batch_size, pick_device, to_device
 from hub import SAVE_DTYPES, load_gpt2, open_gpt2, save_gpt2
 from log import RunLog, finetune_sheet
-from model import GPT2, ONE_PROCESS, GPT2Config, join, micro_batch_size, pick_device, to_device
+from model import GPT2, GPT2Config
 from optimizer import Stepper, make_optimizers
 
 

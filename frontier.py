@@ -29,10 +29,10 @@ from tqdm import tqdm
 from checkpoint import RUN_CONFIG, read_json, write_text
 from config import BadInput, EvaluateConfig, differing, parse
 from data import load_splits, prompt_pool
+from device import pick_device
 from evaluate import prompt_groups, respond
 from hub import load_policy, open_gpt2
 from metrics import measure
-from model import pick_device
 from plot import frontier as draw
 from plot import half_width, save
 from reward import CLASSIFIERS, as_scores, load_reward

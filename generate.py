@@ -19,9 +19,9 @@ import torch
 
 from config import BadInput, GenerateConfig, print_error, printable, run
 from data import encode
+from device import pick_device, random_generator
 from hub import load_policy, open_pair
 from log import SIDES, column_width, columns, tint
-from model import pick_device, random_generator
 from reward import CLASSIFIERS, as_scores, check_finite, load_reward
 
 

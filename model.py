@@ -7,21 +7,16 @@ Shapes: B sequences, L tokens of a sequence, P tokens of its prompt, T tokens of
 C width, H attention heads.
 """
 
-import ctypes
 import math
-import os
-import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from config import BadInput
+from device import random_generator
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 STOP_CHECK = 8  # tokens between two looks at whether all rows have ended: each look makes the host wait for the GPU
 
 
@@ -356,122 +351,3 @@ def check_policy(policy, ref_policy, prompts, cfg):
                 f"self-check: {name} is off by {error:.2g} nats a token before the first step; {allowed} is rounding"
             )
     return ", ".join(f"max |{name}| {error:.1g}" for name, error in found.items()) + " nats"
-
-
-# ---- device, processes and randomness
-
-
-def pick_device(cfg):
-    """(torch.device, bf16): where to compute, and whether the trunk runs in bf16; BadInput for what is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(device for device in there if there[device]) if cfg.device == "auto" else cfg.device
-    if not there[name]:
-        found = ", ".join(device for device in there if there[device])
-        raise BadInput(f"device is {name}, and torch {torch.__version__} finds only: {found}")
-    can_bf16 = name == "cpu" or name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if cfg.dtype == "bf16" and not can_bf16:
-        raise BadInput(f"dtype is bf16, and this {name} device does not compute in it: use --dtype fp32, or auto")
-    if name == "cpu":
-        keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products on CUDA; nothing changes on a CPU
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process of a machine its own
-    return torch.device(name), cfg.dtype == "bf16" or cfg.dtype == "auto" and name.startswith("cuda") and can_bf16
-
-
-def micro_batch_size(cfg, rows, tokens, gpt2, copies, device, ranks):
-    """Rows of all processes in a forward and backward pass: cfg's, or where that is 0 what fits, a divisor of `rows`.
-
-    On CUDA that is what the free memory holds beside `copies` of the weights, which are still to come: gradient,
-    moments, reference. Elsewhere 2,048 tokens: more are no faster. tokens: of a row.
-    """
-    if cfg.micro_batch_size:
-        return cfg.micro_batch_size
-    fit = 2048 // tokens
-    if device.type == "cuda":
-        weights = sum(p.numel() for p in gpt2.parameters())
-        numbers = 16 * gpt2.config.n_embd * gpt2.config.n_layer + 2 * gpt2.n_tokens  # kept for a token's backward pass
-        fit = int(0.8 * torch.cuda.mem_get_info(device)[0] - 4 * copies * weights) // (4 * tokens * numbers)
-    sizes = [n for n in range(ranks.size, rows + 1, ranks.size) if rows % n == 0]
-    size = max([n for n in sizes if n <= fit * ranks.size], default=ranks.size)
-    return rows - ranks.any(rows - size)  # what the process with the least memory can do
-
-
-def to_device(tensor, device):
-    """A tensor on the device: on CUDA by way of pinned memory, so that the host need not wait for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def keep_freed_memory():
-    """Let glibc keep what tensors free for the tensors to come: a PPO step on a CPU then takes a quarter less time.
-
-    Else large blocks go back to the system, and the next ones come back a page fault every 4 kB: written at 3 GB/s
-    instead of 20.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # not in musl
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # as unsigned: never
-
-
-class OneProcess:
-    """A run of one process: all rows are its own. distributed.Processes does the same with several."""
-
-    rank, size = 0, 1
-
-    def share(self, rows):
-        """The rows of this process: an equal part, in order."""
-        return rows
-
-    def gather(self, part):
-        """The parts (n, ...) of all processes as one, (size * n, ...), in the order of their ranks."""
-        return part
-
-    def mean(self, metrics):
-        """Metrics (floats by name) of all processes as one: means, and of a maximum the largest."""
-        return metrics
-
-    def any(self, flag):
-        """The largest of the numbers (>= 0) of all processes: 0 only where it is 0 in every one."""
-        return flag
-
-    def learner(self, model):
-        """The model to call where gradients are wanted: each process then has their mean over all processes."""
-        return model
-
-    def spread(self, policy, ref_policy, reward_fn):
-        """(learner, policy, ref_policy, reward_fn): the last three, for a rollout, do each process's share of rows."""
-        return policy, policy, ref_policy, reward_fn
-
-    def accumulate(self, learner, last):
-        """A context for a backward pass: only the `last` one before an optimizer step needs the other processes."""
-        return nullcontext()
-
-
-ONE_PROCESS = OneProcess()
-
-
-def join(device, cfg, sizes):
-    """The processes of this run: those that torchrun started, or this one alone.
-
-    sizes: names of cfg's fields that say how many rows all processes have together; BadInput if they cannot share them.
-    """
-    if "WORLD_SIZE" not in os.environ:
-        return ONE_PROCESS
-    from distributed import Processes
-
-    processes = Processes(device)
-    for name in sizes.split():
-        if getattr(cfg, name) % processes.size:
-            raise BadInput(f"{name} {getattr(cfg, name)} cannot be shared evenly by {processes.size} processes")
-    return processes
-
-
-def seed_of(*key):
-    """A seed for each key of integers, such as (seed, step): what a run draws depends on nothing else."""
-    key = (len(key), *key)  # numpy takes (1,) and (1, 0) for the same seed
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
-def random_generator(device, *key):
-    """A generator for each key of integers."""
-    return torch.Generator(device).manual_seed(seed_of(*key))

@@ -22,9 +22,10 @@ import torch
 from checkpoint import BEST, Checkpoints, check_run, delete_checkpoints
 from config import PPOConfig, run
 from data import digest, load_splits, prompt_batch, prompt_pool
+from device import ONE_PROCESS, join, micro_batch_size, pick_device, random_generator, to_device
 from hub import check_context, load_policy, open_gpt2, save_gpt2
 from log import RunLog, Watch, average, ppo_sheet, rollout_metrics, show
-from model import ONE_PROCESS, check_policy, join, micro_batch_size, pick_device, random_generator, to_device
+from model import check_policy
 from optimizer import Stepper
 from reward import CLASSIFIERS, NotFinite, as_scores, check_finite, check_reward, load_reward
 

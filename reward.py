@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from checkpoint import RESULTS, Checkpoints, check_run, delete_checkpoints, first_line, replacing, write_text
 from config import BadInput, RewardConfig, run
 from data import CONTROLS, Reviews, digest, load_splits, train_wordpiece
+from device import pick_device, seed_of, to_device
 from hub import SAVE_DTYPES, locate
 from log import RunLog, sheet
-from model import pick_device, seed_of, to_device
 from optimizer import Stepper, make_optimizers, warm_up_and_decay
 
 PROBES = (  # (positive, negative): what any sentiment classifier tells apart

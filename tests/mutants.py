@@ -363,6 +363,14 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ),
         ],
     },
+    "device.py": {
+        "test_model::test_the_process_with_the_least_memory_decides": [
+            ("each process has its own micro-batch", "return rows - ranks.any(rows - size)", "return size"),
+        ],
+        "test_model::test_the_micro_batch_is_the_largest_divisor_that_the_memory_of_a_gpu_holds": [
+            ("no room for Adam and the reference", "- 4 * copies * weights", ""),
+        ],
+    },
     "model.py": {
         "test_model::test_a_static_step_gives_the_logits_of_a_full_forward": [
             ("a static step that does not see itself", "self.places <= self.position", "self.places < self.position"),
@@ -375,12 +383,6 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
                 "self.position.fill_(cache.filled)",
                 "self.position.fill_(0)",
             ),
-        ],
-        "test_model::test_the_process_with_the_least_memory_decides": [
-            ("each process has its own micro-batch", "return rows - ranks.any(rows - size)", "return size"),
-        ],
-        "test_model::test_the_micro_batch_is_the_largest_divisor_that_the_memory_of_a_gpu_holds": [
-            ("no room for Adam and the reference", "- 4 * copies * weights", ""),
         ],
         "test_model::test_a_stream_yields_a_step_at_a_time_what_generate_returns": [
             ("generation with gradients", "    @torch.no_grad()\n    def stream(", "    def stream("),

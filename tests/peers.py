@@ -62,8 +62,9 @@ def our_step(size):
 
 def our_gpt2(size):
     from config import BenchConfig
+    from device import pick_device
     from hub import load_gpt2, open_gpt2
-    from model import GPT2, GPT2Config, pick_device
+    from model import GPT2, GPT2Config
 
     pick_device(BenchConfig(device="cpu"))
     if size == "mini":
@@ -107,7 +108,7 @@ def mixed_texts():
 
 def our_scoring():
     from config import BenchConfig
-    from model import pick_device
+    from device import pick_device
     from reward import SentimentReward
 
     pick_device(BenchConfig(device="cpu"))

@@ -24,7 +24,7 @@ from config import (
     parse,
 )
 
-SHARED = ("checkpoint", "data", "log", "model")
+SHARED = ("checkpoint", "data", "device", "log", "model")
 READERS = {  # the modules that get a config of the class
     FinetuneConfig: ("finetune_gpt2", *SHARED),
     RewardConfig: ("reward", *SHARED),

@@ -22,9 +22,10 @@ import checkpoint
 import finetune_gpt2
 import ppo
 from config import BadInput, FinetuneConfig, PPOConfig, parse, run
+from device import ONE_PROCESS, join, random_generator
 from hub import load_gpt2, load_policy, open_gpt2
 from log import RunLog, rollout_metrics
-from model import GPT2, ONE_PROCESS, join, random_generator
+from model import GPT2
 
 CFG = config(ppo_epochs=2, vf_coef=1.0, micro_batch_size=2)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from config import BadInput, FinetuneConfig, PPOConfig
+from device import ONE_PROCESS, micro_batch_size, pick_device, random_generator
 from hub import (
     SUPPORTED,
     TRANSPOSED,
@@ -33,21 +34,7 @@ from hub import (
     read_tensors,
     save_gpt2,
 )
-from model import (
-    GPT2,
-    ONE_PROCESS,
-    GPT2Config,
-    KVCache,
-    Policy,
-    cached_logprobs,
-    check_policy,
-    draw,
-    exact_kl,
-    micro_batch_size,
-    pick_device,
-    random_generator,
-    token_logprobs,
-)
+from model import GPT2, GPT2Config, KVCache, Policy, cached_logprobs, check_policy, draw, exact_kl, token_logprobs
 from optimizer import Muon, Stepper, decay_groups, orthogonal
 
 CLOSE = dict(atol=1e-9, rtol=0)
@@ -787,7 +774,7 @@ def test_what_tensors_freed_is_used_again_without_page_faults():
     """Else the gradients of every step come back a page fault every 4 kB, a quarter of a step's time."""
     code = """
 import resource, torch
-from model import keep_freed_memory
+from device import keep_freed_memory
 keep_freed_memory()
 def faults(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
