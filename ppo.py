@@ -81,9 +81,9 @@ def gae(rewards, values, mask, gamma, lam):
 def group_advantages(rewards, cfg):
     """How much better a response was than the others to its prompt: (B,) rewards of responses -> (B,).
 
-    rloo: the reward less the mean of the other k - 1 (Ahmadian et al. 2024, arXiv:2402.14740). grpo: less
-    the mean of all k, over their standard deviation (Shao et al. 2024, arXiv:2402.03300, section 4.1.2; there the KL is
-    a term of the loss, here it stays in the reward, so that all three methods have one objective).
+    rloo: the reward less the mean of the other k - 1 (Ahmadian et al. 2024, arXiv:2402.14740). grpo: less the mean of
+    all k, over their standard deviation (Shao et al. 2024, arXiv:2402.03300, section 4.1.2; there the KL is a term of
+    the loss, here it stays in the reward, so that all three methods have one objective).
     """
     groups = rewards.view(-1, cfg.samples_per_prompt)  # the k rows of a prompt follow one another
     advantages = groups - groups.mean(1, keepdim=True)
