@@ -1,5 +1,6 @@
 # demo: a GPT-2 learns to write positive reviews, offline on a CPU, from the models in asset/mini.
 # test: the linter and all tests. mutants: the tests against wrong versions of the source, which they must all catch.
+# A test that hangs for a quarter of an hour ends the tests, with a traceback of where.
 # soak: 50 kills of saves and 50 of a run, at random moments; minutes.
 PYTHON ?= python3
 BIN = .venv/bin
@@ -13,7 +14,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q tests -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 mutants: .venv/installed
 	$(BIN)/python tests/mutants.py
