@@ -242,11 +242,8 @@ def keep_best(policy, tokenizer, step, objective, state, cfg):
         save_gpt2(policy.gpt2, tokenizer, folder, policy.value_head)
 
 
-def load(cfg, device, bf16, ranks=ONE_PROCESS):
-    """What a run starts from, checked before anything is written: policy, tokenizer, reward, judge, pool of prompts.
-
-    With it comes cfg, now with a micro_batch_size in any case.
-    """
+def load(cfg, device, bf16):
+    """What a run starts from, checked before anything is written: policy, tokenizer, reward, judge, pool of prompts."""
     folder, gpt2_config, tokenizer = open_gpt2(cfg.policy)
     check_context(cfg, gpt2_config, tokenizer)
     reward_fn = load_reward(cfg, device)
@@ -254,23 +251,23 @@ def load(cfg, device, bf16, ranks=ONE_PROCESS):
     pool = prompt_pool(load_splits(cfg.dataset)["prompts"].texts, tokenizer, cfg.max_prompt_len, task=cfg.task)
     prompts = prompt_batch(pool, 0, cfg)
     policy = load_policy(folder, gpt2_config, tokenizer, bf16).to(device)
-    tokens = pool.shape[1] + cfg.response_len
-    size = micro_batch_size(cfg, cfg.minibatch_size, tokens, policy.gpt2, 4, device, ranks)
-    cfg = replace(cfg, micro_batch_size=size)
-    print(ppo_sheet(cfg, policy, reward_fn, len(pool), device), flush=True)
     if cfg.self_check:
         checked = check_policy(policy, copy.deepcopy(policy), prompts.to(device), cfg)
         print("self-check:", checked, "|", check_reward(reward_fn), flush=True)
         if judge:
             print("self-check: judge:", check_reward(judge, "judge"), flush=True)
-    return cfg, policy, tokenizer, reward_fn, judge, pool
+    return policy, tokenizer, reward_fn, judge, pool
 
 
 def main(cfg):
     check_run(cfg, finished="model.safetensors")
     device, bf16 = pick_device(cfg)
     ranks = join(device, cfg, "micro_batch_size")
-    cfg, policy, tokenizer, reward_fn, judge, pool = load(cfg, device, bf16, ranks)
+    policy, tokenizer, reward_fn, judge, pool = load(cfg, device, bf16)
+    tokens = pool.shape[1] + cfg.response_len
+    size = micro_batch_size(cfg, cfg.minibatch_size, tokens, policy.gpt2, 4, device, ranks)
+    cfg = replace(cfg, micro_batch_size=size)
+    print(ppo_sheet(cfg, policy, reward_fn, len(pool), device), flush=True)
     ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)  # frozen: where the KL is measured from
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps, fused=device.type != "mps")
     stepper = Stepper(policy, [optimizer], cfg.grad_clip)

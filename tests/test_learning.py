@@ -73,8 +73,8 @@ def test_policy_reaches_the_optimum_of_its_objective(beta, advantage):
 def test_grpo_alone_misses_the_optimum_where_the_score_is_a_lottery(advantage, reaches):
     """E2E-1 with a score of 4 in one of four cases, so 1 on average: the optimum is as above.
 
-    Divided by the deviation of its group, a rare high score counts for less than a common low one: GRPO learns to
-    avoid what pays, down from .18. Where scores are certain it meets the optimum, since there all rewards are equal.
+    Divided by the deviation of its group, a rare high score counts for less than a common low one: GRPO stays where it
+    began. Where scores are certain it meets the optimum, since there the rewards of a group are equal.
     """
     policy, lottery = tiny_policy(5), random.Random(0)
     ref_probs, scores = first_probs(policy), torch.tensor([0.0, 0, 1, 0, 0])
@@ -84,7 +84,7 @@ def test_grpo_alone_misses_the_optimum_where_the_score_is_a_lottery(advantage, r
         config(steps=40, response_len=1, kl_coef=1.0, advantage=advantage),
     )
     error = (first_probs(policy) - (ref_probs.log() + scores).softmax(-1)).abs().max()
-    assert error < 0.04 if reaches else error > 0.1 and first_probs(policy)[2] < ref_probs[2]
+    assert error < 0.04 if reaches else error > 0.1 and (first_probs(policy) - ref_probs).abs().max() < 0.05
 
 
 def test_kl_alone_pulls_the_policy_back_to_its_reference():

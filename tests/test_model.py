@@ -552,7 +552,7 @@ def test_the_self_check_refuses_a_trunk_that_ignores_the_cache(check_args, monke
 def test_the_self_check_refuses_a_causal_mask_on_a_cached_step(check_args, monkeypatch):
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda q, k, v, is_causal: attention(q, k, v, is_causal=True)
+        F, "scaled_dot_product_attention", lambda q, k, v, attn_mask, is_causal: attention(q, k, v, is_causal=True)
     )
     assert refuses(check_args, "KV cache")
 

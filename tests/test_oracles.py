@@ -82,7 +82,7 @@ def whitened_as(step, x, shift_mean=True):
 
 def play(step):
     """The project's own rollout of the file's policies, samples and scores, and its log: (Rollout, metrics)."""
-    eos_id, cfg = 0 if step.library == "trl" else -1, PPOConfig(**vars(step.config))
+    eos_id, cfg = 0 if step.library == "trl" else -1, PPOConfig(**vars(step.config), micro_batch_size=4)
     words = SimpleNamespace(eos_token_id=eos_id, batch_decode=lambda ids, **_: ["text"] * len(ids))
     batch = rollout(POLICY, REF_POLICY, words, lambda _: IN.scores, IN.sequences[:, :P], cfg.kl_coef, cfg)
     return batch, rollout_metrics(batch, POLICY, REF_POLICY, None, None, cfg)
@@ -92,7 +92,7 @@ def loss_of(step, logprob_moves=IN.logprob_moves, value_moves=IN.value_moves):
     """ppo_loss of their advantages and returns: metrics, loss and gradients by name."""
     logprobs, values = (x[step.mask].requires_grad_() for x in (LOGPROBS + logprob_moves, VALUES + value_moves))
     old = LOGPROBS[step.mask], VALUES[step.mask], step.advantages, step.returns
-    loss, metrics = ppo_loss(logprobs, values, *old, PPOConfig(**vars(step.config)))
+    loss, metrics = ppo_loss(logprobs, values, *old, PPOConfig(**vars(step.config), micro_batch_size=4))
     loss.backward()
     return metrics | dict(loss=loss.detach(), grad_logprobs=logprobs.grad, grad_values=values.grad)
 

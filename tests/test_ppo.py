@@ -687,9 +687,9 @@ def train(tmp_path_factory, gpt2_folder):
             kept.saved_after.append(len((kept.out / "log.jsonl").read_text().splitlines()))
             save_checkpoint(out, *args)
 
-        def keep_texts(texts, *args):
+        def keep_texts(texts, *args, **task):
             kept.texts = texts
-            return prompt_pool(texts, *args)
+            return prompt_pool(texts, *args, **task)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint, "save_checkpoint", keep_saves)
