@@ -210,25 +210,28 @@ def best_of_n_rows(cfg, examiner):
 
 def write_csv(path, rows):
     with open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, ["method", "setting", "seed", *MEASURES])
+        writer = csv.DictWriter(f, ["method", "setting", "seed", *MEASURES], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def curve(rows, method, seed, measure):
+    """(KLs, a measure) of the runs of a method and seed, by rising KL; all begin at the fine-tuned model."""
+    points = [row for row in rows if row["method"] == START or (row["method"], row["seed"]) == (method, seed)]
+    points.sort(key=lambda row: row["kl_exact"])
+    return [row["kl_exact"] for row in points], [row[measure] for row in points]
 
 
 def at_equal_kl(rows, measure, nats):
     """A measure of each method where its frontier crosses so many nats: {method: [one a seed]}, linear in between.
 
-    A seed whose runs do not reach so far, or begin beyond, has none. Every frontier begins at the fine-tuned model.
+    A seed whose runs do not reach so far has none.
     """
-    start = next(row for row in rows if row["method"] == START)
     found = {}
-    for method in dict.fromkeys(row["method"] for row in rows if row is not start):
-        for seed in sorted({row["seed"] for row in rows if row["method"] == method}):
-            points = [row for row in rows if row["method"] == method and row["seed"] == seed] + [start]
-            points.sort(key=lambda row: row["kl_exact"])
-            kl, values = ([row[name] for row in points] for name in ("kl_exact", measure))
-            if nats <= kl[-1]:
-                found.setdefault(method, []).append(float(np.interp(nats, kl, values)))
+    for method, seed in dict.fromkeys((row["method"], row["seed"]) for row in rows if row["method"] != START):
+        kl, values = curve(rows, method, seed, measure)
+        if nats <= kl[-1]:
+            found.setdefault(method, []).append(float(np.interp(nats, kl, values)))
     return found
 
 
@@ -236,28 +239,41 @@ def cell(values):
     return f"{statistics.mean(values):.3f} ± {half_width(values):.3f}" if len(values) > 1 else "-"
 
 
-def summary(frontier, ablation, cfg):
-    """Two tables as Markdown: the methods at equal KL, and the ablation with its differences within a seed."""
-    nats = (1, 2, 4, 8, 16)
-    lines = [f"Mean and 95 % interval over {cfg.seeds} seeds, {cfg.prompts} held-out prompts.", ""]
-    for name in ("score", "positive_by_judge"):
-        lines += [
-            f"| {name} at a KL of | " + " | ".join(f"{n} nats" for n in nats) + " |",
-            "|---" * (len(nats) + 1) + "|",
-        ]
-        columns = [at_equal_kl(frontier, name, n) for n in nats]
-        for method in dict.fromkeys(m for column in columns for m in column):
-            lines.append(f"| {method} | " + " | ".join(cell(column.get(method, [])) for column in columns) + " |")
-        lines.append("")
-    names = ("score", "positive_by_judge", "kl_exact", "perplexity", "distinct_2")
-    if ablation:
-        lines += ["| less the preset's run | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    base = {row["seed"]: row for row in ablation if row["setting"] == PRESET}
+def table(head, lines):
+    """Markdown: head, a list of texts; lines, {first text: [values of each column by seed]}."""
+    body = ["| " + " | ".join([name, *map(cell, columns)]) + " |" for name, columns in lines.items()]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *body])
+
+
+def methods_table(frontier, measure, nats=(1, 2, 4, 8, 16)):
+    """A measure of all methods at equal KL."""
+    columns = [at_equal_kl(frontier, measure, n) for n in nats]
+    methods = dict.fromkeys(method for column in columns for method in column)
+    lines = {method: [column.get(method, []) for column in columns] for method in methods}
+    return table([f"{measure} at a KL of", *(f"{n} nats" for n in nats)], lines)
+
+
+def ablation_table(frontier, ablation):
+    """The preset's runs, and what each change adds to them: differences within a seed.
+
+    The last column holds the score less that of PPO's frontier at the run's own KL, since most changes move the KL too.
+    """
+    names = ("score", "positive_by_judge", "kl_exact", "perplexity", "distinct_2", "above")
+    for row in ablation:
+        row["above"] = row["score"] - float(np.interp(row["kl_exact"], *curve(frontier, "PPO", row["seed"], "score")))
+    base, lines = {row["seed"]: row for row in ablation if row["setting"] == PRESET}, {}
     for detail in dict.fromkeys(row["setting"] for row in ablation):
         rows = [row for row in ablation if row["setting"] == detail]
-        differences = [[row[n] - (base[row["seed"]][n] if detail != PRESET else 0) for row in rows] for n in names]
-        lines.append(f"| {detail} | " + " | ".join(map(cell, differences)) + " |")
-    return "\n".join(lines) + "\n"
+        less = {seed: dict.fromkeys(names, 0.0) for seed in base} if detail == PRESET else base
+        lines[detail] = [[row[name] - less[row["seed"]][name] for row in rows] for name in names]
+    return table(["changed", *names[:-1], "score above PPO's frontier"], lines)
+
+
+def summary(frontier, ablation, cfg):
+    """What frontier.md says."""
+    parts = [f"Mean and 95 % interval over {cfg.seeds} seeds, {cfg.prompts} held-out prompts."]
+    parts += [methods_table(frontier, name) for name in ("score", "positive_by_judge", "perplexity")]
+    return "\n\n".join(parts + [ablation_table(frontier, ablation)] * bool(ablation)) + "\n"
 
 
 def check_sweep(cfg):

@@ -777,7 +777,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("points beyond the last one", "if nats <= kl[-1]:", "if True:"),
         ],
         "test_frontier::test_the_ablation_tells_differences_within_a_seed": [
-            ("differences to one seed", 'base[row["seed"]][n]', "base[0][n]"),
+            ("differences to one seed", 'less[row["seed"]][name]', "less[0][name]"),
         ],
     },
     "metrics.py": {

@@ -144,11 +144,19 @@ def test_methods_are_compared_where_their_frontiers_cross_a_kl():
 
 
 def test_the_ablation_tells_differences_within_a_seed():
-    """Two seeds that differ by 1 and a detail that adds 0.5 to both: no more than that, and no width."""
+    """Two seeds that differ by 1 and a detail that adds .5 to both, at 2 nats where PPO's frontier rises by .5 a nat.
+
+    No more than that, and no width; above the frontier it adds nothing.
+    """
+    ppo = [point(START, 0, 0), *(point("PPO", 4, seed + 2, seed) for seed in (0, 1))]
     rows = [point("ablation", 1, seed, seed, PRESET) for seed in (0, 1)]
     rows += [point("ablation", 1, seed + 0.5, seed, "a detail") for seed in (0, 1)]
-    (line,) = [line for line in summary([point(START, 0, 0)], rows, CFG).splitlines() if line.startswith("| a detail")]
-    assert line.split(" | ")[1] == "0.500 ± 0.000"
+    rows += [point("ablation", 2, (seed + 2) / 2, seed, "on the frontier") for seed in (0, 1)]
+    lines = {line.split(" | ")[0]: line.split(" | ") for line in summary(ppo, rows, CFG).splitlines()}
+    assert lines["| a detail"][1] == "0.500 ± 0.000"
+    above = lines["| on the frontier"][-1]
+    base = (0 - 0.5, 1 - 0.75)  # of the preset's two runs
+    assert above.startswith(f"{-sum(base) / 2:.3f} ±")
 
 
 def test_an_interval_of_three_seeds_is_students():
