@@ -528,7 +528,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
                 "    for temporary in [Path(out)]:\n        yield",
             ),
         ],
-        "test_resume::test_kills_while_saving_leave_a_checkpoint_of_a_single_step": [
+        "test_checkpoint::test_a_checkpoint_that_is_not_whole_is_not_where_one_is_looked_for": [
             (
                 "a checkpoint written in place",
                 "        folder = temporary / name\n",

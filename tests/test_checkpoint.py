@@ -12,7 +12,18 @@ from conftest import message
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint import RUN_CONFIG, check_run, match, need_disk, read_json, replacing, write_text
+import checkpoint
+from checkpoint import (
+    RUN_CONFIG,
+    check_run,
+    latest_checkpoint,
+    match,
+    need_disk,
+    read_json,
+    replacing,
+    save_checkpoint,
+    write_text,
+)
 from config import BadInput, FinetuneConfig
 
 # ---- reading
@@ -52,6 +63,21 @@ def out(tmp_path):
     (tmp_path / "model.bin").write_text("old")
     (tmp_path / "log.jsonl").write_text("kept")
     return tmp_path
+
+
+@pytest.mark.parametrize("last", ["save_file", "sha256", "synced"])
+def test_a_checkpoint_that_is_not_whole_is_not_where_one_is_looked_for(tmp_path, monkeypatch, last):
+    """Whatever the save had come to when it broke: before its tensors, before its sums, before it was on the disk."""
+    model = nn.Linear(2, 2)
+    save_checkpoint(tmp_path, model, [], {"step": 1})
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, last, die)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, model, [], {"step": 2}, keep=1)
+    assert latest_checkpoint(tmp_path).name == "00000001"
 
 
 def contents(folder):
