@@ -326,7 +326,7 @@ class FrontierConfig:
     steps: int = 200  # rollouts of a run
     response_len: int = 16  # T, most tokens sampled after the prompt
     kl_coefs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)  # fixed: each is one point of a method's frontier
-    best_of: tuple[int, ...] = (2, 4, 8, 16)  # n, answers of the fine-tuned model of which the reward picks one
+    best_of: tuple[int, ...] = (2, 4, 8)  # n, answers of the fine-tuned model of which the reward picks one
     positive_epochs: tuple[float, ...] = (0.25, 1.0)  # of fine-tuning on positive reviews alone
     ablation: bool = True  # run each of ABLATIONS too
     prompts: int = 512  # held-out prompts, the same for all
