@@ -291,18 +291,13 @@ def test_lines_of_a_pipe_are_answered_one_by_one_until_an_empty_one(command):
     assert "\x1b" not in told and "never read" not in told
 
 
-def ctrl_c(pid, terminal, patience=10):
-    """Type it until the process ends, which readline misses where it comes just before its select. Returns the status.
-
-    A process that does not end would hold up all tests: it is killed, and the status says so.
-    """
-    for _ in range(patience):
-        os.write(terminal, b"\x03")
-        for _ in range(100):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                return status
-            time.sleep(0.1)
+def end_of(pid, seconds=100):
+    """The status of a process that is about to end; one that does not is killed, which the status then says."""
+    for _ in range(10 * seconds):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.1)
     os.kill(pid, signal.SIGKILL)
     return os.waitpid(pid, 0)[1]
 
@@ -310,6 +305,7 @@ def ctrl_c(pid, terminal, patience=10):
 def test_a_terminal_shows_prompts_and_answers_in_turn_until_ctrl_c(command):
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell runs the tests in the background
         os.execve(command[0], command, environment())
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
     told = b""
@@ -319,7 +315,8 @@ def test_a_terminal_shows_prompts_and_answers_in_turn_until_ctrl_c(command):
         while told.count(b"\n", seen) < 2 or not told.endswith((b"> ", b"> \x1b[?2004h")):  # until it asks again
             assert select.select([terminal], [], [], 300)[0], told
             told += os.read(terminal, 1000)
-    status = ctrl_c(pid, terminal)
+    os.write(terminal, b"\x03")
+    status = end_of(pid)
     os.close(terminal)
     lines = screen(told.decode())
     start = lines.index(f"> {PROMPT}")
