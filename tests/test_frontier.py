@@ -95,7 +95,7 @@ def test_a_sweep_that_was_stopped_goes_on_and_makes_no_run_twice(home, capsys):
     first = (out / "frontier.csv").read_text()
     frontier.main(cfg)  # a third time nothing is left to do
     assert (out / "frontier.csv").read_text() == first and len(made) == len(runs_of(cfg)) + 1
-    assert "less the preset's run" in capsys.readouterr().out
+    assert "score above PPO's frontier" in capsys.readouterr().out
 
 
 def test_the_best_of_n_has_the_highest_reward_of_n_answers_and_the_kl_of_its_bound(home):
