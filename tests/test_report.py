@@ -145,12 +145,13 @@ def test_the_table_has_the_numbers_of_the_evaluation_and_the_paired_differences(
     results = json.loads((ROOT / "asset" / "results.json").read_text())
     markdown = [line.strip("| ").split(" | ") for line in evaluate.table_text(results).splitlines()[2:]]
     rows = table(results)
-    assert [[caption, *(" ".join(cell).strip() for cell in cells[:2])] for caption, cells in rows] == [
+    assert [[caption, *(" ".join(cell).strip().lstrip("+") for cell in cells)] for caption, cells in rows] == [
         [text.strip() for text in line] for line in markdown
     ]
     differences = {caption: cells[2] for caption, cells in rows}
-    assert differences["score"] == ("+1.02", "[0.95, 1.09]")
-    assert differences["perplexity, fine-tuned model"] == ("–", "")
+    score = results["difference"]["score"]
+    assert differences["score"] == (f"+{score['value']:.2f}", f"[{score['low']:.2f}, {score['high']:.2f}]")
+    assert any(value.startswith("-") for value, _ in differences.values())
 
 
 def test_a_name_that_is_new_is_shown_as_it_is_and_one_that_is_missing_is_no_row():
