@@ -312,7 +312,16 @@ def frontier(folder):
     start = next(row for row in rows if row["method"] not in METHOD_COLOURS)
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.6), layout="constrained")
     for axis, (name, label) in zip(axes, (("score", "score"), ("positive_by_judge", "share positive by the judge"))):
-        axis.plot(0, float(start[name]), color=INK, marker="*", markersize=11, linestyle="none", label=start["method"])
+        axis.plot(
+            0,
+            float(start[name]),
+            color=INK,
+            marker="*",
+            markersize=11,
+            linestyle="none",
+            label=start["method"],
+            clip_on=False,
+        )
         for method, (colour, marker) in METHOD_COLOURS.items():
             points = []
             for setting in dict.fromkeys(row["setting"] for row in rows if row["method"] == method):
@@ -324,7 +333,10 @@ def frontier(folder):
                 axis.plot(kl, mean, color=colour, marker=marker, markersize=5, label=method)
                 low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
                 axis.fill_between(kl, low, high, color=colour, alpha=0.15, linewidth=0)
-        axis.set(xlabel="KL from the fine-tuned model, nats a response", ylabel=label)
+        # the root, as Gao et al. 2022 draw it: most happens in the first nats
+        axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
+        axis.set_xticks((0, 1, 2, 4, 8, 16, 32, 64))
+        axis.set(xlabel="KL, nats a response, root scale", ylabel=label, xlim=(0, 70))
     axes[1].legend(loc="lower right")
     return figure
 
@@ -335,6 +347,7 @@ FIGURES = [  # (file in asset/images, what draws it, the folder that it reads)
     ("reward_model.png", reward_model, ASSET / "mini" / "reward"),
     ("ppo.png", ppo),
     ("example_results.png", example_results, ASSET),
+    ("frontier.png", frontier, ASSET / "frontier"),
 ]
 
 

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, StepPatch
 
 import plot
-from plot import FIGURES, PANELS, curves, example_results, finetune_model, main, reward_model, wrap
+from plot import FIGURES, PANELS, curves, example_results, finetune_model, frontier, main, reward_model, wrap
 
 SOURCES = ["log.jsonl", "mini/gpt2/log.jsonl", "mini/reward/results.json", "results.json"]
 SHARES = ("positive_by_reward", "positive_by_judge")
@@ -51,8 +51,34 @@ def asset(tmp_path, monkeypatch):
     histogram = {"edges": [-1.5, -0.5, 0.5, 1.5], "negative": [4, 2, 1], "positive": [0, 3, 9]}
     (folder / "mini/reward/results.json").write_text(json.dumps({"after": {"histogram": histogram}}))
     write_samples(folder, "A film about a dog", "that is good")
+    (folder / "frontier").mkdir()
+    (folder / "frontier" / "frontier.csv").write_text(FRONTIER)
     yield folder
     plt.close("all")
+
+
+FRONTIER = """method,setting,seed,score,positive_by_judge,kl_exact
+fine-tuned model,0,0,0.0,0.5,0.0
+PPO,0.3,0,0.1,0.60,0.9
+PPO,0.3,1,0.2,0.62,1.0
+PPO,0.3,2,0.3,0.64,1.1
+PPO,0.1,0,0.5,0.70,2.0
+PPO,0.1,1,0.5,0.70,3.0
+PPO,0.1,2,0.5,0.70,4.0
+best-of-n,2,0,0.4,0.8,0.2
+best-of-n,2,1,0.4,0.8,0.2
+"""
+
+
+def test_a_frontier_goes_through_the_means_of_its_seeds_with_students_band(asset):
+    """PPO at (1, .2) and (3, .5): the band is 4.30 x .1 / sqrt(3) to either side of the first, none of the second."""
+    axis = frontier(asset / "frontier").axes[0]
+    lines = {line.get_label(): line.get_xydata() for line in axis.lines}
+    assert set(lines) == {"fine-tuned model", "PPO", "best-of-n"}
+    np.testing.assert_allclose(lines["PPO"], [[1, 0.2], [3, 0.5]])
+    edges = {tuple(point) for path in axis.collections[0].get_paths() for point in path.vertices.round(6)}
+    half = 4.30 * 0.1 / 3**0.5
+    assert {(1, round(0.2 - half, 6)), (1, round(0.2 + half, 6)), (3, 0.5)} <= edges
 
 
 def texts_of(axis):
@@ -80,12 +106,13 @@ def test_without_a_folder_every_figure_of_the_readme_is_drawn_white_and_1500_pix
     height = sizes.pop("example_results")[1]
     assert 300 < height < 700
     assert sizes == {
-        "learning_curves": (1500, 825), "finetune_model": (1500, 540), "reward_model": (1500, 540), "ppo": (1500, 705)
+        "learning_curves": (1500, 825), "finetune_model": (1500, 540), "reward_model": (1500, 540), "ppo": (1500, 705),
+        "frontier": (1500, 690),
     }  # fmt: skip
     assert all(np.all(plt.imread(path)[[0, -1]][:, [0, -1]] == 1) for path in paths)  # corners, opacity included
 
 
-@pytest.mark.parametrize("name, draw, source", [(name, draw, source) for name, draw, *source in FIGURES[1:]])
+@pytest.mark.parametrize("name, draw, source", [(name, draw, source) for name, draw, *source in FIGURES[1:5]])
 def test_no_text_of_a_drawing_runs_into_another_or_over_the_edge_of_a_box(asset, name, draw, source):
     figure = draw(*source)
     axis = figure.axes[0]
