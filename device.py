@@ -25,6 +25,9 @@ def pick_device(cfg):
         raise BadInput(f"dtype is bf16, and this {name} device does not compute in it: use --dtype fp32, or auto")
     if name == "cpu":
         keep_freed_memory()
+        # MKL looks at the processor in the first exp or log of a process. Where several threads make it at once, some
+        # get approximations that are off by 1e-4, this once (in 1 of 500 processes); one number is one thread's
+        torch.zeros(1).exp()
     torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products on CUDA; nothing changes on a CPU
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process of a machine its own

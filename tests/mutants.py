@@ -338,14 +338,14 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_ppo::test_a_minibatch_leaves_no_gradient_to_the_next": [
             ("gradients of the last minibatch stay", "self.model.zero_grad(set_to_none=True)", "pass"),
         ],
-        "test_model::test_every_group_of_every_optimizer_follows_the_schedule_from_its_own_peak": [
+        "test_optimizer::test_every_group_of_every_optimizer_follows_the_schedule_from_its_own_peak": [
             (
                 "learning rate of the first group only",
                 "zip(optimizer.param_groups, peaks):",
                 "zip(optimizer.param_groups[:1], peaks):",
             ),
         ],
-        "test_model::test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted": [
+        "test_optimizer::test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted": [
             ("a gradient that is not finite is stepped with", "if math.isfinite(norm):", "if True:"),
         ],
         "test_ppo::test_gradient_is_clipped_once_a_step": [
@@ -355,7 +355,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
                 "clip_grad_norm_(self.model.parameters(), math.inf)",
             ),
         ],
-        "test_model::test_weight_decay_takes_matrices_and_leaves_biases_and_gains": [
+        "test_optimizer::test_weight_decay_takes_matrices_and_leaves_biases_and_gains": [
             (
                 "biases and gains decay too",
                 'p.dim() < 2], "weight_decay": 0.0',
@@ -364,10 +364,13 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         ],
     },
     "device.py": {
-        "test_model::test_the_process_with_the_least_memory_decides": [
+        "test_device::test_the_first_exp_of_a_run_is_a_single_number": [
+            ("MKL's first exp by several threads", "torch.zeros(1).exp()", "pass"),
+        ],
+        "test_device::test_the_process_with_the_least_memory_decides": [
             ("each process has its own micro-batch", "return rows - ranks.any(rows - size)", "return size"),
         ],
-        "test_model::test_the_micro_batch_is_the_largest_divisor_that_the_memory_of_a_gpu_holds": [
+        "test_device::test_the_micro_batch_is_the_largest_divisor_that_the_memory_of_a_gpu_holds": [
             ("no room for Adam and the reference", "- 4 * copies * weights", ""),
         ],
     },

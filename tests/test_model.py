@@ -1,6 +1,5 @@
 """The network against transformers' own GPT-2 in float64, sampling, log-probabilities, files in and out."""
 
-import ctypes
 import json
 import math
 import shutil
@@ -19,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
-from config import BadInput, FinetuneConfig, PPOConfig
-from device import ONE_PROCESS, micro_batch_size, pick_device, random_generator
+from config import BadInput, PPOConfig
+from device import random_generator
 from hub import (
     SUPPORTED,
     TRANSPOSED,
@@ -35,7 +34,6 @@ from hub import (
     save_gpt2,
 )
 from model import GPT2, GPT2Config, KVCache, Policy, cached_logprobs, check_policy, draw, exact_kl, token_logprobs
-from optimizer import Muon, Stepper, decay_groups, orthogonal
 
 CLOSE = dict(atol=1e-9, rtol=0)
 N_POSITIONS = 48  # of conftest.hf_gpt2
@@ -769,24 +767,6 @@ print((peak() - before) / sum(p.numel() * 4 for p in model.parameters()))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc only")
-def test_what_tensors_freed_is_used_again_without_page_faults():
-    """Else the gradients of every step come back a page fault every 4 kB, a quarter of a step's time."""
-    code = """
-import resource, torch
-from device import keep_freed_memory
-keep_freed_memory()
-def faults(times):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(times):
-        torch.ones(2**24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(10), faults(10))
-"""
-    first, then = map(int, subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split())
-    assert then < first / 10  # the heap has found its size
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path, gpt2_folder):
     """Twice the weights, if the state dict were read as a whole and copied."""
@@ -899,144 +879,7 @@ def test_a_damaged_value_head_is_refused_with_its_path(folder_with_head):
         load_policy(*open_gpt2(str(folder)))
 
 
-# ---- optimizer steps and the device
-
-
-@pytest.fixture
-def stepper():
-    """SGD at rate 1 on one weight vector of zeros, clipped at 1."""
-    module = nn.Linear(2, 1, bias=False)
-    nn.init.zeros_(module.weight)
-    return Stepper(module, [torch.optim.SGD(module.parameters(), lr=1.0)], grad_clip=1.0)
-
-
-def take_step(stepper, *gradient):
-    stepper.model.weight.grad = torch.tensor([gradient])
-    norm = stepper.step()
-    assert stepper.model.weight.grad is None
-    return norm, stepper.model.weight.tolist()[0]
-
-
-def test_a_step_clips_the_gradient_to_the_norm_and_reports_the_norm_before(stepper):
-    norm, weight = take_step(stepper, 6.0, 8.0)
-    assert norm == pytest.approx(10)
-    assert weight == pytest.approx([-0.6, -0.8], abs=1e-5)
-    norm, weight = take_step(stepper, 0.3, 0.0)  # below the bound: as it is
-    assert norm == pytest.approx(0.3)
-    assert weight == pytest.approx([-0.9, -0.8], abs=1e-5)
-    assert stepper.skipped == 0
-
-
-@pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(stepper, bad):
-    """Clipping by an infinite norm would make every weight nan."""
-    assert take_step(stepper, bad, 1.0)[1] == [0, 0]
-    assert stepper.skipped == 1
-
-
-def test_three_bad_gradients_in_a_row_stop_the_run_and_two_with_a_good_one_between_do_not(stepper):
-    for gradient in (math.nan, math.nan, 0.5, math.nan, math.nan):
-        take_step(stepper, gradient, 0.0)
-    assert stepper.skipped == 4
-    with pytest.raises(BadInput, match="three steps in a row were skipped, .*norm nan"):
-        take_step(stepper, math.nan, 0.0)
-    assert stepper.model.weight.tolist() == [[-0.5, 0]]
-
-
-def test_every_group_of_every_optimizer_follows_the_schedule_from_its_own_peak():
-    """O5: catches a rate that only the first group gets, and one that is cut from what the last step left."""
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    adamw = torch.optim.AdamW(decay_groups(model[0].parameters(), 0.1), lr=0.5)
-    stepper = Stepper(model, [adamw, Muon([model[1].weight], lr=0.2)], grad_clip=1.0)
-    for share in (0.1, 0.5):
-        stepper.set_lr(share)
-        assert [[group["lr"] for group in o.param_groups] for o in stepper.optimizers] == [
-            [0.5 * share] * 2,
-            [0.2 * share],
-        ]
-
-
-def test_weight_decay_takes_matrices_and_leaves_biases_and_gains():
-    with torch.device("meta"):
-        gpt2 = GPT2(GPT2Config())
-    decayed, spared = decay_groups(gpt2.parameters(), 0.1)
-    counts = [(len(g["params"]), sum(p.numel() for p in g["params"]), g["weight_decay"]) for g in (decayed, spared)]
-    assert counts == [(50, 124_318_464, 0.1), (98, 121_344, 0.0)]
-
-
-def test_orthogonal_keeps_the_directions_and_brings_all_singular_values_near_1():
-    """Catches a wrong coefficient, a product the wrong way round and a matrix that comes back transposed."""
-    torch.manual_seed(0)
-    for shape in ((3, 16, 16), (2, 40, 12), (2, 12, 40)):
-        matrices = torch.randn(shape, dtype=torch.float64)
-        U, S, V = torch.linalg.svd(orthogonal(matrices), full_matrices=False)
-        assert S.min() > 0.6 and S.max() < 1.3
-        of, _, by = torch.linalg.svd(matrices, full_matrices=False)
-        inner = of.mT @ orthogonal(matrices) @ by.mT  # diagonal: the singular vectors are those of the matrices
-        assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 1e-9
-
-
-def test_muon_steps_as_torch_does_up_to_its_bf16():
-    """torch.optim.Muon is the reference: momentum, Nesterov, decay and the scale of tall matrices."""
-    torch.manual_seed(0)
-    ours = [nn.Parameter(torch.randn(shape) / 4) for shape in ((16, 16), (40, 16), (40, 16), (16, 40))]
-    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    settings = dict(lr=0.02, weight_decay=0.1, momentum=0.9)
-    pairs = (Muon(ours, **settings), ours), (torch.optim.Muon(theirs, **settings), theirs)
-    start = [p.detach().clone() for p in ours]
-    for _ in range(4):
-        gradients = [torch.randn_like(p) for p in ours]
-        for optimizer, parameters in pairs:
-            for p, gradient in zip(parameters, gradients):
-                p.grad = gradient.clone()
-            optimizer.step()
-    for a, b, p in zip(ours, theirs, start):
-        assert (a - b).norm() < 0.02 * (a - p).norm()
-
-
-def test_muon_takes_a_c_attn_as_the_three_matrices_it_is():
-    torch.manual_seed(0)
-    whole, gradient = nn.Parameter(torch.randn(24, 8)), torch.randn(24, 8)
-    thirds = [nn.Parameter(third.clone()) for third in whole.detach().split(8)]
-    whole.grad = gradient
-    for third, part in zip(thirds, gradient.split(8)):
-        third.grad = part
-    Muon([whole], lr=0.1).step()
-    Muon(thirds, lr=0.1).step()
-    torch.testing.assert_close(whole.detach(), torch.cat([third.detach() for third in thirds]))
-
-
-@pytest.fixture
-def only_a_cpu(monkeypatch):
-    precision = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    yield
-    torch.set_float32_matmul_precision(precision)
-
-
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_device_that_is_not_there_is_refused(only_a_cpu, device):
-    with pytest.raises(BadInput, match=f"device is {device}, .* finds only: cpu"):
-        pick_device(FinetuneConfig(device=device))
-
-
-@pytest.mark.parametrize("dtype, bf16", [("auto", False), ("fp32", False), ("bf16", True)])
-def test_a_cpu_computes_in_float32_unless_asked(only_a_cpu, dtype, bf16):
-    assert pick_device(FinetuneConfig(dtype=dtype)) == (torch.device("cpu"), bf16)
-
-
-@pytest.mark.parametrize("can_bf16", [True, False])
-def test_cuda_is_taken_where_it_is_there_and_bf16_where_it_can(only_a_cpu, monkeypatch, can_bf16):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: can_bf16)
-    assert pick_device(FinetuneConfig()) == (torch.device("cuda:0"), can_bf16)
-    if not can_bf16:
-        with pytest.raises(BadInput, match="use --dtype fp32"):
-            pick_device(FinetuneConfig(dtype="bf16"))
-
-
-# ---- for a GPU, as far as a CPU can tell
+# ---- the compiled decoding step, as far as a CPU can tell
 
 
 @pytest.fixture
@@ -1084,37 +927,3 @@ def test_a_static_step_gives_the_logits_of_a_full_forward(compiled_eagerly):
         cache = model.static_cache(cache)
         for t in range(4, 9):
             torch.testing.assert_close(model.next_logits(ids[:, t : t + 1], cache), full[:, t], atol=1e-9, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("free_gb", "processes", "expected"),
-    [(80, 1, 128), (4.5, 1, 64), (4, 1, 32), (0.1, 1, 1), (4, 2, 64), (0.1, 2, 2)],
-)
-def test_the_micro_batch_is_the_largest_divisor_that_the_memory_of_a_gpu_holds(
-    monkeypatch, free_gb, processes, expected
-):
-    """For GPT-2 124M, rows of 24 tokens: 24 x (16 x 768 x 12 + 2 x 50,257) x 4 bytes are 23.8 MB, four copies 2 GB."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * 1e9), int(80e9)))
-    with torch.device("meta"):
-        gpt2 = GPT2(GPT2Config())
-    ranks = type("Ranks", (), {"size": processes, "any": staticmethod(lambda n: n)})
-    found = micro_batch_size(PPOConfig(), 128, 24, gpt2, 4, torch.device("cuda"), ranks)
-    assert found == expected
-
-
-def test_the_process_with_the_least_memory_decides(monkeypatch):
-    """Else one would wait for gradients that another has no backward pass for."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(80e9), int(80e9)))
-    gpt2, ranks = GPT2(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1)), type("Ranks", (), {})
-    ranks.size, ranks.any = 2, lambda lacking: max(lacking, 128 - 32)  # the other one can do 32
-    assert micro_batch_size(PPOConfig(), 128, 24, gpt2, 4, torch.device("cuda"), ranks) == 32
-
-
-def test_on_a_cpu_a_micro_batch_has_2048_tokens_and_a_given_size_stays():
-    gpt2 = GPT2(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-    for cfg, tokens, expected in (
-        (PPOConfig(), 48, 32),
-        (PPOConfig(), 4096, 1),
-        (PPOConfig(micro_batch_size=4), 48, 4),
-    ):
-        assert micro_batch_size(cfg, 64, tokens, gpt2, 4, torch.device("cpu"), ONE_PROCESS) == expected

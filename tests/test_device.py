@@ -1,0 +1,120 @@
+"""Where a run computes and with how many rows at a time; and what a CPU must be told before it is fast and exact."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from config import BadInput, FinetuneConfig, PPOConfig
+from device import ONE_PROCESS, micro_batch_size, pick_device
+from model import GPT2, GPT2Config
+
+# ---- where
+
+
+@pytest.fixture
+def only_a_cpu(monkeypatch):
+    precision = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused(only_a_cpu, device):
+    with pytest.raises(BadInput, match=f"device is {device}, .* finds only: cpu"):
+        pick_device(FinetuneConfig(device=device))
+
+
+@pytest.mark.parametrize("dtype, bf16", [("auto", False), ("fp32", False), ("bf16", True)])
+def test_a_cpu_computes_in_float32_unless_asked(only_a_cpu, dtype, bf16):
+    assert pick_device(FinetuneConfig(dtype=dtype)) == (torch.device("cpu"), bf16)
+
+
+@pytest.mark.parametrize("can_bf16", [True, False])
+def test_cuda_is_taken_where_it_is_there_and_bf16_where_it_can(only_a_cpu, monkeypatch, can_bf16):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: can_bf16)
+    assert pick_device(FinetuneConfig()) == (torch.device("cuda:0"), can_bf16)
+    if not can_bf16:
+        with pytest.raises(BadInput, match="use --dtype fp32"):
+            pick_device(FinetuneConfig(dtype="bf16"))
+
+
+# ---- on a CPU
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc only")
+def test_what_tensors_freed_is_used_again_without_page_faults():
+    """Else the gradients of every step come back a page fault every 4 kB, a quarter of a step's time."""
+    code = """
+import resource, torch
+from device import keep_freed_memory
+keep_freed_memory()
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(10), faults(10))
+"""
+    first, then = map(int, subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split())
+    assert then < first / 10  # the heap has found its size
+
+
+def test_the_first_exp_of_a_run_is_a_single_number(only_a_cpu):
+    """One thread computes that. Where several make MKL's first exp at once, some are off by 1e-4, now and then."""
+
+    class Exps(TorchDispatchMode):
+        sizes = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.exp.default:
+                self.sizes.append(args[0].numel())
+            return function(*args, **(kwargs or {}))
+
+    with Exps() as exps:
+        pick_device(FinetuneConfig())
+    assert exps.sizes == [1]
+
+
+# ---- rows at a time
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "processes", "expected"),
+    [(80, 1, 128), (4.5, 1, 64), (4, 1, 32), (0.1, 1, 1), (4, 2, 64), (0.1, 2, 2)],
+)
+def test_the_micro_batch_is_the_largest_divisor_that_the_memory_of_a_gpu_holds(
+    monkeypatch, free_gb, processes, expected
+):
+    """For GPT-2 124M, rows of 24 tokens: 24 x (16 x 768 x 12 + 2 x 50,257) x 4 bytes are 23.8 MB, four copies 2 GB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * 1e9), int(80e9)))
+    with torch.device("meta"):
+        gpt2 = GPT2(GPT2Config())
+    ranks = type("Ranks", (), {"size": processes, "any": staticmethod(lambda n: n)})
+    found = micro_batch_size(PPOConfig(), 128, 24, gpt2, 4, torch.device("cuda"), ranks)
+    assert found == expected
+
+
+def test_the_process_with_the_least_memory_decides(monkeypatch):
+    """Else one would wait for gradients that another has no backward pass for."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(80e9), int(80e9)))
+    gpt2, ranks = GPT2(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1)), type("Ranks", (), {})
+    ranks.size, ranks.any = 2, lambda lacking: max(lacking, 128 - 32)  # the other one can do 32
+    assert micro_batch_size(PPOConfig(), 128, 24, gpt2, 4, torch.device("cuda"), ranks) == 32
+
+
+def test_on_a_cpu_a_micro_batch_has_2048_tokens_and_a_given_size_stays():
+    gpt2 = GPT2(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    for cfg, tokens, expected in (
+        (PPOConfig(), 48, 32),
+        (PPOConfig(), 4096, 1),
+        (PPOConfig(micro_batch_size=4), 48, 4),
+    ):
+        assert micro_batch_size(cfg, 64, tokens, gpt2, 4, torch.device("cpu"), ONE_PROCESS) == expected
