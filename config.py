@@ -308,6 +308,7 @@ class BenchConfig:
     preset: Preset = "gpt2"  # gpt2: the 124M model and BERT-base, 32 episodes of 8 + 24 tokens; mini: 128 of 6 + 24
     repeats: int = 5  # steps that are timed, behind one that warms up
     growth: bool = False  # show instead how the time of a step grows with its sizes
+    compile: bool = False  # as in ppo.py: faster on CUDA after a minute of compiling
     json: bool = False  # print JSON, for machines
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
     dtype: Dtype = "auto"  # of the trunk; auto: bf16 on a CUDA device that has it, else fp32. All else is fp32

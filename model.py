@@ -80,12 +80,22 @@ class StaticKVCache(nn.Module):
 
 
 def linear(x, weight, bias=None):
-    """F.linear. A decoding step on a CPU, a token a row, is W x^T: MKL does that in three quarters of x W^T's time."""
-    if x.is_cpu and x.shape[-2] == 1:
-        rows = x.flatten(0, -2).T
-        product = weight @ rows if bias is None else torch.addmm(bias[:, None], weight, rows)
-        return product.T.contiguous().view(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
+    """F.linear, and its faster equals for a decoding step on a CPU, which has a token a row.
+
+    MKL computes W x^T in three quarters of x W^T's time. It copies W on the way, which for few rows is most of the
+    work: 8 rows take another quarter less in blocks of W that fit a cache.
+    """
+    if not x.is_cpu or x.shape[-2] > 1:
+        return F.linear(x, weight, bias)
+    rows = x.flatten(0, -2)
+    if 1 < len(rows) <= 8:
+        block = next(n for n in range(128, 0, -1) if len(weight) % n == 0)
+        blocks = weight.view(-1, block, weight.shape[1]).mT
+        rows = rows.expand(len(blocks), *rows.shape)
+        product = rows @ blocks if bias is None else torch.baddbmm(bias.view(-1, 1, block), rows, blocks)
+        return product.transpose(0, 1).reshape(*x.shape[:-1], -1)
+    product = weight @ rows.T if bias is None else torch.addmm(bias[:, None], weight, rows.T)
+    return product.T.contiguous().view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):

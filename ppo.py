@@ -182,9 +182,10 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
     parts = sequences.split(cfg.micro_batch_size)
     evaluated = [policy(part, prompt_len, cfg.temperature) for part in parts]
     logprobs, values = (torch.cat(tensors) for tensors in zip(*evaluated))  # (B, T) each
+    check_finite("log-probability or value", (logprobs + values).sum(1), texts)
     clock.append(time.time())
     ref_logprobs = torch.cat([ref_policy(part, prompt_len, cfg.temperature)[0] for part in parts])  # (B, T)
-    check_finite("log-probability or value", (logprobs + ref_logprobs + values).sum(1), texts)
+    check_finite("the reference's log-probability", ref_logprobs.sum(1), texts)
     clock.append(time.time())
 
     kl = (logprobs - ref_logprobs) * mask
@@ -242,6 +243,13 @@ def keep_best(policy, tokenizer, step, objective, state, cfg):
         save_gpt2(policy.gpt2, tokenizer, folder, policy.value_head)
 
 
+def compile_passes(policy, ref_policy):
+    """torch.compile what a rollout and an update call, once: forward passes and the decoding step."""
+    policy.compile()
+    ref_policy.compile()
+    policy.gpt2.compile_decoding()
+
+
 def load(cfg, device, bf16):
     """What a run starts from, checked before anything is written: policy, tokenizer, reward, judge, pool of prompts."""
     folder, gpt2_config, tokenizer = open_gpt2(cfg.policy)
@@ -279,9 +287,7 @@ def main(cfg):
     controller, watch = AdaptiveKL(state["kl_coef"], cfg.kl_target, cfg.kl_horizon), Watch(cfg, state["watched"])
     log = RunLog(cfg, policy, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
-        policy.compile()
-        ref_policy.compile()
-        policy.gpt2.compile_decoding()
+        compile_passes(policy, ref_policy)
     learner, actor, ref_actor, shared_reward = ranks.spread(policy, ref_policy, reward_fn)
     stopped = False
 

@@ -39,6 +39,9 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("GRPO with the variance", "groups.std(1, keepdim=True)", "groups.var(1, keepdim=True)"),
             ("GRPO over all prompts", "groups.std(1, keepdim=True)", "groups.std()"),
         ],
+        "test_ppo::test_a_pass_that_is_not_finite_is_told_from_the_reference_s": [
+            ("values of nan go on", "(logprobs + values).sum(1)", "logprobs.sum(1)"),
+        ],
         "test_ppo::test_every_token_of_a_response_has_the_advantage_of_its_whole_reward": [
             (
                 "RLOO and GRPO without the KL",
@@ -375,6 +378,10 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         ],
     },
     "model.py": {
+        "test_model::test_the_linear_layers_of_a_decoding_step_are_linear_layers": [
+            ("a bias that is added in another order", "bias.view(-1, 1, block)", "bias.view(block, 1, -1).mT"),
+            ("blocks that take the place of rows", "product.transpose(0, 1).reshape(", "product.reshape("),
+        ],
         "test_model::test_a_static_step_gives_the_logits_of_a_full_forward": [
             ("a static step that does not see itself", "self.places <= self.position", "self.places < self.position"),
             ("a static step that sees what is to come", "self.places <= self.position", "self.places >= 0"),

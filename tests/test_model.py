@@ -33,7 +33,18 @@ from hub import (
     read_tensors,
     save_gpt2,
 )
-from model import GPT2, GPT2Config, KVCache, Policy, cached_logprobs, check_policy, draw, exact_kl, token_logprobs
+from model import (
+    GPT2,
+    GPT2Config,
+    KVCache,
+    Policy,
+    cached_logprobs,
+    check_policy,
+    draw,
+    exact_kl,
+    linear,
+    token_logprobs,
+)
 
 CLOSE = dict(atol=1e-9, rtol=0)
 N_POSITIONS = 48  # of conftest.hf_gpt2
@@ -233,6 +244,16 @@ def test_behind_a_filled_cache_only_one_token_at_a_time_is_taken():
     gpt2.trunk(some_ids(1, 3), cache)
     with pytest.raises(ValueError, match="one token at a time, not 2"):
         gpt2.trunk(some_ids(1, 2), cache)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9])
+@pytest.mark.parametrize("width", [7, 58, 256])  # a prime, two blocks, two blocks of 128
+def test_the_linear_layers_of_a_decoding_step_are_linear_layers(rows, width):
+    """The layouts that are faster for one token a row, for few rows and for many, with a bias and without."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 1, 12, dtype=torch.float64), torch.randn(width, 12, dtype=torch.float64)
+    for bias in (None, torch.randn(width, dtype=torch.float64)):
+        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

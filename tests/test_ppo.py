@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from conftest import reviews_csv
-from torch import tensor
+from torch import nn, tensor
 
 import checkpoint
 import ppo
@@ -36,6 +36,7 @@ from ppo import (
     update,
     whiten,
 )
+from reward import NotFinite
 
 EOS = 0
 VOCAB = 12
@@ -415,6 +416,17 @@ def test_nothing_in_a_rollout_carries_a_gradient():
 def test_score_that_is_not_finite_names_its_text(bad):
     with pytest.raises(BadInput, match=r"score of text 3 is (nan|inf): '[\d ]+'"):
         play(config(), reward=lambda texts: [bad if i == 3 else 1.0 for i in range(len(texts))])
+
+
+def test_a_pass_that_is_not_finite_is_told_from_the_reference_s():
+    """Also the value alone: the log-probabilities beside it are good."""
+    policy, ref_policy = tiny_policy(), tiny_policy(1)
+    nn.init.constant_(policy.value_head.bias, math.nan)
+    with pytest.raises(NotFinite, match="log-probability or value of text 0 is nan"):
+        play(config(), policy)
+    nn.init.constant_(ref_policy.gpt2.ln_f.bias, math.nan)
+    with pytest.raises(NotFinite, match="the reference's log-probability of text 0 is nan"):
+        play(config(), ref_policy=ref_policy)
 
 
 def test_scores_of_the_wrong_shape_are_refused():
