@@ -83,8 +83,8 @@ def peak_flops(device, n=2048, seconds=0.5):
 
 
 def flops(function, *args):
-    """FLOPs of the matrix products in a call."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of the matrix products in a call. Nothing is compiled in it: the counter sees torch's operations alone."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         function(*args)
     return counter.get_total_flops()
 
@@ -100,33 +100,30 @@ def measure(ppo, model, texts, cfg):
     optimizer = torch.optim.Adam(policy.parameters(), ppo.lr, eps=ppo.adam_eps, fused=device.type != "mps")
     stepper = Stepper(policy, [optimizer], ppo.grad_clip)
     pool = prompt_pool(texts, tokenizer, ppo.max_prompt_len)
-
-    def answer(step):
-        prompts, generator = prompt_batch(pool, step, ppo).to(device), random_generator(device, ppo.seed, step)
-        return rollout(policy, ref_policy, Folded(tokenizer), reward_fn, prompts, ppo.kl_coef, ppo, generator)
+    if cfg.compile:
+        compile_passes(policy, ref_policy)
+    steps, peaks = [], []
+    for step in range(cfg.repeats + 1):
+        prompts = prompt_batch(pool, step, ppo).to(device)
+        generator = random_generator(device, ppo.seed, step)
+        batch = rollout(policy, ref_policy, Folded(tokenizer), reward_fn, prompts, ppo.kl_coef, ppo, generator)
+        start = time.time()
+        update(policy, stepper, batch, ppo, random_generator("cpu", ppo.seed, step))
+        steps.append(batch.seconds | {"update": time.time() - start})
+        peaks.append(peak_flops(device))
 
     def evaluate(policy):
         with torch.no_grad():
             for part in batch.sequences.split(ppo.micro_batch_size):
                 policy(part, batch.prompt_len)
 
-    batch = answer(0)  # FLOPs are counted before anything is compiled: the counter sees operations of torch alone
-    prompts = batch.sequences[:, : batch.prompt_len]
     counted = {
-        "generate": flops(policy.gpt2.generate, prompts, ppo.response_len, ppo.temperature, -1),
+        "generate": flops(policy.gpt2.generate, prompts, ppo.response_len, ppo.temperature, -1, generator),
         "score": flops(reward_fn, batch.texts),
         "logprobs": flops(evaluate, policy),
         "reference": flops(evaluate, ref_policy),
         "update": flops(update, policy, stepper, batch, ppo),
     }
-    if cfg.compile:
-        compile_passes(policy, ref_policy)
-    steps, peaks = [], []
-    for step in range(cfg.repeats + 1):
-        batch, start = answer(step), time.time()
-        update(policy, stepper, batch, ppo, random_generator("cpu", ppo.seed, step))
-        steps.append(batch.seconds | {"update": time.time() - start})
-        peaks.append(peak_flops(device))
     phases = {name: {"seconds": [s[name] for s in steps[1:]], "flops": n} for name, n in counted.items()}
     totals = [sum(step.values()) for step in steps[1:]]
     phases["step"] = {"seconds": totals, "flops": sum(counted.values())}
