@@ -380,6 +380,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
     "model.py": {
         "test_model::test_the_linear_layers_of_a_decoding_step_are_linear_layers": [
             ("a bias that is added in another order", "bias.view(-1, 1, block)", "bias.view(block, 1, -1).mT"),
+            ("decoding without biases", "torch.addmm(bias[:, None], weight, rows.T)", "weight @ rows.T"),
             ("blocks that take the place of rows", "product.transpose(0, 1).reshape(", "product.reshape("),
         ],
         "test_model::test_a_static_step_gives_the_logits_of_a_full_forward": [
@@ -458,7 +459,6 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("positions that start anew in decoding", "slice(seen, end)", "slice(end - seen)"),
             ("causal mask on a cached step", "is_causal=L > 1", "is_causal=True"),
             ("a full cache is not moved on", "cache.filled = end", "cache.filled = seen + 1"),
-            ("decoding without biases", "torch.addmm(bias[:, None], weight, rows)", "weight @ rows"),
         ],
         "test_model::test_a_later_token_changes_no_earlier_logit": [
             ("no causal mask", "is_causal=L > 1", "is_causal=False"),
