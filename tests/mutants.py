@@ -366,6 +366,11 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ),
         ],
     },
+    "bench.py": {
+        "test_bench::test_compiled_passes_are_timed_and_their_flops_are_those_of_eager_ones": [
+            ("--compile compiles nothing", "if cfg.compile:", "if False:"),
+        ],
+    },
     "device.py": {
         "test_device::test_the_first_exp_of_a_run_is_a_single_number": [
             ("MKL's first exp by several threads", "torch.zeros(1).exp()", "pass"),
