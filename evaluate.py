@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import report
 from card import card_text, ppo_run, samples_markdown, write_card
-from checkpoint import RESULTS, VIEWER, write_text
+from checkpoint import RESULTS, VIEWER, read_json, write_text
 from config import BadInput, EvaluateConfig, FrontierConfig, PPOConfig, run
 from data import load_splits, prompt_pool
 from device import pick_device, random_generator
@@ -183,6 +183,9 @@ def main(cfg):
     check_context(cfg, config, tokenizer)
     if not Path(cfg.after).is_dir():
         raise BadInput(f"after is {cfg.after!r}, no folder here: results are written beside the policy, so download it")
+    old = Path(cfg.after, RESULTS)
+    if old.is_file() and "difference" not in read_json(old):
+        raise BadInput(f"{old} is not of evaluate.py, which would replace it: evaluate a copy of {cfg.after}")
     ppo, log = ppo_run(cfg.after)
     second = open_second_lm(cfg.second_lm, device) if cfg.second_lm else None
     judge = CLASSIFIERS[cfg.task].load(cfg.judge, device=device)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -72,6 +73,7 @@ CASES = {  # name: (script, flags, what the message names); of a flag that comes
     "no CUDA": ("finetune_gpt2", f"{FINETUNE} --device cuda", ["cuda", "cpu"]),
     "no W&B": ("finetune_gpt2", f"{FINETUNE} --report_to wandb", ["wandb", "pip install wandb"]),
     "a folder that cannot be written": ("finetune_gpt2", f"{FINETUNE} --out {{csv}}/out", ["toy.csv/out"]),
+    "results that are not its own": ("evaluate", f"{EVALUATE} --after {{tuned}}", ["tuned/results.json", "copy"]),
     # what the first look at the reward shows
     "an untrained reward": ("ppo", PPO_16, ["probe sentences", "POSITIVE"]),
     "an untrained judge": ("evaluate", f"{EVALUATE} --prompts 16", ["probe sentences", "POSITIVE"]),
@@ -89,11 +91,13 @@ def paths(tmp_path_factory, gpt2_folder, bert_folder, tokenizer):
     (hollow / "config.json").write_text((gpt2_folder / "config.json").read_text())
     hf_gpt2(len(tokenizer), n_positions=256, n_embd=8).float().save_pretrained(long)
     tokenizer.save_pretrained(long)
+    tuned = shutil.copytree(gpt2_folder, folder / "tuned")
+    (tuned / "results.json").write_text('{"perplexity": 30.0}')  # as finetune_gpt2.py writes it
     (folder / "empty.csv").write_text("text,label\n")
     (folder / "nan.py").write_text("def f(texts):\n    return [float('nan')] * len(texts)\n")
     return dict(
         gpt2=gpt2_folder, bert=bert_folder, csv=reviews_csv(folder / "toy.csv"), empty=folder / "empty.csv",
-        generic=generic, hollow=hollow, long=long, nan=folder / "nan.py",
+        generic=generic, hollow=hollow, long=long, tuned=tuned, nan=folder / "nan.py",
     )  # fmt: skip
 
 
