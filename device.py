@@ -93,9 +93,9 @@ class OneProcess:
         """The model to call where gradients are wanted: each process then has their mean over all processes."""
         return model
 
-    def spread(self, policy, ref_policy, reward_fn):
-        """(learner, policy, ref_policy, reward_fn): the last three, for a rollout, do each process's share of rows."""
-        return policy, policy, ref_policy, reward_fn
+    def spread(self, policy, ref_policy, reward_fn, judge):
+        """(learner, policy, ref_policy, reward_fn, judge): all but the first, for a rollout, share the rows."""
+        return policy, policy, ref_policy, reward_fn, judge
 
     def accumulate(self, learner, last):
         """A context for a backward pass: only the `last` one before an optimizer step needs the other processes."""

@@ -190,7 +190,7 @@ def main(cfg):
     second = open_second_lm(cfg.second_lm, device) if cfg.second_lm else None
     judge = CLASSIFIERS[cfg.task].load(cfg.judge, device=device)
     reward_fn = load_reward(cfg, device)
-    reviews = load_splits(cfg.dataset)["evaluation"].texts
+    reviews = load_splits(cfg.dataset, cfg.text_column, cfg.label_column)["evaluation"].texts
     pool = prompt_pool(reviews, tokenizer, cfg.max_prompt_len, cfg.prompts, cfg.task)
     if len(pool) < cfg.prompts:
         raise BadInput(f"prompts is {cfg.prompts}, and the held-out reviews give {len(pool)}")

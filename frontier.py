@@ -136,7 +136,7 @@ class Examiner:
         self.tokenizer = opened[2]
         self.reward_fn = load_reward(self.cfg, self.device)
         self.judge = CLASSIFIERS[self.cfg.task].load(self.cfg.judge, device=self.device)
-        reviews = load_splits(self.cfg.dataset)["evaluation"].texts
+        reviews = load_splits(self.cfg.dataset, self.cfg.text_column, self.cfg.label_column)["evaluation"].texts
         pool = prompt_pool(reviews, self.tokenizer, self.cfg.max_prompt_len, cfg.prompts, self.cfg.task)
         if len(pool) < cfg.prompts:
             raise BadInput(f"prompts is {cfg.prompts}, and the held-out reviews give {len(pool)}")

@@ -16,10 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from checkpoint import first_line
 from config import BadInput
 from data import CONTROLS
-from hub import locate
+from hub import load_tokenizer, locate
 from model import token_logprobs
 from plot import CAPTIONS, DIGITS
-from reward import SentimentReward, as_scores, check_finite, log_odds
+from reward import check_finite, scored
 
 KLS = ("kl", "kl_k3", "kl_exact")
 KL_NOTE = (
@@ -125,7 +125,11 @@ def measure(answers, reward_fn, judge, cfg):
     too: the standard deviation over responses, and the share of them below 0. judge: its probability of POSITIVE.
     """
     texts, tokens, nll = answers["texts"], answers["tokens"], np.array(answers["ref_nll"])
-    values = scored(texts, reward_fn)
+    scores, positive = scored(reward_fn, texts)
+    check_finite("score", scores, texts)
+    values = {"score": scores.double().numpy()}
+    if positive is not None:
+        values["positive_by_reward"] = positive.double().numpy()
     odds = judge.log_odds(texts).double()
     values |= {"positive_by_judge": (odds > 0).double().numpy(), "judge": odds.sigmoid().numpy()}
     if cfg.task == "controlled":  # of the answers to each control, the share that the judge finds to agree
@@ -142,17 +146,6 @@ def measure(answers, reward_fn, judge, cfg):
     for name in KLS:
         table[name] |= {"std": float(values[name].std()), "below_0": float((values[name] < 0).mean())}
     return table, values
-
-
-def scored(texts, reward_fn):
-    """{"score": (M,)} by the reward; where it is a classifier "positive_by_reward" too, from the same logits."""
-    logits = reward_fn.logits(texts) if isinstance(reward_fn, SentimentReward) else None
-    scores = as_scores(reward_fn(texts) if logits is None else reward_fn.score(logits), texts).double()
-    check_finite("score", scores, texts)
-    values = {"score": scores.numpy()}
-    if logits is not None:
-        values["positive_by_reward"] = (log_odds(logits, reward_fn.positive) > 0).double().numpy()
-    return values
 
 
 def difference(before, after, cfg):
@@ -215,13 +208,15 @@ def markdown(cells):
 
 def open_second_lm(name, device):
     """(model, tokenizer) of any causal language model in Hugging Face's format; its weights from safetensors alone."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
     folder, safe = locate(name), dict(use_safetensors=True, trust_remote_code=False)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **safe).eval().to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
+    except BadInput:
+        raise
     except Exception as error:  # transformers raises whatever its readers do
         raise BadInput(f"second_lm {name} cannot be read: {first_line(error)}") from None
     if not tokenizer.is_fast or (tokenizer.bos_token_id is None and tokenizer.eos_token_id is None):

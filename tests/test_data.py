@@ -39,7 +39,7 @@ def source(monkeypatch):
     """A function that makes load_splits read these rows: source(train, test)."""
 
     def replace(train, test=()):
-        monkeypatch.setattr(data, "read_source", lambda _: (list(train), list(test)))
+        monkeypatch.setattr(data, "read_source", lambda *_: (list(train), list(test)))
         return load_splits("fake")
 
     return replace

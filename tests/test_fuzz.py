@@ -128,7 +128,7 @@ def run_folder(tmp_path_factory):
     model(torch.ones(3)).sum().backward()
     optimizer.step()
     for step in (1, 2):
-        save_checkpoint(out, model, [optimizer], {"step": step, "data": "abc"})
+        save_checkpoint(out, model, [optimizer], {"step": step, "inputs": {"texts": "abc"}})
     return out
 
 
@@ -151,10 +151,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_stays(run_folder,
     latest = latest_checkpoint(out)
     damage(data.draw(st.sampled_from(sorted(latest.iterdir()))), data)
     model = small()
-    error = refused(load_checkpoint, latest, model, [torch.optim.Adam(model.parameters())], "abc")
+    error = refused(load_checkpoint, latest, model, [torch.optim.Adam(model.parameters())], {"texts": "abc"})
     assert error is None or str(latest) in str(error)
     shutil.rmtree(latest)
-    assert load_checkpoint(latest_checkpoint(out), model, [torch.optim.Adam(model.parameters())], "abc")["step"] == 1
+    assert (
+        load_checkpoint(latest_checkpoint(out), model, [torch.optim.Adam(model.parameters())], {"texts": "abc"})["step"]
+        == 1
+    )
 
 
 @fuzz(40)

@@ -39,7 +39,7 @@ def test_three_rollouts_of_nan_in_a_row_end_a_run_with_what_was_seen(home, tmp_p
 def test_a_weight_that_is_no_number_is_never_saved(tmp_path, tokenizer, number):
     """In a checkpoint, nor the value head beside a policy; what was saved before stays."""
     model, optimizer = toy(1)
-    save_checkpoint(tmp_path, model, [optimizer], {"step": 1, "data": ""})
+    save_checkpoint(tmp_path, model, [optimizer], {"step": 1, "inputs": {}})
     model.bias.data[0] = number
     assert "model.bias holds a number that is not finite" in message(
         save_checkpoint, tmp_path, model, [optimizer], {"step": 2}
@@ -79,11 +79,11 @@ def test_going_on_needs_no_room_for_the_checkpoints_that_are_there(tmp_path, mon
 def test_moments_of_another_optimizer_are_refused(tmp_path):
     """--force True --optimizer muon: moments go by number, and would meet other weights."""
     model, adam = toy(1)
-    save_checkpoint(tmp_path, model, [adam], {"step": 1, "data": ""})
+    save_checkpoint(tmp_path, model, [adam], {"step": 1, "inputs": {}})
     rest, muon = torch.optim.Adam([model.bias]), Muon([model.weight], 0.1)
-    text = message(load_checkpoint, latest_checkpoint(tmp_path), model, [rest, muon], "")
+    text = message(load_checkpoint, latest_checkpoint(tmp_path), model, [rest, muon], {})
     assert "00000001 does not fit: " in text and "optimizer" in text
-    assert "optimizer" in message(load_checkpoint, latest_checkpoint(tmp_path), model, [], "")
+    assert "optimizer" in message(load_checkpoint, latest_checkpoint(tmp_path), model, [], {})
 
 
 # ---- alarms

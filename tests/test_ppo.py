@@ -26,6 +26,7 @@ from model import GPT2, GPT2Config, Policy
 from optimizer import Stepper
 from ppo import (
     AdaptiveKL,
+    BestPolicy,
     Rollout,
     gae,
     group_advantages,
@@ -444,35 +445,35 @@ def hand_made(values=0.0):
     logprobs = torch.where(mask, -2.0, 99.0)
     sequences, seconds = torch.ones(2, 8).long(), {"generate": 2.0, "score": 1.0, "logprobs": 1.0}
     kl, values = 0.1 * mask, torch.where(mask, values * returns, 99.0)
+    positive = tensor([1.0, 1.0]), tensor([1.0, 0.0])  # by the reward, by the judge
     return Rollout(
-        sequences, 3, mask, logprobs, values, returns, returns, kl, scores, ended, ["a", "b"], seconds
+        sequences, 3, mask, logprobs, values, returns, returns, kl, scores, scores - 0.5, *positive, ended, ["a", "b"],
+        seconds,
     )  # fmt: skip
 
 
 def test_metrics_sum_kl_over_a_response_and_average_over_responses():
     """K2, L7. A mean over tokens would say .1; a mean over the padded table .08; garbage behind the end is not seen."""
     policy = tiny_policy()
-    metrics = rollout_metrics(hand_made(), policy, policy, types.SimpleNamespace(truncated_frac=0.5), None, config())
+    metrics = rollout_metrics(hand_made(), policy, policy, 0.5, config())
     expected = dict(
         kl=0.4, kl_stderr=0.1 / math.sqrt(2), kl_k3=4 * (math.exp(-0.1) - 0.9), kl_exact=0, entropy=2, score=2,
-        score_std=1, response_length=4, eos_frac=0.5, truncated_frac=0.5, tokens_per_second=4, explained_variance=0,
+        score_std=1, objective=1.5, response_length=4, eos_frac=0.5, truncated_frac=0.5, tokens_per_second=4,
+        explained_variance=0,
     )  # fmt: skip
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-8)
 
 
-def test_the_shares_that_reward_and_judge_find_positive_are_logged_where_there_is_a_judge():
-    """The judge's own opinion: catches the reward's under both names. A user's function has none."""
-
-    def opinion(*odds):
-        return types.SimpleNamespace(log_odds=lambda texts: torch.tensor(odds))
-
+def test_the_shares_that_reward_and_judge_find_positive_are_logged_where_there_are_any():
+    """Each under its own name. A user's function finds nothing positive."""
     policy, batch = tiny_policy(), hand_made()
-    assert len(batch.texts) == 2
-    metrics = rollout_metrics(batch, policy, policy, opinion(1.0, 2.0), opinion(0.5, -3.0), config())
+    metrics = rollout_metrics(batch, policy, policy, 0.0, config())
     assert (metrics["positive_by_reward"], metrics["positive_by_judge"]) == (1.0, 0.5)
-    metrics = rollout_metrics(batch, policy, policy, len, opinion(0.5, -3.0), config())
+    batch = replace(batch, positive_by_reward=None)
+    metrics = rollout_metrics(batch, policy, policy, 0.0, config())
     assert "positive_by_reward" not in metrics and metrics["positive_by_judge"] == 0.5
-    assert "positive_by_judge" not in rollout_metrics(batch, policy, policy, opinion(1.0, 2.0), None, config())
+    metrics = rollout_metrics(replace(batch, positive_by_judge=None), policy, policy, 0.0, config())
+    assert "positive_by_judge" not in metrics
 
 
 @pytest.mark.parametrize("kl, warned", [(-0.9, False), (-1.1, True)])
@@ -480,14 +481,14 @@ def test_kl_far_below_0_is_a_warning(kl, warned):
     """K5: noise of k1 goes a little below 0, sampling from another distribution goes far."""
     said = []
     progress = types.SimpleNamespace(set_postfix=lambda **_: None, write=said.append)
-    show(progress, 1, dict(score=0.0, kl=kl, tokens_per_second=1.0), None, config())
+    show(progress, 1, dict(score=0.0, kl=kl, tokens_per_second=1.0), [], config())
     assert [line.startswith(f"warning: KL is {kl:.2f}") for line in said] == [True] * warned
 
 
 @pytest.mark.parametrize("share, expected", [(1.0, 1.0), (0.5, 0.75), (-1.0, -3.0)])
 def test_explained_variance_is_1_for_perfect_values_and_below_0_for_harmful_ones(share, expected):
     policy = tiny_policy()
-    metrics = rollout_metrics(hand_made(values=share), policy, policy, None, None, config())
+    metrics = rollout_metrics(hand_made(values=share), policy, policy, 0.0, config())
     assert metrics["explained_variance"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -495,7 +496,7 @@ def test_exact_kl_is_the_mean_of_k1_over_what_the_policy_would_say():
     """One token after one prompt: sum over the vocabulary of p (log p - log ref)."""
     policy, ref, prompts = tiny_policy(0), tiny_policy(1), torch.ones(8, 3).long()
     cfg = config(response_len=1, temperature=0.7)
-    metrics = rollout_metrics(play(cfg, policy, ref, prompts=prompts), policy, ref, None, None, cfg)
+    metrics = rollout_metrics(play(cfg, policy, ref, prompts=prompts), policy, ref, 0.0, cfg)
     p, q = ((model.gpt2(prompts)[0, -1] / 0.7).softmax(-1) for model in (policy, ref))
     assert metrics["kl_exact"] == pytest.approx((p * (p / q).log()).sum().item())
 
@@ -596,7 +597,7 @@ def test_what_lies_behind_the_end_changes_no_metric_and_no_step():
             assert behind.any()
             tables = {name: getattr(batch, name) + 7.0 * ~batch.mask for name in TABLES}
             batch = replace(batch, sequences=torch.where(behind, 9, batch.sequences), **tables)
-        metrics = rollout_metrics(batch, policy, ref, None, None, cfg)
+        metrics = rollout_metrics(batch, policy, ref, 0.0, cfg)
         metrics |= update(policy, sgd(policy), batch, cfg, torch.Generator().manual_seed(0))
         found.append([v for k, v in metrics.items() if "second" not in k and "memory" not in k])
         found[-1].append(state(policy).tolist())
@@ -643,7 +644,7 @@ def test_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted():
 # ---- main
 
 CLOCKS = {
-    *(f"seconds{phase}" for phase in ("", "_generate", "_score", "_logprobs", "_reference", "_update")),
+    *(f"seconds{phase}" for phase in ("", "_generate", "_score", "_judge", "_logprobs", "_reference", "_update")),
     *("tokens_per_second", "peak_memory_gb"),
 }
 METRICS = {
@@ -681,7 +682,7 @@ def train(tmp_path_factory, gpt2_folder):
             **dict(
                 dataset=str(data), policy=str(gpt2_folder), reward=f"{home / 'my_reward.py'}:e", out=str(home / name),
                 steps=3, batch_size=8, minibatch_size=4, micro_batch_size=2, response_len=6, max_prompt_len=4,
-                lr=1e-3, lr_end=0.0, save_every=2, report_to="none", device="cpu",
+                lr=1e-3, lr_end=0.0, save_every=2, save_share=1.0, judge="", report_to="none", device="cpu",
             ) | changes
         )  # fmt: skip
         kept = types.SimpleNamespace(cfg=cfg, out=home / name, saved_after=[], seeds=[])
@@ -799,7 +800,8 @@ def test_transformers_opens_what_a_run_writes(trained):
     assert close(trained.policy.gpt2(ids).detach(), expected.detach(), 1e-4)
     assert AutoTokenizer.from_pretrained(trained.out).eos_token_id == EOS
     assert (trained.out / "value_head.safetensors").is_file()
-    assert json.loads((trained.out / "run_config.json").read_text()) == asdict(trained.cfg)
+    saved = json.loads((trained.out / "run_config.json").read_text())
+    assert {name: saved[name] for name in asdict(trained.cfg)} == asdict(trained.cfg)
 
 
 def test_a_checkpoint_is_written_along_the_way_and_none_is_left_at_the_end(trained):
@@ -807,13 +809,59 @@ def test_a_checkpoint_is_written_along_the_way_and_none_is_left_at_the_end(train
     assert latest_checkpoint(trained.out) is None
 
 
+def metrics_of(objective, kl=0.0):
+    return {"objective": objective, "kl": kl}
+
+
+def best_policy(tmp_path, save_every):
+    """BestPolicy of a policy whose value head's bias says which rollout it is of."""
+    policy = tiny_policy()
+    state = {"best": None, "rollouts": []}
+    return BestPolicy(policy, None, state, config(save_every=save_every, out=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("objectives", "expected"),
+    [
+        ([5, 1, 2, 3, 9, 0], 3),  # the first rollout alone is lucky; means over pairs are 3, 2.5, 4.5: kept at 1, 3, 5
+        ([5, 1, 3, 2, 0, 0], 1),
+    ],
+)
+def test_the_best_policy_is_chosen_by_means_over_rollouts(tmp_path, objectives, expected):
+    """Catches a policy that is kept for one lucky rollout."""
+    best = best_policy(tmp_path, save_every=2)
+    for step, objective in enumerate(objectives):
+        best.model.value_head.bias.data.fill_(step)
+        best.update(metrics_of(objective), kl_coef=0.1)
+    expected = {3: 5, 1: 1}[expected]
+    assert best.weights["value_head.bias"].item() == expected
+    assert best.state["best"]["rollouts"] == 2 and best.state["rollouts"] == []
+
+
+def test_the_best_policy_before_the_first_mean_is_that_of_the_first_rollout(tmp_path):
+    best = best_policy(tmp_path, save_every=9)
+    for step in range(3):
+        best.model.value_head.bias.data.fill_(step + 1)
+        best.update(metrics_of(step), kl_coef=0.1)
+    assert best.weights["value_head.bias"].item() == 1
+
+
+@pytest.mark.parametrize(("kl_coef", "expected"), [(0.1, 1), (0.5, 0)])
+def test_policies_are_compared_at_the_latest_kl_coefficient(tmp_path, kl_coef, expected):
+    """Scores 1 and 3 at 0 and 5 nats: at .1 the second is better, at .5 the first, which was trained at .2."""
+    best = best_policy(tmp_path, save_every=1)
+    for step, (score, kl, coef) in enumerate([(1.0, 0.0, 0.2), (3.0, 5.0, kl_coef)]):
+        best.model.value_head.bias.data.fill_(step)
+        best.update(metrics_of(score - coef * kl, kl), coef)
+    assert best.weights["value_head.bias"].item() == expected
+    assert best.state["best"]["score"] == pytest.approx([1.0, 3.0][expected])
+
+
 def test_the_best_policy_is_kept_beside_the_last(trained):
-    """By score less the first coefficient times KL, of the policies that sampled rollouts 0 and 2."""
-    objectives = [line["score"] - trained.cfg.kl_coef * line["kl"] for line in trained.metrics]
-    assert [line["objective"] for line in trained.metrics] == pytest.approx(objectives, abs=1e-6)
+    """The one that sampled rollout 1, since means are over two; or that of a run's first rollout."""
     best = load_policy(*open_gpt2(str(trained.out / "best")))
-    is_the_start = torch.equal(state(best), state(trained.ref_policy).float())
-    assert is_the_start == (objectives[0] >= objectives[2])
+    assert trained.cfg.save_every == 2
+    assert not torch.equal(state(best), state(trained.ref_policy).float())
     assert not torch.equal(state(best), state(trained.policy).float())
 
 

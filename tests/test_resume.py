@@ -81,7 +81,7 @@ def test_ppo_goes_on_after_kill_9_as_if_nothing_had_been(home, unbroken, tmp_pat
     process.kill()
     assert ends(process, tmp_path / "told")[0] == -signal.SIGKILL
     assert latest_checkpoint(tmp_path / "out").name == "00000002"
-    assert "holds an unfinished run: --resume True goes on with it" in message(ppo.main, parse(PPOConfig, flags))
+    assert "holds an unfinished run: --resume resumes it" in message(ppo.main, parse(PPOConfig, flags))
     ppo.main(parse(PPOConfig, [*flags, "--resume", "True"]))
     assert outcome(tmp_path / "out") == outcome(unbroken)
 
@@ -112,8 +112,8 @@ def test_fine_tuning_goes_on_after_kill_9_as_if_nothing_had_been(home, tmp_path)
     whole, out = tmp_path / "whole", tmp_path / "out"
     flags = dict(
         dataset=home / "reviews.csv", init_from=home / "gpt2", block_size=40, epochs=0.2, batch_size=8,
-        micro_batch_size=4, lr=1e-3, warmup_steps=2, eval_every=3, eval_tokens=300, save_every=2, device="cpu",
-        report_to="none",
+        micro_batch_size=4, lr=1e-3, warmup_steps=2, eval_every=3, eval_tokens=300, save_every=2, save_share=1,
+        device="cpu", report_to="none",
     )  # fmt: skip
     finetune_gpt2.main(parse(FinetuneConfig, to_flags(flags | {"out": whole})))
     process = start("finetune_gpt2", to_flags(flags | {"out": out}), tmp_path / "told", pause=0.3)
@@ -129,7 +129,7 @@ def reward_flags(home, out, **changes):
     flags = dict(
         dataset=home / "reviews.csv", init_from="scratch", out=out, vocab_size=300, hidden_size=32, num_layers=1,
         max_length=64, dropout=0.2, epochs=2, batch_size=32, lr=1e-3, eval_reviews=20, short_words=8, save_every=2,
-        device="cpu", report_to="none",
+        save_share=1, device="cpu", report_to="none",
     )  # fmt: skip
     return to_flags(flags | changes)
 
@@ -186,7 +186,7 @@ def test_a_signal_ends_a_run_behind_its_step_with_a_checkpoint_of_it(home, unbro
     wait_for(process, lambda: len(lines(tmp_path / "out")) == 3)
     os.kill(process.pid, number)
     code, told = ends(process, tmp_path / "told")
-    assert code == status and told[-1] == "stopped; --resume True goes on"
+    assert code == status and told[-1] == "stopped; --resume resumes the run"
     assert latest_checkpoint(tmp_path / "out").name == "00000003" and len(lines(tmp_path / "out")) == 3
     ppo.main(parse(PPOConfig, [*flags, "--resume", "True"]))
     log, weights = outcome(tmp_path / "out")
@@ -219,7 +219,7 @@ def stopped(home, tmp_path):
     ("limit", "names", "after"),
     [
         (300_000, "out/checkpoints was not written, what it held stays: ", " bytes are needed, "),
-        (3000, "out/log.jsonl", "--resume True goes on"),
+        (3000, "out/log.jsonl", "--resume resumes the run"),
     ],
 )
 def test_a_full_disk_ends_a_run_in_one_line_and_what_was_saved_is_whole(stopped, unbroken, limit, names, after):
@@ -250,14 +250,14 @@ def test_a_disk_that_is_full_in_the_tokenizer_is_told_in_one_line(home, tmp_path
 def test_a_checkpoint_that_is_damaged_is_refused_with_the_file(tmp_path, file, damage):
     """T3. A bit is seen only by its sum."""
     model, optimizer = toy(1)
-    save_checkpoint(tmp_path, model, [optimizer], {"step": 1, "data": ""})
+    save_checkpoint(tmp_path, model, [optimizer], {"step": 1, "inputs": {}})
     folder = latest_checkpoint(tmp_path)
     content = bytearray((folder / file).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / file).write_bytes(content if damage == "a bit" else content[: len(content) // 2])
     if damage == "missing":
         (folder / file).unlink()
-    text = message(load_checkpoint, folder, model, [optimizer], "")
+    text = message(load_checkpoint, folder, model, [optimizer], {})
     assert str(folder) in text and file in text and "is damaged or missing" in text
 
 
@@ -277,7 +277,7 @@ def test_going_on_with_another_lr_needs_force(stopped, home):
     """The first two rollouts stay, those behind them have the new lr."""
     flags, out = stopped
     text = message(ppo.main, parse(PPOConfig, [*flags, "--lr", "2e-3"]))
-    assert "holds a run of another config (lr 0.001 -> 0.002): --force True goes on with this one" in text
+    assert "holds a run of another config (lr 0.001 -> 0.002): --force resumes it with this one" in text
     play(home, out, first=2, resume=True, force=True, lr=2e-3)
     rate = [1e-3, 1e-3 * 5 / 6, *(2e-3 * left / 6 for left in (4, 3, 2, 1))]
     assert [line["lr"] for line in lines(out)] == pytest.approx(rate)
