@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -288,7 +289,10 @@ def show(progress, step, metrics, samples, cfg):
             f"kl {metrics['kl']:.2f} +- {metrics['kl_stderr']:.2f} nats | "
             f"clip {metrics['clip_frac']:.3f} | entropy {metrics['entropy']:.2f}"
         )
-        rows = [f"  {s['score']:+6.2f}  {one_line(s['prompt'] + s['response'], 110)}" for s in samples]
+        rows = [
+            f"  {math.nan if s['score'] is None else s['score']:+6.2f}  {one_line(s['prompt'] + s['response'], 110)}"
+            for s in samples
+        ]
         progress.write("\n".join([line, *rows]))
 
 

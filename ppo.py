@@ -13,6 +13,7 @@ responses up to and with <|endoftext|>. An episode has one score; every token of
 """
 
 import copy
+import math
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -250,11 +251,10 @@ def sample(policy, tokenizer, reward_fn, prompts, cfg):
     eos_id, decode = tokenizer.eos_token_id, dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
     sequences = policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator)
     starts, texts = (tokenizer.batch_decode(ids, **decode) for ids in (prompts, sequences))
-    scores, _ = scored(reward_fn, texts)
-    check_finite("score", scores, texts)
+    scores = scored(reward_fn, texts)[0].tolist()
     return [
-        {"prompt": start, "response": text[len(start) :], "score": round(score, 4)}
-        for start, text, score in zip(starts, texts, scores.tolist())
+        {"prompt": start, "response": text[len(start) :], "score": round(score, 4) if math.isfinite(score) else None}
+        for start, text, score in zip(starts, texts, scores)
     ]
 
 

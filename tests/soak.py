@@ -39,7 +39,7 @@ import torch
 def letters(texts):
     return torch.tensor([float(text.count("e")) for text in texts])
 def late(texts, calls=[]):
-    calls.append(0)
+    calls += [0] * (len(texts) == 8)
     return letters(texts) * (1 if len(calls) == 1 else float("nan"))
 """
 

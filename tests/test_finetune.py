@@ -339,7 +339,7 @@ def test_a_run_that_was_killed_and_goes_on_equals_the_unbroken_one_to_the_bit(
         finetune_gpt2.main(broken)
     monkeypatch.setattr(finetune_gpt2, "train_step", step)
     assert latest_checkpoint(broken.out).name == f"{killed_in // 3 * 3:08d}"
-    with pytest.raises(BadInput, match="holds an unfinished run: --resume True goes on with it"):
+    with pytest.raises(BadInput, match="holds an unfinished run: --resume resumes it"):
         finetune_gpt2.main(broken)
     finetune_gpt2.main(replace(broken, resume=True))
     assert lines_of(broken.out) == lines_of(cfg.out) and len(lines_of(cfg.out)) > 8
@@ -379,7 +379,7 @@ def test_a_run_is_not_resumed_on_other_reviews(unbroken, monkeypatch, tmp_path):
     with pytest.raises(Killed):
         finetune_gpt2.main(cfg)
     reviews_csv(tmp_path / "toy.csv", rows=124)
-    with pytest.raises(BadInput, match="00000003 learned from other texts"):
+    with pytest.raises(BadInput, match="00000003 was made with another content of: texts"):
         finetune_gpt2.main(replace(cfg, resume=True))
     assert len(taken) == 1
 

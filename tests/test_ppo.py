@@ -741,7 +741,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(train):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "write", count)
-        train("longer", steps=6, min_prompt_len=4, missing_eos_penalty=100.0)
+        train("longer", steps=6, save_every=9, min_prompt_len=4, missing_eos_penalty=100.0)
     assert len(alive) == 6 and alive[1] == alive[3] == alive[5]  # behind the first the optimizer has its moments
 
 

@@ -39,7 +39,7 @@ def play(home, out, dies_in=None, nan_in=(), first=0, **changes):
     rollouts = itertools.count(first)
 
     def letters(texts):
-        number = next(rollouts)
+        number = next(rollouts) if len(texts) == 8 else None  # the others are for samples.jsonl
         if number == dies_in:
             raise Killed
         return torch.tensor([float(t.count("e")) for t in texts]) * (float("nan") if number in nan_in else 1)
