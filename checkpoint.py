@@ -277,7 +277,9 @@ def load_checkpoint(folder, model, optimizers, inputs, force=False):
     state = read_json(folder / STATE)
     before = state.get("inputs", {})
     if changed := [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]:
-        found = ", ".join(f"{name} ({before.get(name)} then, {inputs.get(name)} now)" for name in changed)
+        found = ", ".join(
+            f"{name} ({before.get(name) or 'none'} then, {inputs.get(name) or 'none'} now)" for name in changed
+        )
         if not force:
             raise BadInput(f"{folder} was made with another content of: {found}. --force resumes all the same")
         print(f"warning: resuming with another content of: {found}", file=sys.stderr)

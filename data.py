@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from checkpoint import REVISIONS, fingerprint
+from checkpoint import REVISIONS, fingerprint, first_line
 from config import BadInput
+from hub import snapshot
 
 EOS = "<|endoftext|>"
 SHARES = {"reward": 0.42, "judge": 0.42, "prompts": 0.08, "evaluation": 0.08}
@@ -144,20 +145,25 @@ def _from_folder(folder):
 
 def _from_hub(name):
     from datasets import load_dataset
-    from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
 
     problem, (repo, _, revision) = None, name.partition("@")
     for local in (True, False):  # the cache first; datasets itself would try again for half a minute when offline
         try:
-            folder = snapshot_download(repo, revision=revision or None, repo_type="dataset", local_files_only=local)
-            parts = load_dataset(folder)
-            if "train" not in parts:
-                raise BadInput(f"dataset {name}: no part named train, only {', '.join(parts)}")
-            REVISIONS[name] = Path(folder).name  # the cache's folders are named after the commit
-            return parts
+            folder = snapshot(repo, local, "dataset", revision=revision or None)
         except (OSError, ValueError) as error:
-            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+            problem = first_line(error)
+            continue
+        try:
+            parts = load_dataset(str(folder))
+        except Exception as error:  # datasets wraps whatever its readers raise
+            if local:  # files may be missing
+                continue
+            raise BadInput(f"dataset {name} cannot be read: {first_line(error.__cause__ or error)}") from None
+        if "train" not in parts:
+            raise BadInput(f"dataset {name}: no part named train, only {', '.join(parts)}")
+        REVISIONS[name] = folder.name  # the cache's folders are named after the commit
+        return parts
     raise BadInput(
         f"dataset {name!r}: no such file, not in the Hugging Face cache ({HF_HUB_CACHE}), and the hub did not give it "
         f"({problem}). Use --preset mini, which needs no network, or --dataset with a CSV, JSONL or Parquet file"
@@ -287,6 +293,17 @@ def block_order(step, n_blocks, batch_size, trained_blocks, seed):
 def controls_of(task, tokenizer):
     """What stands before the prompts of a task, a list of ids for each kind of prompt: nothing, or each of CONTROLS."""
     return encode(list(CONTROLS), tokenizer) if task == "controlled" else [[]]
+
+
+def check_context(cfg, config, tokenizer):
+    """BadInput unless the longest prompt, with its control, and response of cfg fit the model."""
+    control_len = max(map(len, controls_of(cfg.task, tokenizer)))
+    if control_len + cfg.max_prompt_len + cfg.response_len > config.n_positions:
+        control = f"a control of {control_len} tokens + " if control_len else ""
+        raise BadInput(
+            f"{control}max_prompt_len {cfg.max_prompt_len} + response_len {cfg.response_len} is over the model's "
+            f"{config.n_positions} positions"
+        )
 
 
 def prompt_pool(texts, tokenizer, prompt_len, limit=None, task="positive"):

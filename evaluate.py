@@ -24,9 +24,9 @@ import report
 from card import card_text, ppo_run, samples_markdown, write_card
 from checkpoint import RESULTS, VIEWER, read_json, write_text
 from config import BadInput, EvaluateConfig, FrontierConfig, PPOConfig, run
-from data import load_splits, prompt_pool
+from data import check_context, load_splits, prompt_pool
 from device import pick_device, random_generator
-from hub import check_context, load_policy, open_pair
+from hub import load_policy, open_pair
 from log import side_by_side
 from metrics import KL_NOTE, difference, kl_text, kl_three_ways, measure, open_second_lm, second_nll, table_text
 from model import token_logprobs

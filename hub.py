@@ -10,14 +10,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_ETAG_TIMEOUT
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from checkpoint import REVISIONS, first_line, match, read_file, read_json, replacing
 from config import PRESETS, BadInput
-from data import controls_of
 from model import GPT2, GPT2Config, Policy
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -74,30 +73,30 @@ def _from_hub(name):
     for local in (True, False):  # the cache first: no network where none is needed
         for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
             try:
-                folder = Path(
-                    snapshot_download(
-                        repo, revision=revision or None, allow_patterns=[*small, weights], local_files_only=local
-                    )
-                )
+                folder = snapshot(repo, local, patterns=[*small, weights], revision=revision or None)
             except HFValidationError:
                 raise BadInput(f"{name!r} is neither a folder here nor a name on the Hugging Face hub") from None
-            except (OSError, ValueError) as error:  # offline, no such name, gated
-                problem = first_line(error)
+            except OSError as error:  # offline, no such name, gated
+                problem = error
+                if not local:
+                    break  # the other format of weights would fail in the same way
                 continue
             found = {
                 "config.json": (folder / "config.json").is_file(),
-                "weights": any((folder / file).is_file() for file in WEIGHTS),
-                "a tokenizer": has_tokenizer(folder),
+                f"weights ({', '.join(WEIGHTS)})": any((folder / file).is_file() for file in WEIGHTS),
+                f"a tokenizer ({', '.join(TOKENIZERS)})": has_tokenizer(folder),
             }
             if all(found.values()):
                 REVISIONS[name] = folder.name  # the cache's folders are named after the commit
                 return folder
-            missing = " and ".join(what for what, there in found.items() if not there)
-    where = f"its copy in the Hugging Face cache ({HF_HUB_CACHE}) lacks {missing}" if missing else (
-        f"not in the Hugging Face cache ({HF_HUB_CACHE})"
-    )  # fmt: skip
+            problem, missing = None, " and ".join(what for what, there in found.items() if not there)
+    if not problem:
+        raise BadInput(f"model {name!r} on the Hugging Face hub lacks {missing}")
+    cached = f"its copy in the Hugging Face cache ({HF_HUB_CACHE}) lacks {missing}"
+    if not missing:
+        cached = f"not in the Hugging Face cache ({HF_HUB_CACHE})"
     raise BadInput(
-        f"model {name!r}: no such folder, {where}, and the hub did not give it ({problem}). Use --preset mini, which "
+        f"model {name!r}: no such folder, {cached}, and the hub did not give it ({problem}). Use --preset mini, which "
         "needs no network, or give a local folder"
     )
 
@@ -110,6 +109,40 @@ def has_tokenizer(folder):
         or {"vocab.json", "merges.txt"} <= names
         or any(name.endswith(".model") for name in names)
     )
+
+
+def snapshot(name, local, kind="model", patterns=None, revision=None):
+    """Return the folder of a hub repository in the Hugging Face cache; without `local`, download what is missing there.
+
+    kind: "model" or "dataset". patterns: of the files to download; None: all. Raises OSError with the reason in one
+    line, or HFValidationError if no repository can have this name.
+    """
+    try:
+        if not local:  # snapshot_download starts with the same request, but without a time limit
+            HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
+        return Path(
+            snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, local_files_only=local)
+        )
+    except HFValidationError:
+        raise
+    except Exception as error:  # not only OSError: the HTTP library and hf_xet raise their own
+        raise OSError(hub_problem(error)) from None
+
+
+def hub_problem(error):
+    """Why a download from the hub failed, in one line."""
+    if isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error
+    if isinstance(error, GatedRepoError):
+        return "access is restricted: accept the terms on its page, then log in with: hf auth login"
+    response = getattr(error, "response", None)
+    if response is None:
+        return first_line(error)
+    hints = {
+        401: ": no such repository, or a private one that needs a login: hf auth login",
+        404: ": no such repository or revision",
+    }
+    return f"{response.status_code} {response.reason_phrase}{hints.get(response.status_code, '')}"
 
 
 def weight_file(folder):
@@ -204,17 +237,6 @@ def open_pair(before, after):
     if tokenizer.get_vocab() != after_tokenizer.get_vocab():
         raise BadInput(f"{before} and {after} have different tokenizers: the comparison needs one vocabulary")
     return opened
-
-
-def check_context(cfg, config, tokenizer):
-    """BadInput unless the longest prompt, with its control, and response of cfg fit the model."""
-    control_len = max(map(len, controls_of(cfg.task, tokenizer)))
-    if control_len + cfg.max_prompt_len + cfg.response_len > config.n_positions:
-        control = f"a control of {control_len} tokens + " if control_len else ""
-        raise BadInput(
-            f"{control}max_prompt_len {cfg.max_prompt_len} + response_len {cfg.response_len} is over the model's "
-            f"{config.n_positions} positions"
-        )
 
 
 def load_gpt2(folder, config, n_tokens=None, bf16=False):

@@ -23,9 +23,9 @@ import torch
 
 from checkpoint import BEST, BestWeights, Checkpoints, check_run, delete_checkpoints, fingerprint
 from config import BadInput, PPOConfig, run
-from data import load_splits, prompt_batch, prompt_pool
+from data import check_context, load_splits, prompt_batch, prompt_pool
 from device import ONE_PROCESS, join, micro_batch_size, pick_device, random_generator, to_device
-from hub import check_context, load_policy, open_gpt2, save_gpt2
+from hub import load_policy, open_gpt2, save_gpt2
 from log import RunLog, Watch, average, ppo_sheet, rollout_metrics, show
 from model import check_policy
 from optimizer import Stepper

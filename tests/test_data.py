@@ -181,7 +181,7 @@ def test_a_hub_dataset_is_read_from_its_snapshot_by_the_parts_its_card_names(tmp
     for part, count in parts.items():
         rows = {"text": [f"{part} review {i}<br />end" for i in range(count)], "label": [i % 2 for i in range(count)]}
         pandas.DataFrame(rows).to_parquet(tmp_path / "plain_text" / f"{part}-00000-of-00001.parquet")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    monkeypatch.setattr("hub.snapshot_download", lambda *args, **kwargs: str(tmp_path))
     splits = load_splits("stanfordnlp/imdb")
     assert sorted(splits["evaluation"].texts) == sorted(f"test review {i}\nend" for i in range(40))
     assert sum(len(splits[name].texts) for name in ("reward", "judge", "prompts")) == 300
@@ -201,8 +201,8 @@ def test_a_jsonl_line_that_is_not_utf8_is_left_out(tmp_path, capsys):
         (None, ["no such file"]),
         ("", ["r.csv"]),
         ("text,label\n", ["r.csv"]),
-        ("review,label\ngood,1\n", ["no column text", "review, label"]),
-        ("text,stars\ngood,1\n", ["no column label", "text, stars"]),
+        ("title,label\ngood,1\n", ["no column text or review", "title, label", "--text_column"]),
+        ("text,stars\ngood,1\n", ["no column label or sentiment", "text, stars", "--label_column"]),
         ("text,label\ngood,5\nbad,x\n", ["none of its 2 rows"]),
         ("text,label\n" + "".join(f"film {i},1\n" for i in range(200)), ["both labels", "prompts"]),
     ],

@@ -30,7 +30,8 @@ from model import GPT2
 CFG = config(ppo_epochs=2, vf_coef=1.0, micro_batch_size=2)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 COMMON = "--report_to none --save_share 1 --device cpu --lr 1e-3 --batch_size 8 --micro_batch_size 2"
-PPO = f"{COMMON} --judge= --minibatch_size 4 --response_len 6 --min_prompt_len 12 --max_prompt_len 12 --save_every 1"
+PPO = f"{COMMON} --judge= --sample_prompts 0 --minibatch_size 4 --response_len 6 --save_every 1"
+PPO += " --min_prompt_len 12 --max_prompt_len 12"
 FINETUNE = f"{COMMON} --block_size 40 --epochs 0.15 --warmup_steps 2 --eval_every 5 --eval_tokens 500"
 
 # ---- what both processes do, and one for comparison

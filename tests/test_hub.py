@@ -32,7 +32,7 @@ def test_a_folder_without_weights_is_refused_with_the_names_looked_for(tmp_path)
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere"])
 def test_a_path_that_is_not_there_is_no_hub_name(name, monkeypatch):
-    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "snapshot", lambda *args, **kwargs: pytest.fail("asked the hub"))
     assert f"{name} holds no model" in message(locate, name)
 
 
@@ -69,14 +69,14 @@ def test_the_hub_is_asked_only_for_what_its_cache_does_not_hold(gpt2_folder, tmp
     monkeypatch.chdir(tmp_path)
     calls = []
 
-    def from_cache(name, allow_patterns, local_files_only):
-        calls.append((local_files_only, allow_patterns[-1]))
+    def from_cache(name, local, patterns, revision=None):
+        calls.append((local, patterns[-1]))
         return gpt2_folder
 
-    monkeypatch.setattr(hub, "snapshot_download", from_cache)
+    monkeypatch.setattr(hub, "snapshot", from_cache)
     assert locate("gpt2") == gpt2_folder
     assert calls == [(True, "model*.safetensors*")]
-    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: from_cache(*args, **kwargs) and tmp_path)
+    monkeypatch.setattr(hub, "snapshot", lambda *args, **kwargs: from_cache(*args, **kwargs) and tmp_path)
     calls.clear()
     message(locate, "gpt2")
     patterns = ["model*.safetensors*", "pytorch_model*.bin*"]

@@ -19,12 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from config import BadInput, PPOConfig
+from data import check_context
 from device import random_generator
 from hub import (
     SUPPORTED,
     TRANSPOSED,
     VALUE_HEAD,
-    check_context,
     load_gpt2,
     load_policy,
     load_tokenizer,

@@ -39,11 +39,12 @@ def play(home, out, dies_in=None, nan_in=(), first=0, **changes):
     rollouts = itertools.count(first)
 
     def letters(texts):
-        number = next(rollouts) if len(texts) == 8 else None  # the others are for samples.jsonl
+        number = next(rollouts) if len(texts) == 8 else -1  # else for samples.jsonl
         if number == dies_in:
             raise Killed
         return torch.tensor([float(t.count("e")) for t in texts]) * (float("nan") if number in nan_in else 1)
 
+    letters.file = f"{home}/rewards.py"  # as if it were read from there: a resumed run checks it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "load_reward", lambda *args: letters)
         ppo.main(parse(PPOConfig, ppo_flags(home, out, **changes)))
