@@ -55,8 +55,11 @@ def gpt2_folder(tmp_path_factory, tokenizer):
     return folder
 
 
-def write_bert(folder, labels=("NEGATIVE", "POSITIVE"), **changes):
-    """Write a tiny BERT classifier with these labels and a WordPiece tokenizer into folder; returns the model."""
+def write_bert(folder, labels=("NEGATIVE", "POSITIVE"), seed=0, **changes):
+    """Write a tiny BERT classifier with these labels and a WordPiece tokenizer into folder; returns the model.
+
+    seed: of its weights. A reward and a judge need two, else no test can tell one from the other.
+    """
     from transformers import BertConfig, BertForSequenceClassification
 
     wordpiece = train_wordpiece(TEXTS, 200)
@@ -64,7 +67,7 @@ def write_bert(folder, labels=("NEGATIVE", "POSITIVE"), **changes):
         vocab_size=len(wordpiece), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = BertForSequenceClassification(BertConfig(**(shape | names | changes)))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -107,7 +107,7 @@ def outcome(out):
     log, weights = {}, {}
     for file in sorted(Path(out).rglob("*")):
         name = file.relative_to(out).as_posix()
-        if name.endswith("log.jsonl"):
+        if file.suffix == ".jsonl":
             lines = [json.loads(line) for line in file.read_text().splitlines()]
             log[name] = [
                 {key: value for key, value in line.items() if key not in clocks and not key.startswith("seconds")}

@@ -218,6 +218,64 @@ def test_a_file_without_useful_reviews_is_refused_by_name(tmp_path, content, nam
     assert "r.csv" in str(error.value)
 
 
+def labelled(splits):
+    return sorted((text, int(label)) for part in splits.values() for text, label in zip(part.texts, part.labels))
+
+
+def test_kaggles_file_of_imdb_reviews_is_read_as_it_is(tmp_path):
+    """Columns `review` and `sentiment`, with the labels positive and negative."""
+    lines = [f'"{text}",{"positive" if label else "negative"}' for text, label in ROWS]
+    (tmp_path / "IMDB Dataset.csv").write_text("\n".join(["review,sentiment", *lines]))
+    assert labelled(load_splits(str(tmp_path / "IMDB Dataset.csv"))) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_columns_of_other_names_are_named_by_flags(tmp_path, suffix):
+    """Also where columns of the usual names are there too: the named ones win."""
+    from datasets import Dataset
+
+    texts, labels = ([row[i] for row in ROWS] for i in (0, 1))
+    rows = Dataset.from_dict({"text": ["x"] * len(ROWS), "label": [0] * len(ROWS), "body": texts, "stars": labels})
+    file = str(tmp_path / f"r.{suffix}")
+    getattr(rows, {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[suffix])(file)
+    assert labelled(load_splits(file, "body", "stars")) == sorted(ROWS)
+    with pytest.raises(BadInput, match="no column title, found text, label, body, stars: name it by --text_column"):
+        load_splits(file, "title", "stars")
+    with pytest.raises(BadInput, match="no column mood, .*: name it by --label_column"):
+        load_splits(file, "body", "mood")
+
+
+def acl_imdb(folder, rows, part="train"):
+    for i, (text, label) in enumerate(rows):
+        file = folder / part / ("pos" if label else "neg") / f"{i}_{7 if label else 3}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_the_original_folder_of_imdb_is_read_with_its_test_part(tmp_path, capsys):
+    """The unlabelled reviews and the bags of words in it are left alone; a file that is not UTF-8 is counted."""
+    folder = acl_imdb(tmp_path / "aclImdb", ROWS[:300])
+    acl_imdb(folder, [(f"Test {text}", label) for text, label in ROWS[300:]], "test")
+    (folder / "train/unsup").mkdir()
+    (folder / "train/unsup/0_0.txt").write_text("Nobody knows.")
+    (folder / "train/labeledBow.feat").write_text("9 0:9 1:1")
+    (folder / "train/pos/999_9.txt").write_bytes(b"caf\xe9")
+    splits = load_splits(str(folder))
+    assert labelled({"e": splits.pop("evaluation")}) == sorted((f"Test {text}", label) for text, label in ROWS[300:])
+    assert labelled(splits) == sorted(ROWS[:300])
+    assert "kept 300 of 301 rows; left out 1 not UTF-8" in capsys.readouterr().err
+
+
+def test_without_a_test_part_the_folder_is_split_as_a_file_is(tmp_path):
+    assert labelled(load_splits(str(acl_imdb(tmp_path / "a", ROWS)))) == sorted(ROWS)
+
+
+def test_a_folder_without_reviews_is_refused_with_what_was_looked_for(tmp_path):
+    with pytest.raises(BadInput, match=r"the folder holds no train/pos/\*.txt and train/neg/\*.txt"):
+        load_splits(str(tmp_path))
+
+
 # ---- tokens
 
 

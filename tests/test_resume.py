@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import soak
 import torch
-from conftest import message
+from conftest import message, write_bert
 from soak import outcome, ppo_flags, start, to_flags, toy, wait_for
 
 import finetune_gpt2
@@ -21,7 +22,7 @@ import reward
 from checkpoint import SAVING, check_run, latest_checkpoint, load_checkpoint, save_checkpoint
 from config import FinetuneConfig, PPOConfig, RewardConfig, parse
 from data import load_splits, prompt_pool
-from hub import load_tokenizer
+from hub import load_gpt2, load_tokenizer, open_gpt2, save_gpt2
 from log import RunLog, read_lines
 
 
@@ -271,7 +272,7 @@ def test_resume_of_a_damaged_checkpoint_is_one_line_and_status_2(stopped):
     assert "Traceback" not in "".join(told) and len(lines(out)) == 3
 
 
-# ---- another config, a run that is whole, leftovers
+# ---- another config, other inputs, a run that is whole
 
 
 def test_going_on_with_another_lr_needs_force(stopped, home):
@@ -292,6 +293,122 @@ def test_a_run_that_is_whole_is_not_resumed(home, unbroken, unbroken_reward, scr
     before = outcome(cfg.out)
     assert f"{cfg.out} holds a finished run" in message(script.main, cfg)
     assert outcome(cfg.out) == before
+
+
+def test_a_finished_run_is_replaced_only_by_force(home, unbroken, tmp_path):
+    """A second start with the same flags used to empty the log and best/ at once."""
+    out = shutil.copytree(unbroken, tmp_path / "out")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    flags = ppo_flags(home, out)
+    assert message(ppo.main, parse(PPOConfig, flags)) == (
+        f"{out} holds a finished run: --force replaces it, --out names another folder"
+    )
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    ppo.main(parse(PPOConfig, [*flags, "--force"]))
+    assert outcome(out) == outcome(unbroken)
+
+
+def test_a_finished_reward_is_replaced_only_by_force(home, unbroken_reward):
+    before = outcome(unbroken_reward)
+    text = message(reward.main, parse(RewardConfig, reward_flags(home, unbroken_reward)))
+    assert "holds a finished run: --force replaces it" in text and outcome(unbroken_reward) == before
+
+
+def changed_inputs(home, folder):
+    """{what differs: flags of ppo.py} of runs whose inputs have the same names as before and another content."""
+    shutil.copytree(home, folder, dirs_exist_ok=True)
+    policy = load_gpt2(*open_gpt2(str(folder / "gpt2"))[:2])
+    policy.ln_f.bias.data += 0.5
+    (folder / "other").mkdir()
+    save_gpt2(policy, load_tokenizer(folder / "gpt2"), folder / "other")
+    write_bert(folder / "judge", seed=1)
+    (folder / "other.py").write_text((folder / "rewards.py").read_text() + "# another version\n")
+    return {
+        "policy": (folder / "other", folder / "gpt2"),
+        "judge": (folder / "judge", folder / "bert"),
+        "reward": (folder / "other.py", folder / "rewards.py"),
+    }
+
+
+@pytest.mark.parametrize("what", ["policy", "judge", "reward"])
+def test_a_run_is_resumed_only_with_the_weights_reward_and_judge_that_it_had(home, tmp_path, what, capsys):
+    """Files that were replaced in between: the KL used to be measured from another reference, without a word."""
+    files, out = changed_inputs(home, tmp_path / "home"), tmp_path / "out"
+    with pytest.raises(Killed):
+        play(tmp_path / "home", out, dies_in=3)
+    new, old = files[what]
+    if new.is_dir():
+        shutil.rmtree(old)
+    os.replace(new, old)
+    flags = [*ppo_flags(tmp_path / "home", out), "--resume"]
+    text = message(ppo.main, parse(PPOConfig, flags))
+    assert re.fullmatch(
+        rf".*00000002 was made with another content of: {what} \(\w+ then, \w+ now\)\. --force .*", text
+    )
+    ppo.main(parse(PPOConfig, [*flags, "--force"]))
+    assert f"warning: resuming with another content of: {what}" in capsys.readouterr().err and len(lines(out)) == 6
+
+
+def test_a_classifier_is_resumed_only_with_the_teacher_that_it_had(home, unbroken_reward, tmp_path, monkeypatch):
+    teacher = shutil.copytree(unbroken_reward, tmp_path / "teacher")
+    flags = reward_flags(home, tmp_path / "out", teacher=teacher)
+    write = RunLog.write
+    monkeypatch.setattr(RunLog, "write", lambda log, step, **m: die() if step == 5 else write(log, step, **m))
+    with pytest.raises(Killed):
+        reward.main(parse(RewardConfig, flags))
+    monkeypatch.setattr(RunLog, "write", write)
+    shutil.copytree(unbroken_reward / "judge", teacher / "reward", dirs_exist_ok=True)
+    text = message(reward.main, parse(RewardConfig, [*flags, "--resume"]))
+    assert "was made with another content of: teacher (" in text
+
+
+def die():
+    raise Killed
+
+
+# ---- a user's reward that raises
+
+
+SERVER = """
+from pathlib import Path
+def score(texts):
+    calls = Path(__file__).with_suffix(".calls")
+    done = int(calls.read_text()) if calls.exists() else 0
+    if done == 3 and len(texts) == 8:
+        raise ConnectionError("server is down\\nreally")
+    calls.write_text(str(done + (len(texts) == 8)))
+    return [float(text.count("e")) for text in texts]
+"""
+
+
+def test_a_users_reward_that_raises_ends_the_run_in_one_line_with_a_checkpoint_of_its_step(home, unbroken, tmp_path):
+    """What was done before is not lost, although no checkpoint was due; the resumed run is the unbroken one."""
+    (tmp_path / "server.py").write_text(SERVER)
+    flags = ppo_flags(home, tmp_path / "out", reward=f"{tmp_path}/server.py:score", save_every=6, save_share=0.05)
+    code, told = ends(start("ppo", flags, tmp_path / "told"), tmp_path / "told")
+    assert code == 2 and "Traceback" not in "".join(told)
+    assert told[-1] == (
+        f"error: reward {tmp_path}/server.py:score raised ConnectionError while scoring 8 texts, line 7: server is "
+        "down. The run is saved: --resume resumes it at step 3"
+    )
+    assert latest_checkpoint(tmp_path / "out").name == "00000003" and len(lines(tmp_path / "out")) == 3
+    (tmp_path / "server.calls").write_text("4")
+    ppo.main(parse(PPOConfig, [*flags, "--resume"]))
+    log, weights = outcome(tmp_path / "out")
+    assert log == outcome(unbroken)[0]
+    assert weights["model.safetensors"] == outcome(unbroken)[1]["model.safetensors"]
+
+
+def test_a_reward_that_still_fails_when_the_run_is_resumed_loses_nothing(home, tmp_path):
+    """The checkpoint of the step that failed is there already: it is not written again over itself."""
+    (tmp_path / "server.py").write_text(SERVER)
+    cfg = parse(PPOConfig, ppo_flags(home, tmp_path / "out", reward=f"{tmp_path}/server.py:score", save_every=6))
+    for resume in (False, True, True):
+        assert "ConnectionError" in message(ppo.main, replace(cfg, resume=resume))
+        assert latest_checkpoint(tmp_path / "out").name == "00000003"
+
+
+# ---- leftovers
 
 
 @pytest.mark.parametrize("first_step", [0, 2])
