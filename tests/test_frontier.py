@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,22 @@ from conftest import ROOT, message, reviews_csv
 import frontier
 import plot
 from config import PRESETS, EvaluateConfig, FrontierConfig, PPOConfig, parse
-from frontier import ABLATIONS, METHODS, PRESET, START, Run, at_equal_kl, check_sweep, runs_of, source_of, summary
+from frontier import (
+    ABLATIONS,
+    MEASURES,
+    METHODS,
+    PRESET,
+    START,
+    Run,
+    ablation_table,
+    at_equal_kl,
+    check_sweep,
+    methods_table,
+    runs_of,
+    runs_table,
+    source_of,
+    summary,
+)
 
 CFG = FrontierConfig(seeds=2, kl_coefs=(0.1, 0.3), best_of=(1, 2), positive_epochs=(0.5,), prompts=8, device="cpu")
 
@@ -135,28 +151,90 @@ def point(method, kl, score, seed=0, setting="1"):
     return {"method": method, "setting": setting, "seed": seed} | numbers
 
 
-def test_methods_are_compared_where_their_frontiers_cross_a_kl():
-    """From the fine-tuned model at 0 nats: (0, 1), (2, 3), (4, 4) at 1 and 3 nats; what was not reached is not told."""
-    rows = [point(START, 0, 1), point("PPO", 4, 4), point("PPO", 2, 3, setting="2"), point("RLOO", 2, 2)]
-    assert at_equal_kl(rows, "score", 1) == {"PPO": [2], "RLOO": [1.5]}
-    assert at_equal_kl(rows, "score", 3) == {"PPO": [3.5]}
-    assert at_equal_kl(rows, "score", 5) == {}
+def test_a_value_at_a_kl_is_interpolated_where_a_run_is_near():
+    """From (0, 1), (2, 3), (4, 4); an eighth of the KL is near, from either side."""
+    rows = [point(START, 0, 1), point("PPO", 4, 4), point("PPO", 2, 3, setting="2")]
+    for nats, score in ((2, 3), (1.8, 2.8), (2.25, 3.125), (3.6, 3.8), (4, 4)):
+        assert at_equal_kl(rows, "score", nats)["PPO"] == pytest.approx([score])
+    assert frontier.NEAR == 1 / 8
 
 
-def test_the_ablation_tells_differences_within_a_seed():
-    """Two seeds that differ by 1 and a detail that adds .5 to both, at 2 nats where PPO's frontier rises by .5 a nat.
+@pytest.mark.parametrize("nats", [1, 1.75, 2.3, 3, 3.5, 4.1, 8])
+def test_a_value_at_a_kl_needs_a_run_near_it_and_none_is_extrapolated(nats):
+    rows = [point(START, 0, 1), point("PPO", 4, 4), point("PPO", 2, 3, setting="2")]
+    assert at_equal_kl(rows, "score", nats) == {"PPO": []}
 
-    No more than that, and no width; above the frontier it adds nothing.
-    """
-    ppo = [point(START, 0, 0), *(point("PPO", 4, seed + 2, seed) for seed in (0, 1))]
+
+def test_runs_at_6_and_38_nats_say_nothing_of_8_and_the_cell_is_empty():
+    """The published value was .1 too low: PPO's runs at 7.8 to 8.8 nats made GRPO's at 6.5 nats look behind."""
+    rows = [point(START, 0, 0), *(point("PPO", 8.1, 1.25, seed) for seed in (0, 1))]
+    rows += [point("GRPO", kl, score, seed) for kl, score in ((6.5, 1.15), (38, 1.54)) for seed in (0, 1)]
+    assert at_equal_kl(rows, "score", 8)["GRPO"] == []
+    assert "| GRPO | - | - | - | - | - |" in methods_table(rows, "score").splitlines()
+    assert "| GRPO, 1 | 22.250 " in runs_table(rows)  # the runs themselves are still reported
+
+
+def test_the_start_is_no_run_of_a_method():
+    assert at_equal_kl([point(START, 0, 1), point("PPO", 4, 4)], "score", 0) == {"PPO": []}
+
+
+def test_each_seed_has_a_curve_of_its_own_and_a_method_needs_a_value_of_every_seed():
+    """Catches the runs of another seed or method, and a mean over fewer seeds than the text says."""
+    rows = [point(START, 0, 0), point("PPO", 2, 3, 0), point("PPO", 2, 5, 1), point("RLOO", 2, 7, 0)]
+    assert at_equal_kl(rows, "score", 2) == {"PPO": [3, 5], "RLOO": [7]}
+    assert at_equal_kl([*rows, point("RLOO", 3, 9, 1)], "score", 2) == {"PPO": [3, 5], "RLOO": []}
+
+
+def cells(text):
+    """{first cell of a line: [the others]} of the lines of tables."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    return {first: others for first, *others in lines}
+
+
+def test_the_ablation_reports_differences_within_a_seed():
+    """Two seeds that differ by 1 and a detail that adds .5 to both: no more than that, and no width."""
     rows = [point("ablation", 1, seed, seed, PRESET) for seed in (0, 1)]
     rows += [point("ablation", 1, seed + 0.5, seed, "a detail") for seed in (0, 1)]
-    rows += [point("ablation", 2, (seed + 2) / 2, seed, "on the frontier") for seed in (0, 1)]
-    lines = {line.split(" | ")[0]: line.split(" | ") for line in summary(ppo, rows, CFG).splitlines()}
-    assert lines["| a detail"][1] == "0.500 ± 0.000"
-    above = lines["| on the frontier"][-1]
-    base = (0 - 0.5, 1 - 0.75)  # of the preset's two runs
-    assert above.startswith(f"{-sum(base) / 2:.3f} ±")
+    lines = cells(ablation_table([point(START, 0, 0), point("PPO", 9, 9), point("PPO", 9, 9, 1)], rows))
+    assert lines["a detail"][0] == "0.500 ± 0.000"
+
+
+def test_the_score_above_the_frontier_is_that_of_the_same_seed_at_the_run_s_own_kl():
+    """PPO's frontier rises by 1 and by 2 a nat; the preset is .25 above it at 2 nats, the detail .75 above at 4."""
+    ppo = [point(START, 0, 0), *(point("PPO", kl, kl * (seed + 1), seed) for kl in (2, 4) for seed in (0, 1))]
+    rows = [point("ablation", 2, 2 * (seed + 1) + 0.25, seed, PRESET) for seed in (0, 1)]
+    rows += [point("ablation", 4, 4 * (seed + 1) + 0.75, seed, "a detail") for seed in (0, 1)]
+    lines = cells(ablation_table(ppo, rows))
+    assert (lines[PRESET][-1], lines["a detail"][-1]) == ("0.250 ± 0.000", "0.500 ± 0.000")
+
+
+@pytest.mark.parametrize("far", [PRESET, "a detail"])
+def test_the_score_above_the_frontier_is_empty_where_no_run_of_the_frontier_is_near(far):
+    """A difference needs both of its runs; everything that was measured stays in the table."""
+    ppo = [point(START, 0, 0), *(point("PPO", kl, kl, seed) for kl in (2, 8) for seed in (0, 1))]
+    kls = {PRESET: 2, "a detail": 2} | {far: 4.5}
+    rows = [point("ablation", kl, 1, seed, detail) for detail, kl in kls.items() for seed in (0, 1)]
+    lines = cells(ablation_table(ppo, rows))
+    assert lines["a detail"][-1] == "-" and lines["a detail"][0] == "0.000 ± 0.000"
+    assert (lines[PRESET][-1] == "-") == (far == PRESET)
+
+
+def committed(name):
+    """The rows of a committed CSV as frontier.main has them."""
+    rows = rows_of(ROOT / "asset" / "frontier" / name)
+    return [row | {n: float(row[n]) for n in MEASURES} | {"seed": int(row["seed"])} for row in rows]
+
+
+def test_the_published_tables_are_those_of_the_committed_runs():
+    """frontier.md is made by the code from the two CSVs; the README's tables stand in it."""
+    text = summary(committed("frontier.csv"), committed("ablation.csv"), FrontierConfig(seeds=3, prompts=512))
+    assert (ROOT / "asset" / "frontier" / "frontier.md").read_text(encoding="utf-8") == text
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Reward against KL\n")[2].partition("\n## ")[0]
+    tables = re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert len(tables) == 3 and all(table in text for table in tables)
+    near = f"within {100 * frontier.NEAR:g} % of that KL"
+    assert near in text and near in " ".join(section.split())
 
 
 def test_an_interval_of_three_seeds_is_students():
