@@ -25,7 +25,7 @@ from card import card_text, ppo_run, samples_markdown, write_card
 from checkpoint import RESULTS, VIEWER, read_json, write_text
 from config import BadInput, EvaluateConfig, FrontierConfig, PPOConfig, run
 from data import load_splits, prompt_pool
-from device import pick_device, random_generator
+from device import pick_device, random_generator, rows_that_fit
 from hub import check_context, load_policy, open_pair
 from log import side_by_side
 from metrics import KL_NOTE, difference, kl_text, kl_three_ways, measure, open_second_lm, second_nll, table_text
@@ -63,16 +63,36 @@ def respond(policy, ref_policy, tokenizer, groups, cfg, device, name):
         sequences = policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator)
         responses = sequences[:, prompt_len:]
         mask = response_mask(responses, eos_id)
-        logits = policy.gpt2(sequences[:, :-1], first=prompt_len - 1)  # (B, T, V)
-        ref_logits = logits if policy is ref_policy else ref_policy.gpt2(sequences[:, :-1], first=prompt_len - 1)
-        kls = kl_three_ways(logits / cfg.temperature, ref_logits / cfg.temperature, responses, mask)
-        for estimator, values in kls.items():
-            out[estimator] += values.tolist()
-        out["ref_nll"] += (-token_logprobs(ref_logits, responses) * mask).sum(1).tolist()
+        for part in micro_batches(policy, sequences):
+            for estimate, values in likelihoods(policy, ref_policy, sequences[part], mask[part], cfg).items():
+                out[estimate] += values.tolist()
         out["tokens"] += [row[keep].tolist() for row, keep in zip(responses, mask)]
         out["prompts"] += tokenizer.batch_decode(prompts, **DECODE)
         out["texts"] += tokenizer.batch_decode(sequences, **DECODE)
     return out
+
+
+def micro_batches(policy, sequences):
+    """Slices of the rows of sequences (B, L), each as many rows as training would take in a pass, or one."""
+    gpt2, (rows, tokens) = policy.gpt2, sequences.shape
+    fit = rows_that_fit(tokens, gpt2.config.n_embd, gpt2.config.n_layer, gpt2.n_tokens, sequences.device)
+    return [slice(start, start + max(1, fit)) for start in range(0, rows, max(1, fit))]
+
+
+@torch.no_grad()
+def likelihoods(policy, ref_policy, sequences, mask, cfg):
+    """{"kl", "kl_k3", "kl_exact", "ref_nll"} of some responses, (B,) nats each: see respond.
+
+    sequences: (B, P + T). mask: (B, T). Never has more than four tensors of the logits' size.
+    """
+    prompt_len = sequences.shape[1] - mask.shape[1]
+    responses = sequences[:, prompt_len:]
+    logits = policy.gpt2(sequences[:, :-1], first=prompt_len - 1)  # (B, T, V)
+    ref_logits = logits if policy is ref_policy else ref_policy.gpt2(sequences[:, :-1], first=prompt_len - 1)
+    ref_nll = (-token_logprobs(ref_logits, responses)).where(mask, 0).sum(1)
+    for some in {logits, ref_logits}:  # one tensor where the two policies are one
+        some.div_(cfg.temperature)
+    return kl_three_ways(logits, ref_logits, responses, mask) | {"ref_nll": ref_nll}
 
 
 def sample_answers(policies, tokenizer, judge, groups, cfg, device):
@@ -136,7 +156,12 @@ def by_token(policies, tokenizer, prompts, tokens, values, ppo, cfg):
     eos_id, prompt_len = tokenizer.eos_token_id, prompts.shape[1]
     responses = pad_sequence([torch.tensor(ids) for ids in tokens], True, eos_id).to(prompts.device)
     sequences, scores = torch.cat([prompts, responses], dim=1), torch.from_numpy(values["score"])  # (B, P + T), (B,)
-    numbers, mask = token_numbers(policies, sequences, prompt_len, scores, ppo, cfg.temperature, eos_id)
+    found = [
+        token_numbers(policies, sequences[part], prompt_len, scores[part], ppo, cfg.temperature, eos_id)
+        for part in micro_batches(policies["after"], sequences)
+    ]
+    numbers = {name: torch.cat([table[name] for table, _ in found]) for name in found[0][0]}
+    mask = torch.cat([real for _, real in found])
     told = []
     for i, (prompt, ids) in enumerate(zip(prompts.tolist(), tokens)):
         lists = {name: [round(x, 4) for x in table[i][mask[i]].tolist()] for name, table in numbers.items()}

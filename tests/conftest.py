@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import weakref
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -92,6 +95,24 @@ def reviews_csv(path, rows=400):
         lines.append(f'"{text}",{label}')
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+class LogitsMemory(TorchDispatchMode):
+    """Numbers in tensors of logits, of a vocabulary's width, inside the block: `largest` of one, `most` at a time."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.alive, self.largest, self.most = vocabulary, [], 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        found = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.shape[-1:] == (self.vocabulary,)]
+        self.alive = [ref for ref in self.alive if ref() is not None] + [weakref.ref(tensor) for tensor in found]
+        tensors = [tensor for ref in self.alive if (tensor := ref()) is not None]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in tensors}
+        self.largest = max([self.largest, *storages.values()])
+        self.most = max(self.most, sum(storages.values()))
+        return result
 
 
 def message(function, *args, **kwargs):

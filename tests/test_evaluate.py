@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import reviews_csv
+from conftest import LogitsMemory, reviews_csv
 
 import evaluate
 import hub
@@ -115,6 +115,63 @@ def test_tokens_end_with_the_end_of_text_and_ref_nll_is_of_these_tokens_at_tempe
         )
         assert nll == pytest.approx(-cold, rel=1e-4)
         assert kl == pytest.approx(mine - ref, abs=1e-3)
+
+
+LONG = replace(CFG, prompts=200, min_prompt_len=4, response_len=30)
+FIT = 2048 // (4 + 30)  # rows of a pass that training would take on a CPU
+
+
+def many_groups(cfg):
+    return list(prompt_groups(np.random.default_rng(0).integers(1, 250, (cfg.prompts, 4)), cfg))
+
+
+@pytest.mark.parametrize("batch_size", [200, 64, 7])
+def test_the_logits_of_an_evaluation_are_those_of_a_micro_batch_whatever_the_batch_size(opened, batch_size):
+    """At most four tensors at a time, of at most as many rows as training takes in a pass; 13 GB at GPT-2's sizes."""
+    policy, other, tokenizer = opened
+    cfg = replace(LONG, batch_size=batch_size)
+    vocabulary = policy.gpt2.n_tokens
+    with LogitsMemory(vocabulary) as memory:
+        respond(other, policy, tokenizer, many_groups(cfg), cfg, CPU, "m")
+    rows = min(FIT, batch_size)
+    assert memory.largest == rows * 30 * vocabulary
+    assert memory.most <= 4 * rows * 30 * vocabulary
+
+
+def test_the_viewer_s_passes_have_the_logits_of_a_micro_batch(opened):
+    policy, other, tokenizer = opened
+    cfg = replace(LONG, batch_size=200, viewer_samples=200)
+    groups = many_groups(cfg)
+    answers = {"before": respond(other, policy, tokenizer, groups, cfg, CPU, "m")}
+    values = {"before": {"score": np.zeros(200), "judge": np.zeros(200)}}
+    with LogitsMemory(policy.gpt2.n_tokens) as memory:
+        viewer({"before": policy, "after": other}, tokenizer, groups, answers, values, PPOConfig(), cfg, CPU)
+    assert 0 < memory.largest <= FIT * 30 * policy.gpt2.n_tokens
+    assert memory.most <= 3 * FIT * 30 * policy.gpt2.n_tokens
+
+
+@pytest.mark.parametrize("fit", [0, 1, 3])
+def test_the_micro_batch_of_an_evaluation_changes_no_sample_and_no_number(opened, monkeypatch, fit):
+    """Against one pass over all rows of a batch. A fit of 0: not even one row, so one is tried."""
+    policy, other, tokenizer = opened
+    cfg, found = replace(LONG, prompts=8, batch_size=8, viewer_samples=8), []
+    groups = many_groups(cfg)
+    for rows in (10**9, fit):
+        monkeypatch.setattr(evaluate, "rows_that_fit", lambda *_, rows=rows: rows)
+        answers = {name: respond(other, policy, tokenizer, groups, cfg, CPU, "m") for name in ("before", "after")}
+        values = dict.fromkeys(answers, {"score": np.arange(8.0), "judge": np.zeros(8)})
+        shown = viewer({"before": policy, "after": other}, tokenizer, groups, answers, values, PPOConfig(), cfg, CPU)
+        found.append((answers["after"], shown["samples"]))
+    (whole, whole_shown), (parts, parts_shown) = found
+    assert [parts[name] for name in ("texts", "tokens", "prompts")] == [
+        whole[name] for name in ("texts", "tokens", "prompts")
+    ]
+    for name in ("kl", "kl_k3", "kl_exact", "ref_nll"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-4)
+    for one, other in zip(parts_shown, whole_shown, strict=True):
+        for name in ("kl", "ratio", "value", "advantage"):
+            assert one["after"][name] == pytest.approx(other["after"][name], abs=1e-3)
+        assert one["after"]["tokens"] == other["after"]["tokens"]
 
 
 @pytest.mark.parametrize("samples", [2, 50])

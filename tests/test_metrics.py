@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import message
+from conftest import LogitsMemory, message
 
+import metrics
 from config import EvaluateConfig
 from hub import open_gpt2
 from metrics import (
@@ -262,6 +263,23 @@ def test_the_second_model_reads_each_response_as_transformers_does(gpt2_folder):
             loss = reference(torch.tensor([[tokenizer.bos_token_id, *ids]]), labels=labels).loss.item()
         assert 0 < context < len(ids)
         assert found == pytest.approx(loss * (len(ids) - context), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [100, 7])
+def test_the_second_model_s_logits_are_those_of_a_micro_batch(gpt2_folder, monkeypatch, batch_size):
+    """2,048 tokens on a CPU; how many rows a pass has changes no number."""
+    model, tokenizer = open_second_lm(str(gpt2_folder), CPU)
+    prompts = ["A film"] * 90
+    some = {"prompts": prompts, "texts": [f"{prompt} was {i % 9}, {'x' * 30}" for i, prompt in enumerate(prompts)]}
+    longest = 1 + max(len(tokenizer(text)["input_ids"]) for text in some["texts"])
+    cfg, vocabulary = replace(CFG, batch_size=batch_size), len(tokenizer)
+    with LogitsMemory(vocabulary) as memory:
+        found = second_nll(model, tokenizer, some, cfg)
+    rows = min(2048 // longest, batch_size)
+    assert rows < 90 and memory.largest == rows * longest * vocabulary
+    assert memory.most <= 2 * memory.largest
+    monkeypatch.setattr(metrics, "rows_that_fit", lambda *_: 0)
+    assert second_nll(model, tokenizer, some, cfg) == pytest.approx(found, rel=1e-5)
 
 
 def test_a_response_without_a_text_costs_the_second_model_nothing(gpt2_folder):
