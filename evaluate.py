@@ -23,7 +23,7 @@ from tqdm import tqdm
 import report
 from card import card_text, ppo_run, samples_markdown, write_card
 from checkpoint import RESULTS, VIEWER, read_json, write_text
-from config import BadInput, EvaluateConfig, FrontierConfig, PPOConfig, run
+from config import BadInput, EvaluateConfig, FrontierConfig, run
 from data import load_splits, prompt_pool
 from device import pick_device, random_generator, rows_that_fit
 from hub import check_context, load_policy, open_pair
@@ -129,23 +129,31 @@ def pieces(tokenizer, prompt, tokens):
     return added + [tokenizer.eos_token] * (len(tokens) - len(words))
 
 
+def trained_with_gae(ppo):
+    """Whether a policy has a trained value head. ppo: the config of its run, None where it is of no run."""
+    return ppo is not None and ppo.advantage == "gae"
+
+
 @torch.no_grad()
 def token_numbers(policies, sequences, prompt_len, scores, ppo, temperature, eos_id):
     """What each token of some responses, whoever sampled them, is to the policy after PPO: ({name: (B, T)}, mask).
 
-    kl: its log-probability there less that before PPO, nats; ratio: e^kl. value: of the value head, 0 where the folder
-    has none. advantage: from the rewards of PPO, whose config is ppo, with the coefficient that it began with; not
-    whitened.
+    kl: its log-probability there less that before PPO, nats; ratio: e^kl. Where ppo, the config of the run, is of GAE:
+    value, of the value head; advantage, from the rewards of PPO with the coefficient that it began with, not whitened.
+    RLOO and GRPO train no value head, and an advantage needs the other responses of a group.
     """
     responses = sequences[:, prompt_len:]
     mask = response_mask(responses, eos_id)
     logprobs, values = policies["after"](sequences, prompt_len, temperature)  # (B, T) each
     kl = (logprobs - policies["before"](sequences, prompt_len, temperature)[0]) * mask
+    numbers = {"kl": kl, "ratio": kl.clamp(-20, 20).exp()}
+    if not trained_with_gae(ppo):
+        return numbers, mask
     scores = scores.to(kl)
     scores = scores.clamp(-ppo.score_clip, ppo.score_clip) if ppo.score_clip else scores
     scores = scores - ppo.missing_eos_penalty * ~(responses == eos_id).any(1)
     advantages, _ = gae(token_rewards(scores, kl, mask, ppo.kl_coef), values, mask, ppo.gamma, ppo.lam)
-    return {"kl": kl, "ratio": kl.clamp(-20, 20).exp(), "value": values, "advantage": advantages}, mask
+    return numbers | {"value": values, "advantage": advantages}, mask
 
 
 def by_token(policies, tokenizer, prompts, tokens, values, ppo, cfg):
@@ -173,7 +181,8 @@ def by_token(policies, tokenizer, prompts, tokens, values, ppo, cfg):
 def viewer(policies, tokenizer, groups, answers, values, ppo, cfg, device):
     """viewer.json: answers token by token to cfg.viewer_samples prompts, evenly spread, so that all lengths are there.
 
-    answers, values: {"before", "after"}, as respond and measure return them of all prompts.
+    answers, values: {"before", "after"}, as respond and measure return them of all prompts. ppo: the config of the run,
+    None where the policy is of no run.
     """
     chosen = np.linspace(0, cfg.prompts - 1, min(cfg.viewer_samples, cfg.prompts)).astype(int)
     samples, start = {i: {"prompt": answers["before"]["prompts"][i]} for i in chosen}, 0
@@ -186,7 +195,8 @@ def viewer(policies, tokenizer, groups, answers, values, ppo, cfg, device):
             for i, response in zip(rows, told):
                 samples[i][name] = response
         start += len(prompts)
-    return {"kl_coef": ppo.kl_coef, "samples": list(samples.values())}
+    coefficient = {"kl_coef": ppo.kl_coef} if trained_with_gae(ppo) else {}  # that of the advantages
+    return coefficient | {"samples": list(samples.values())}
 
 
 def write(out, results, samples, tokens, card):
@@ -240,7 +250,7 @@ def main(cfg):
         for prompt, sides in samples
     ]
 
-    tokens = viewer(policies, tokenizer, groups, answers, values, ppo or PPOConfig(), cfg, device)
+    tokens = viewer(policies, tokenizer, groups, answers, values, ppo, cfg, device)
     card = card_text(results, samples, cfg, ppo, log)
 
     caption = f"Samples at temperature {cfg.sample_temperature}, beside each the judge's probability of POSITIVE"

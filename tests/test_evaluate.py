@@ -234,6 +234,21 @@ def test_the_numbers_of_each_token_are_those_that_ppo_would_have_learned_from():
     assert found["value"] is values
 
 
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", None])
+def test_a_policy_trained_without_a_value_head_has_no_value_and_no_advantage(opened, answered, advantage):
+    """RLOO's and GRPO's advantages need the other responses of a group; of a policy without a run nothing is known."""
+    policies, groups, answers, values = answered
+    ppo = PPOConfig(advantage=advantage, kl_coef=0.3) if advantage else None
+    found = viewer(policies, opened[2], groups, answers, values, ppo, CFG, CPU)
+    gae_found = viewer(policies, opened[2], groups, answers, values, PPOConfig(), CFG, CPU)
+    assert set(found) == {"samples"} and len(found["samples"]) == 16
+    for sample, full in zip(found["samples"], gae_found["samples"]):
+        for side in ("before", "after"):
+            assert set(sample[side]) == {"tokens", "kl", "ratio", "score", "judge"}
+            assert set(full[side]) == set(sample[side]) | {"value", "advantage"}
+            assert sample[side].items() <= full[side].items()
+
+
 @pytest.fixture(scope="module")
 def answered(opened):
     """Two policies' answers to 16 prompts of 2 to 4 tokens: (policies, groups, answers, values)."""
@@ -328,7 +343,7 @@ def test_a_model_compared_with_itself_differs_in_nothing(run, capsys, gpt2_folde
     assert written == [f"after/{file}" for file in files]
     assert all((out / file).stat().st_size > 0 for file in files)
     told = json.loads((out / "viewer.json").read_text())
-    assert (told["kl_coef"], len(told["samples"])) == (PPOConfig().kl_coef, 5)
+    assert "kl_coef" not in told and len(told["samples"]) == 5  # a policy without a run
 
 
 def test_the_kl_coefficient_of_the_viewer_is_that_of_the_run_and_the_card_tells_of_it(run, tmp_path):
