@@ -248,6 +248,7 @@ class EvaluateConfig:
     task: Task = "positive"  # that PPO had; controlled: prompts begin with [negative] or [positive]
     before: str = "finetune_checkpoints/gpt2"  # the fine-tuned model: the reference of the KL and of the perplexity
     after: str = "ppo_checkpoints/gpt2"  # the policy that PPO trained; results are written here
+    force: bool = False  # replace the results of an earlier evaluation in `after`
     reward: str = "lvwerra/bert-imdb"  # the classifier that PPO was rewarded by, or file.py:function
     positive_label: str = "LABEL_1"  # its positive label; empty: found by its name, POSITIVE or POS
     reward_kind: RewardKind = "logit"  # what its score means, as in PPO

@@ -2,11 +2,12 @@
 
     python evaluate.py
     python evaluate.py --preset mini
-    python evaluate.py --second_lm gpt2          # another language model reads the answers too
-    python evaluate.py frontier --preset mini    # hours: many policies instead of two, see frontier.py
+    python evaluate.py --force True --second_lm gpt2    # again, and another language model reads the responses too
+    python evaluate.py frontier --preset mini           # hours: many policies instead of two, see frontier.py
 
 Writes README.md (the card), results.json, samples.md, viewer.json, report.html and figures into the folder of the
-policy, ppo_checkpoints/<preset>/. The measures are in metrics.py, the card in card.py.
+policy, ppo_checkpoints/<preset>/. Results that are there already are replaced only with --force True. The measures are
+in metrics.py, the card in card.py.
 """
 
 import json
@@ -21,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import report
-from card import card_text, ppo_run, samples_markdown, write_card
-from checkpoint import RESULTS, VIEWER, read_json, write_text
+from card import OTHER_CARD, card_text, ppo_run, samples_markdown, write_card
+from checkpoint import CARD, RESULTS, VIEWER, is_our_card, read_json, write_text
 from config import BadInput, EvaluateConfig, FrontierConfig, run
 from data import load_splits, prompt_pool
 from device import pick_device, random_generator, rows_that_fit
@@ -199,6 +200,18 @@ def viewer(policies, tokenizer, groups, answers, values, ppo, cfg, device):
     return coefficient | {"samples": list(samples.values())}
 
 
+def check_results(cfg):
+    """BadInput where cfg.after holds results of another script, or those of evaluate.py and cfg.force is not set."""
+    old = Path(cfg.after, RESULTS)
+    if old.is_file() and "difference" not in read_json(old):
+        raise BadInput(f"{old} is not of evaluate.py, which would replace it: evaluate a copy of {cfg.after}")
+    files = [Path(cfg.after, name) for name in (RESULTS, VIEWER, "samples.md", "example_results.png", report.PAGE)]
+    cards = [file for file in (Path(cfg.after, CARD), Path(cfg.after, OTHER_CARD)) if is_our_card(file)]
+    found = [file for file in files if file.exists()] + cards
+    if found and not cfg.force:
+        raise BadInput(f"{found[0]} is there already, of an earlier evaluation: --force True replaces its results")
+
+
 def write(out, results, samples, tokens, card):
     """Put everything into the folder of the policy; returns the paths. samples, card: Markdown. tokens: of viewer."""
     write_text(out / RESULTS, json.dumps(results, indent=1))
@@ -212,15 +225,13 @@ def write(out, results, samples, tokens, card):
 
 
 def main(cfg):
+    check_results(cfg)
     device, bf16 = pick_device(cfg)
     opened = open_pair(cfg.before, cfg.after)
     _, config, tokenizer = opened["before"]
     check_context(cfg, config, tokenizer)
     if not Path(cfg.after).is_dir():
         raise BadInput(f"after is {cfg.after!r}, no folder here: results are written beside the policy, so download it")
-    old = Path(cfg.after, RESULTS)
-    if old.is_file() and "difference" not in read_json(old):
-        raise BadInput(f"{old} is not of evaluate.py, which would replace it: evaluate a copy of {cfg.after}")
     ppo, log = ppo_run(cfg.after)
     second = open_second_lm(cfg.second_lm, device) if cfg.second_lm else None
     judge = CLASSIFIERS[cfg.task].load(cfg.judge, device=device)

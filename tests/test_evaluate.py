@@ -7,16 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import LogitsMemory, reviews_csv
+from conftest import LogitsMemory, message, reviews_csv, write_opinion, write_tuned
 
 import evaluate
 import hub
 from config import BadInput, EvaluateConfig, PPOConfig
+from data import load_splits, prompt_pool
 from evaluate import pieces, prompt_groups, respond, sample_answers, token_numbers, viewer
 from hub import load_policy, open_gpt2
 from log import side_by_side
 from metrics import kl_text, table_text
 from ppo import gae, token_rewards
+from reward import SentimentReward
 
 CFG = EvaluateConfig(prompts=16, max_prompt_len=4, response_len=12, batch_size=3, resamples=200, samples=3)
 CPU = torch.device("cpu")
@@ -300,7 +302,7 @@ def test_the_prompts_of_the_viewer_are_spread_over_all_lengths(opened, answered)
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, gpt2_folder, bert_folder):
+def run(tmp_path, monkeypatch, gpt2_folder, bert_folder, judge_folder):
     """Compare a model with itself in an empty folder, with some fields changed; returns the folder of the policy."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(gpt2_folder, "after")
@@ -309,7 +311,7 @@ def run(tmp_path, monkeypatch, gpt2_folder, bert_folder):
     def compare(**changes):
         cfg = EvaluateConfig(
             dataset=str(reviews_csv(tmp_path / "toy.csv")), before=str(gpt2_folder), after="after", positive_label="",
-            reward=str(bert_folder), judge=str(bert_folder), prompts=16, max_prompt_len=4, batch_size=8, resamples=50,
+            reward=str(bert_folder), judge=str(judge_folder), prompts=16, max_prompt_len=4, batch_size=8, resamples=50,
             samples=3, viewer_samples=5, self_check=False,
         )  # fmt: skip
         evaluate.main(replace(cfg, **changes))
@@ -355,6 +357,110 @@ def test_the_kl_coefficient_of_the_viewer_is_that_of_the_run_and_the_card_tells_
     assert "base_model: gpt2-medium" in card
     assert "384: 3 rollouts of 128" in card
     assert "--kl_coef 0.75" in card
+
+
+def share(odds):
+    return (odds > 0).double().mean().item()
+
+
+def test_each_number_is_of_its_own_model_and_classifier(run, tmp_path, gpt2_folder):
+    """Two models and two classifiers that differ: catches any two of them exchanged, and a difference of other sign."""
+    folders = {"before": gpt2_folder, "after": write_tuned(gpt2_folder, tmp_path / "after")}
+    opened = {name: open_gpt2(str(folder)) for name, folder in folders.items()}
+    policies, tokenizer = {name: load_policy(*parts).eval() for name, parts in opened.items()}, opened["before"][2]
+    cfg = EvaluateConfig(prompts=16, max_prompt_len=4, batch_size=8)
+    reviews = load_splits(str(reviews_csv(tmp_path / "toy.csv")))["evaluation"].texts
+    groups = list(prompt_groups(prompt_pool(reviews, tokenizer, 4, 16), cfg))
+    found = {name: respond(p, policies["before"], tokenizer, groups, cfg, CPU, name) for name, p in policies.items()}
+    texts = found["before"]["texts"] + found["after"]["texts"]
+    classifiers = [str(write_opinion(tmp_path / f"bert{seed}", texts, seed)) for seed in (0, 2)]
+    reward, judge = map(SentimentReward.load, classifiers)
+
+    out = run(reward=classifiers[0], judge=classifiers[1], viewer_samples=16)
+    results, shown = (json.loads((out / name).read_text()) for name in ("results.json", "viewer.json"))
+    expected = {
+        name: {
+            "score": reward(some["texts"]).double().mean().item(),
+            "positive_by_reward": share(reward.log_odds(some["texts"])),
+            "positive_by_judge": share(judge.log_odds(some["texts"])),
+            "judge": judge.log_odds(some["texts"]).sigmoid().mean().item(),
+            "kl_exact": np.mean(some["kl_exact"]),
+            "perplexity": np.exp(sum(some["ref_nll"]) / sum(map(len, some["tokens"]))),
+        }
+        for name, some in found.items()
+    }
+    before, after = expected["before"], expected["after"]
+    expected["difference"] = {measure: after[measure] - before[measure] for measure in before}
+    for side, measures in expected.items():
+        values = {measure: results[side][measure]["value"] for measure in measures}
+        assert values == pytest.approx(measures, rel=1e-4, abs=1e-5), side
+    for name, some in found.items():
+        for i, sample in enumerate(shown["samples"]):
+            assert (sample["prompt"], sample[name]["score"], sample[name]["judge"]) == (
+                some["prompts"][i],
+                pytest.approx(reward(some["texts"][i : i + 1]).item(), abs=1e-3),
+                pytest.approx(judge.log_odds(some["texts"][i : i + 1]).sigmoid().item(), abs=1e-3),
+            )
+        for sample in results["samples"]:
+            p = judge.log_odds([sample["prompt"] + sample[name]["text"]]).sigmoid().item()
+            assert sample[name]["judge"] == pytest.approx(p, abs=1e-4)
+    assert [results["config"][name] for name in ("reward", "judge")] == classifiers
+    # an exchange can only be seen where the two differ
+    assert all(abs(expected["difference"][name]) > 1e-3 for name in ("score", "judge", "kl_exact", "perplexity"))
+    assert any(side["positive_by_reward"] != side["positive_by_judge"] for side in (before, after))
+
+
+def test_the_prompts_are_of_the_evaluation_split_which_no_stage_learns_from(run):
+    """14 tokens tell the reviews apart; those of the prompts split gave PPO its prompts."""
+    out = run(min_prompt_len=14, max_prompt_len=14, viewer_samples=16)
+    prompts = [sample["prompt"] for sample in json.loads((out / "viewer.json").read_text())["samples"]]
+    splits = load_splits("toy.csv")
+    begun = {
+        name: [[t.startswith(p) for t in part.texts].count(True) for p in prompts] for name, part in splits.items()
+    }
+    assert begun == {name: [name == "evaluation"] * 16 for name in splits}
+
+
+def test_another_seed_gives_other_responses_samples_and_intervals(run):
+    found = [json.loads((run(seed=seed, force=True) / "results.json").read_text()) for seed in (0, 0, 1)]
+    assert found[0] == found[1]
+    assert found[0]["before"]["kl"] == found[2]["before"]["kl"]  # a model against itself: 0
+    for name in ("score", "perplexity"):
+        assert found[0]["before"][name] != found[2]["before"][name]
+    assert [s["prompt"] for s in found[0]["samples"]] != [s["prompt"] for s in found[2]["samples"]]
+
+
+OUTPUTS = ("results.json", "samples.md", "viewer.json", "README.md", "example_results.png", "report.html")
+
+
+def test_finished_results_are_replaced_only_by_force(run, monkeypatch):
+    """Refused before anything is loaded; every one of the files is enough."""
+    out = run()
+    texts = {name: (out / name).read_bytes() for name in OUTPUTS}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "pick_device", None)
+        for name in OUTPUTS:
+            for other in OUTPUTS:
+                (out / other).unlink(missing_ok=True)
+            (out / name).write_bytes(texts[name])
+            found = message(run, seed=1)
+            assert f"after/{name} is there already" in found and "--force True" in found
+            assert (out / name).read_bytes() == texts[name]
+    run(seed=1, force=True)
+    assert all((out / name).is_file() for name in OUTPUTS)
+    assert json.loads((out / "results.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_readme_by_other_hands_is_no_earlier_result(run, tmp_path):
+    (tmp_path / "after" / "README.md").write_text("mine")
+    out = run()
+    (out / "results.json").unlink()
+    for name in set(OUTPUTS) - {"README.md"}:
+        (out / name).unlink(missing_ok=True)
+    assert "MODEL_CARD.md is there already" in message(run)  # the card, which evaluate.py wrote beside it
+    (out / "MODEL_CARD.md").unlink()
+    run()
+    assert (out / "README.md").read_text() == "mine"
 
 
 def test_results_need_a_folder_to_be_written_to(run, monkeypatch):
