@@ -111,6 +111,22 @@ def test_an_interval_holds_the_mean_and_shrinks_with_more_data():
     assert (high - low) / (narrow_high - narrow_low) == pytest.approx(4, rel=0.3)
 
 
+def test_an_interval_is_that_of_95_percent():
+    """1.96 standard errors to either side; quantiles of 5 and 95 % would be 1.64, and 90 %."""
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    error = values.std() / 20
+    low, high = interval(values, replace(CFG, resamples=20_000))
+    assert (values.mean() - low, high - values.mean()) == pytest.approx((1.96 * error, 1.96 * error), rel=0.05)
+
+
+def test_an_interval_depends_on_the_seed_and_not_on_the_model():
+    """The same rows for two models; another seed draws others."""
+    values = np.random.default_rng(0).normal(3, 2, 50)
+    low, high = interval(values, CFG)
+    assert interval(values + 1, CFG) == pytest.approx((low + 1, high + 1))
+    assert interval(values, replace(CFG, seed=1)) != (low, high)
+
+
 def test_an_interval_of_a_constant_has_no_width_and_it_takes_any_statistic():
     assert interval(np.full(20, 7.0), CFG) == (7.0, 7.0)
     assert interval(np.arange(5.0), CFG, lambda rows: len(rows)) == (5.0, 5.0)
