@@ -266,6 +266,7 @@ class EvaluateConfig:
     task: Task = "positive"  # that PPO had; controlled: prompts begin with [negative] or [positive]
     before: str = "finetune_checkpoints/gpt2"  # the fine-tuned model: the reference of the KL and of the perplexity
     after: str = "ppo_checkpoints/gpt2"  # the policy that PPO trained; results are written here
+    force: bool = False  # replace the results of an earlier evaluation in `after`
     reward: str = "lvwerra/bert-imdb"  # the classifier that PPO was rewarded by, or file.py:function
     positive_label: str = ""  # its positive label; empty: POSITIVE or POS, or what is known of a hub model
     reward_kind: RewardKind = "logit"  # what its score means, as in PPO
@@ -292,6 +293,7 @@ class EvaluateConfig:
         positive(self, "prompts min_prompt_len max_prompt_len response_len temperature batch_size resamples")
         positive(self, "sample_temperature")
         between(self, 0, None, "samples viewer_samples seed")
+        needs_judge(self)
         prompt_range(self)
 
 
@@ -319,6 +321,7 @@ class GenerateConfig:
     def __post_init__(self):
         positive(self, "response_len temperature")
         between(self, 0, None, "seed")
+        needs_judge(self)
 
 
 @dataclass(frozen=True)
@@ -580,6 +583,11 @@ def divides(cfg, part, whole):
     a, b = getattr(cfg, part), getattr(cfg, whole)
     if a and b % a:
         raise BadInput(f"{part} {a} does not divide {whole} {b}")
+
+
+def needs_judge(cfg):
+    if not cfg.judge:
+        raise BadInput("judge is empty: name a second classifier, by its name on the hub or its folder")
 
 
 def prompt_range(cfg):

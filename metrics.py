@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from checkpoint import first_line
 from config import BadInput
 from data import CONTROLS
+from device import rows_that_fit
 from hub import load_tokenizer, locate
 from model import token_logprobs
 from plot import CAPTIONS, DIGITS
@@ -37,12 +38,12 @@ def kl_three_ways(logits, ref_logits, ids, mask):
 
     With d, a token's log-probability less the reference's: kl is k1, d; kl_k3 is k3, exp(-d) - 1 + d (Schulman,
     joschu.net/blog/kl-approx.html); kl_exact has no sampled token in it. logits, ref_logits: (B, T, V), divided by the
-    temperature. ids, mask: (B, T).
+    temperature. ids, mask: (B, T). Takes two more tensors of the logits' size.
     """
     logp = logits.log_softmax(-1)
-    diff = logp - ref_logits.log_softmax(-1)  # (B, T, V)
+    diff = ref_logits.log_softmax(-1).neg_().add_(logp)  # (B, T, V)
     d = diff.gather(-1, ids[..., None]).squeeze(-1).cpu().double()  # (B, T); in float32 a small k3 dips below 0
-    tokens = {"kl": d, "kl_k3": (-d).expm1() + d, "kl_exact": (logp.exp() * diff).sum(-1).cpu().double()}
+    tokens = {"kl": d, "kl_k3": (-d).expm1() + d, "kl_exact": logp.exp_().mul_(diff).sum(-1).cpu().double()}
     return {name: (values * mask.cpu()).sum(1) for name, values in tokens.items()}
 
 
@@ -241,10 +242,12 @@ def second_nll(model, tokenizer, answers, cfg):
     longest, most = max(map(len, ids)), getattr(model.config, "max_position_embeddings", None) or math.inf
     if longest > most:
         raise BadInput(f"second_lm reads {most} tokens at most, and an answer has {longest} of its tokens")
-    nll = []
-    for i in range(0, len(ids), cfg.batch_size):
-        sequences = pad_sequence(ids[i : i + cfg.batch_size], True, start).to(model.device)  # behind: nothing sees it
-        mask = pad_sequence(counts[i : i + cfg.batch_size], True, False).to(model.device)
+    config = model.config.get_text_config()
+    fit = rows_that_fit(longest, config.hidden_size, config.num_hidden_layers, config.vocab_size, model.device)
+    nll, size = [], max(1, min(cfg.batch_size, fit))
+    for i in range(0, len(ids), size):
+        sequences = pad_sequence(ids[i : i + size], True, start).to(model.device)  # behind: nothing sees it
+        mask = pad_sequence(counts[i : i + size], True, False).to(model.device)
         logprobs = token_logprobs(model(sequences).logits[:, :-1].float(), sequences[:, 1:])
         nll += (-logprobs * mask).sum(1).tolist()
     return nll

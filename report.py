@@ -28,6 +28,7 @@ MEASURES = {  # of a token: (text of the switch, the number that has no colour)
     "advantage": ("advantage", 0),
     "ratio": ("ratio", 1),
 }
+ALWAYS = ("kl", "ratio")  # of MEASURES; a policy that was trained without a value head has no others
 SIDES = ("before", "after")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 230, 54, 10, 12, 40  # of a chart and its margins, in SVG units
 
@@ -124,12 +125,12 @@ def number(x):
     return round(x, 4)
 
 
-def response(answer):
-    """One side of a sample in viewer.json, checked: its tokens, a list of numbers for each of MEASURES, two scores."""
+def response(answer, measures):
+    """One side of a sample in viewer.json, checked: its tokens, a list of numbers for each measure, two scores."""
     tokens = answer["tokens"]
     "".join(tokens)  # TypeError unless all are texts
     checked = {"tokens": tokens, "score": number(answer["score"]), "judge": number(answer["judge"])}
-    for name in MEASURES:
+    for name in measures:
         checked[name] = [number(x) for x in answer[name]]
         if len(checked[name]) != len(tokens):
             raise ValueError(f"{len(tokens)} tokens, {len(checked[name])} numbers of {name}")
@@ -147,15 +148,22 @@ def scale(values, centre):
 
 
 def tokens(viewer):
-    """viewer.json as the page's script reads it: samples, and by measure the range of its colours."""
+    """viewer.json as the page's script reads it: samples, and by measure the range of its colours.
+
+    The measures are those of MEASURES that the file has. kl_coef is that of the advantages, None without them.
+    """
+    sides = [sample[side] for sample in viewer["samples"] for side in SIDES]
+    measures = [name for name in MEASURES if name in ALWAYS or any(name in side for side in sides)]
     samples = []
     for sample in viewer["samples"]:
         prompt = sample["prompt"] + ""  # TypeError unless it is a text
-        samples.append({"prompt": prompt} | {side: response(sample[side]) for side in SIDES})
+        samples.append({"prompt": prompt} | {side: response(sample[side], measures) for side in SIDES})
     scales = {}
-    for name, (_, centre) in MEASURES.items():
-        scales[name] = scale([x for sample in samples for side in SIDES for x in sample[side][name]], centre)
-    return {"kl_coef": number(viewer["kl_coef"]), "scales": scales, "samples": samples}
+    for name in measures:
+        numbers = [x for sample in samples for side in SIDES for x in sample[side][name]]
+        scales[name] = scale(numbers, MEASURES[name][1])
+    coefficient = number(viewer["kl_coef"]) if "advantage" in measures else None
+    return {"kl_coef": coefficient, "scales": scales, "samples": samples}
 
 
 # ---- the page
@@ -187,7 +195,7 @@ def write(folder):
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(f"{PAGE}.jinja")
     page = template.render(
         folder=Path(folder).as_posix(), rows=rows, config=config, prompts=prompts, charts=drawn, viewer=viewer,
-        measures=MEASURES, box=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
+        measures={name: MEASURES[name][0] for name in viewer["scales"]}, box=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
         script_hash=sha256(template, "script"), style_hash=sha256(template, "style"),
     )  # fmt: skip
     path = Path(folder, PAGE)

@@ -788,10 +788,11 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("the worst of n", "scores[:n].argmax(0)", "scores[:n].argmin(0)"),
             ("n times the same answer", "return 1 + 1000 * seed + i", "return 1 + 1000 * seed"),
         ],
-        "test_frontier::test_methods_are_compared_where_their_frontiers_cross_a_kl": [
-            ("points beyond the last one", "if nats <= kl[-1]:", "if True:"),
+        "test_frontier::test_a_value_at_a_kl_needs_a_run_near_it_and_none_is_extrapolated": [
+            ("points beyond the last one", "if near and nats <= kl[-1] else None", "if near else None"),
+            ("a value far from every run", "if near and nats <= kl[-1] else None", "if nats <= kl[-1] else None"),
         ],
-        "test_frontier::test_the_ablation_tells_differences_within_a_seed": [
+        "test_frontier::test_the_ablation_reports_differences_within_a_seed": [
             ("differences to one seed", 'less[row["seed"]][name]', "less[0][name]"),
         ],
     },

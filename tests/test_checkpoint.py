@@ -15,8 +15,12 @@ from torch import nn
 import checkpoint
 from checkpoint import (
     RUN_CONFIG,
+    BestWeights,
+    Checkpoints,
     check_run,
+    fingerprint,
     latest_checkpoint,
+    load_checkpoint,
     match,
     need_disk,
     read_json,
@@ -167,3 +171,99 @@ def test_the_disk_must_have_room_for_two_copies_of_the_model(tmp_path, monkeypat
     assert str(tmp_path) in text
     assert "79,999 bytes free" in text
     assert "80,000" in text
+
+
+# ---- what checkpoints cost
+
+
+class Clock:
+    """time.monotonic, which a save moves forward by `cost` seconds and a step by one."""
+
+    def __init__(self, cost):
+        self.now, self.cost, self.saved = 0.0, cost, []
+
+    def monotonic(self):
+        return self.now
+
+    def save(self, out, model, optimizers, state, keep):
+        self.saved.append(state["step"])
+        self.now += self.cost
+
+
+@pytest.mark.parametrize(
+    ("share", "cost", "expected"),
+    [
+        (0.05, 0.1, list(range(10, 100, 10))),  # .1 s in 10: all of them
+        (0.05, 2.0, [10, 50, 90]),  # 2 s are a twentieth of 40
+        (0.5, 10.0, [10, 20, 40, 50, 70, 80]),
+        (1.0, 60.0, list(range(10, 100, 10))),  # whatever they cost
+    ],
+)
+def test_checkpoints_take_a_share_of_the_time_at_most(tmp_path, monkeypatch, share, cost, expected):
+    clock = Clock(cost)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", clock.save)
+    monkeypatch.setattr(checkpoint, "time", clock)
+    cfg = FinetuneConfig(out=str(tmp_path), save_every=10, save_share=share)
+    for _ in Checkpoints(cfg, tmp_path, None, [], {"inputs": {}}).steps(100):
+        clock.now += 1
+    assert clock.saved == expected
+    assert sum(cost for _ in clock.saved) <= share * clock.now + cost
+
+
+def test_what_belongs_to_a_checkpoint_is_written_before_it_and_counts(tmp_path, monkeypatch):
+    clock, order = Clock(1.0), []
+
+    def before():
+        order.append("before")
+        clock.now += 100
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *args: order.append("checkpoint") or clock.save(*args))
+    monkeypatch.setattr(checkpoint, "time", clock)
+    cfg = FinetuneConfig(out=str(tmp_path), save_every=1, save_share=0.05)
+    for _ in Checkpoints(cfg, tmp_path, None, [], {"inputs": {}}, before_save=before).steps(100):
+        clock.now += 1
+    assert order == ["before", "checkpoint"]  # 101 s may not be spent again in 100 s
+
+
+def test_the_best_weights_are_those_of_the_moment_and_are_written_once(tmp_path):
+    """Catches weights that follow the model while it goes on learning."""
+    model, written = nn.Linear(1, 1), []
+    best = BestWeights(model, lambda weights: written.append(weights["bias"].item()))
+    best.write()
+    assert not written
+    for number in (1.0, 2.0):
+        model.bias.data.fill_(number)
+        best.keep()
+    model.bias.data.fill_(3.0)
+    best.write(), best.write()
+    assert written == [2.0]
+
+
+# ---- what a run depends on
+
+
+def test_a_fingerprint_is_of_names_shapes_and_numbers():
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    other.load_state_dict(one.state_dict())
+    assert fingerprint(one) == fingerprint(other) != fingerprint(one.double())
+    one.float()
+    other.bias.data[1] += 1e-3
+    assert fingerprint(one) != fingerprint(other)
+    renamed = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    renamed["a"].load_state_dict(one.state_dict())
+    assert len({fingerprint(one), fingerprint(renamed), fingerprint("a", "b"), fingerprint("ab"), fingerprint()}) == 5
+
+
+@pytest.mark.parametrize(
+    "now", [{"texts": "a", "reward": "c"}, {"texts": "a"}, {"texts": "a", "reward": "b", "new": "d"}]
+)
+def test_inputs_that_differ_are_named_and_force_takes_them(tmp_path, capsys, now):
+    """Also where one is missing, or was not recorded then."""
+    model, then = nn.Linear(2, 2), {"texts": "a", "reward": "b"}
+    save_checkpoint(tmp_path, model, [], {"step": 1, "inputs": then})
+    folder, name = latest_checkpoint(tmp_path), "new" if "new" in now else "reward"
+    text = message(load_checkpoint, folder, model, [], now)
+    assert f"made with another content of: {name} (" in text and "texts" not in text and "--force" in text
+    assert load_checkpoint(folder, model, [], now, force=True)["step"] == 1
+    assert f"warning: resuming with another content of: {name} (" in capsys.readouterr().err
+    assert load_checkpoint(folder, model, [], then)["step"] == 1 and not capsys.readouterr().err

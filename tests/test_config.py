@@ -155,6 +155,10 @@ def test_a_config_cannot_be_changed_after_it_was_checked():
         (RewardConfig, "--crop_share 1.5", ["crop_share", "1.5"]),
         (RewardConfig, "--seed -1", ["seed", "-1"]),
         (EvaluateConfig, "--prompts 0", ["prompts"]),
+        (EvaluateConfig, "--judge=", ["judge is empty"]),
+        (GenerateConfig, "--judge=", ["judge is empty"]),
+        (PPOConfig, "--save_share 0", ["save_share"]),
+        (PPOConfig, "--sample_prompts -1", ["sample_prompts"]),
         (GenerateConfig, "--response_len 0", ["response_len"]),
     ],
 )

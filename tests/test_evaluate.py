@@ -7,16 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import reviews_csv
+from conftest import LogitsMemory, message, reviews_csv, write_opinion, write_tuned
 
 import evaluate
 import hub
 from config import BadInput, EvaluateConfig, PPOConfig
+from data import load_splits, prompt_pool
 from evaluate import pieces, prompt_groups, respond, sample_answers, token_numbers, viewer
 from hub import load_policy, open_gpt2
 from log import side_by_side
 from metrics import kl_text, table_text
 from ppo import gae, token_rewards
+from reward import SentimentReward
 
 CFG = EvaluateConfig(prompts=16, max_prompt_len=4, response_len=12, batch_size=3, resamples=200, samples=3)
 CPU = torch.device("cpu")
@@ -117,6 +119,63 @@ def test_tokens_end_with_the_end_of_text_and_ref_nll_is_of_these_tokens_at_tempe
         assert kl == pytest.approx(mine - ref, abs=1e-3)
 
 
+LONG = replace(CFG, prompts=200, min_prompt_len=4, response_len=30)
+FIT = 2048 // (4 + 30)  # rows of a pass that training would take on a CPU
+
+
+def many_groups(cfg):
+    return list(prompt_groups(np.random.default_rng(0).integers(1, 250, (cfg.prompts, 4)), cfg))
+
+
+@pytest.mark.parametrize("batch_size", [200, 64, 7])
+def test_the_logits_of_an_evaluation_are_those_of_a_micro_batch_whatever_the_batch_size(opened, batch_size):
+    """At most four tensors at a time, of at most as many rows as training takes in a pass; 13 GB at GPT-2's sizes."""
+    policy, other, tokenizer = opened
+    cfg = replace(LONG, batch_size=batch_size)
+    vocabulary = policy.gpt2.n_tokens
+    with LogitsMemory(vocabulary) as memory:
+        respond(other, policy, tokenizer, many_groups(cfg), cfg, CPU, "m")
+    rows = min(FIT, batch_size)
+    assert memory.largest == rows * 30 * vocabulary
+    assert memory.most <= 4 * rows * 30 * vocabulary
+
+
+def test_the_viewer_s_passes_have_the_logits_of_a_micro_batch(opened):
+    policy, other, tokenizer = opened
+    cfg = replace(LONG, batch_size=200, viewer_samples=200)
+    groups = many_groups(cfg)
+    answers = {"before": respond(other, policy, tokenizer, groups, cfg, CPU, "m")}
+    values = {"before": {"score": np.zeros(200), "judge": np.zeros(200)}}
+    with LogitsMemory(policy.gpt2.n_tokens) as memory:
+        viewer({"before": policy, "after": other}, tokenizer, groups, answers, values, PPOConfig(), cfg, CPU)
+    assert 0 < memory.largest <= FIT * 30 * policy.gpt2.n_tokens
+    assert memory.most <= 3 * FIT * 30 * policy.gpt2.n_tokens
+
+
+@pytest.mark.parametrize("fit", [0, 1, 3])
+def test_the_micro_batch_of_an_evaluation_changes_no_sample_and_no_number(opened, monkeypatch, fit):
+    """Against one pass over all rows of a batch. A fit of 0: not even one row, so one is tried."""
+    policy, other, tokenizer = opened
+    cfg, found = replace(LONG, prompts=8, batch_size=8, viewer_samples=8), []
+    groups = many_groups(cfg)
+    for rows in (10**9, fit):
+        monkeypatch.setattr(evaluate, "rows_that_fit", lambda *_, rows=rows: rows)
+        answers = {name: respond(other, policy, tokenizer, groups, cfg, CPU, "m") for name in ("before", "after")}
+        values = dict.fromkeys(answers, {"score": np.arange(8.0), "judge": np.zeros(8)})
+        shown = viewer({"before": policy, "after": other}, tokenizer, groups, answers, values, PPOConfig(), cfg, CPU)
+        found.append((answers["after"], shown["samples"]))
+    (whole, whole_shown), (parts, parts_shown) = found
+    assert [parts[name] for name in ("texts", "tokens", "prompts")] == [
+        whole[name] for name in ("texts", "tokens", "prompts")
+    ]
+    for name in ("kl", "kl_k3", "kl_exact", "ref_nll"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-4)
+    for one, other in zip(parts_shown, whole_shown, strict=True):
+        for name in ("kl", "ratio", "value", "advantage"):
+            assert one["after"][name] == pytest.approx(other["after"][name], abs=1e-3)
+        assert one["after"]["tokens"] == other["after"]["tokens"]
+
+
 @pytest.mark.parametrize("samples", [2, 50])
 def test_the_samples_are_as_many_as_wanted_at_their_own_temperature_with_the_prompt_cut_off(opened, samples):
     """At a temperature near 0 each token is the likeliest: before and after are two policies' greedy continuations."""
@@ -177,6 +236,21 @@ def test_the_numbers_of_each_token_are_those_that_ppo_would_have_learned_from():
     assert found["value"] is values
 
 
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", None])
+def test_a_policy_trained_without_a_value_head_has_no_value_and_no_advantage(opened, answered, advantage):
+    """RLOO's and GRPO's advantages need the other responses of a group; of a policy without a run nothing is known."""
+    policies, groups, answers, values = answered
+    ppo = PPOConfig(advantage=advantage, kl_coef=0.3) if advantage else None
+    found = viewer(policies, opened[2], groups, answers, values, ppo, CFG, CPU)
+    gae_found = viewer(policies, opened[2], groups, answers, values, PPOConfig(), CFG, CPU)
+    assert set(found) == {"samples"} and len(found["samples"]) == 16
+    for sample, full in zip(found["samples"], gae_found["samples"]):
+        for side in ("before", "after"):
+            assert set(sample[side]) == {"tokens", "kl", "ratio", "score", "judge"}
+            assert set(full[side]) == set(sample[side]) | {"value", "advantage"}
+            assert sample[side].items() <= full[side].items()
+
+
 @pytest.fixture(scope="module")
 def answered(opened):
     """Two policies' answers to 16 prompts of 2 to 4 tokens: (policies, groups, answers, values)."""
@@ -228,7 +302,7 @@ def test_the_prompts_of_the_viewer_are_spread_over_all_lengths(opened, answered)
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, gpt2_folder, bert_folder):
+def run(tmp_path, monkeypatch, gpt2_folder, bert_folder, judge_folder):
     """Compare a model with itself in an empty folder, with some fields changed; returns the folder of the policy."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(gpt2_folder, "after")
@@ -237,7 +311,7 @@ def run(tmp_path, monkeypatch, gpt2_folder, bert_folder):
     def compare(**changes):
         cfg = EvaluateConfig(
             dataset=str(reviews_csv(tmp_path / "toy.csv")), before=str(gpt2_folder), after="after", positive_label="",
-            reward=str(bert_folder), judge=str(bert_folder), prompts=16, max_prompt_len=4, batch_size=8, resamples=50,
+            reward=str(bert_folder), judge=str(judge_folder), prompts=16, max_prompt_len=4, batch_size=8, resamples=50,
             samples=3, viewer_samples=5, self_check=False,
         )  # fmt: skip
         evaluate.main(replace(cfg, **changes))
@@ -271,7 +345,7 @@ def test_a_model_compared_with_itself_differs_in_nothing(run, capsys, gpt2_folde
     assert written == [f"after/{file}" for file in files]
     assert all((out / file).stat().st_size > 0 for file in files)
     told = json.loads((out / "viewer.json").read_text())
-    assert (told["kl_coef"], len(told["samples"])) == (PPOConfig().kl_coef, 5)
+    assert "kl_coef" not in told and len(told["samples"]) == 5  # a policy without a run
 
 
 def test_the_kl_coefficient_of_the_viewer_is_that_of_the_run_and_the_card_tells_of_it(run, tmp_path):
@@ -283,6 +357,110 @@ def test_the_kl_coefficient_of_the_viewer_is_that_of_the_run_and_the_card_tells_
     assert "base_model: gpt2-medium" in card
     assert "384: 3 rollouts of 128" in card
     assert "--kl_coef 0.75" in card
+
+
+def share(odds):
+    return (odds > 0).double().mean().item()
+
+
+def test_each_number_is_of_its_own_model_and_classifier(run, tmp_path, gpt2_folder):
+    """Two models and two classifiers that differ: catches any two of them exchanged, and a difference of other sign."""
+    folders = {"before": gpt2_folder, "after": write_tuned(gpt2_folder, tmp_path / "after")}
+    opened = {name: open_gpt2(str(folder)) for name, folder in folders.items()}
+    policies, tokenizer = {name: load_policy(*parts).eval() for name, parts in opened.items()}, opened["before"][2]
+    cfg = EvaluateConfig(prompts=16, max_prompt_len=4, batch_size=8)
+    reviews = load_splits(str(reviews_csv(tmp_path / "toy.csv")))["evaluation"].texts
+    groups = list(prompt_groups(prompt_pool(reviews, tokenizer, 4, 16), cfg))
+    found = {name: respond(p, policies["before"], tokenizer, groups, cfg, CPU, name) for name, p in policies.items()}
+    texts = found["before"]["texts"] + found["after"]["texts"]
+    classifiers = [str(write_opinion(tmp_path / f"bert{seed}", texts, seed)) for seed in (0, 2)]
+    reward, judge = map(SentimentReward.load, classifiers)
+
+    out = run(reward=classifiers[0], judge=classifiers[1], viewer_samples=16)
+    results, shown = (json.loads((out / name).read_text()) for name in ("results.json", "viewer.json"))
+    expected = {
+        name: {
+            "score": reward(some["texts"]).double().mean().item(),
+            "positive_by_reward": share(reward.log_odds(some["texts"])),
+            "positive_by_judge": share(judge.log_odds(some["texts"])),
+            "judge": judge.log_odds(some["texts"]).sigmoid().mean().item(),
+            "kl_exact": np.mean(some["kl_exact"]),
+            "perplexity": np.exp(sum(some["ref_nll"]) / sum(map(len, some["tokens"]))),
+        }
+        for name, some in found.items()
+    }
+    before, after = expected["before"], expected["after"]
+    expected["difference"] = {measure: after[measure] - before[measure] for measure in before}
+    for side, measures in expected.items():
+        values = {measure: results[side][measure]["value"] for measure in measures}
+        assert values == pytest.approx(measures, rel=1e-4, abs=1e-5), side
+    for name, some in found.items():
+        for i, sample in enumerate(shown["samples"]):
+            assert (sample["prompt"], sample[name]["score"], sample[name]["judge"]) == (
+                some["prompts"][i],
+                pytest.approx(reward(some["texts"][i : i + 1]).item(), abs=1e-3),
+                pytest.approx(judge.log_odds(some["texts"][i : i + 1]).sigmoid().item(), abs=1e-3),
+            )
+        for sample in results["samples"]:
+            p = judge.log_odds([sample["prompt"] + sample[name]["text"]]).sigmoid().item()
+            assert sample[name]["judge"] == pytest.approx(p, abs=1e-4)
+    assert [results["config"][name] for name in ("reward", "judge")] == classifiers
+    # an exchange can only be seen where the two differ
+    assert all(abs(expected["difference"][name]) > 1e-3 for name in ("score", "judge", "kl_exact", "perplexity"))
+    assert any(side["positive_by_reward"] != side["positive_by_judge"] for side in (before, after))
+
+
+def test_the_prompts_are_of_the_evaluation_split_which_no_stage_learns_from(run):
+    """14 tokens tell the reviews apart; those of the prompts split gave PPO its prompts."""
+    out = run(min_prompt_len=14, max_prompt_len=14, viewer_samples=16)
+    prompts = [sample["prompt"] for sample in json.loads((out / "viewer.json").read_text())["samples"]]
+    splits = load_splits("toy.csv")
+    begun = {
+        name: [[t.startswith(p) for t in part.texts].count(True) for p in prompts] for name, part in splits.items()
+    }
+    assert begun == {name: [name == "evaluation"] * 16 for name in splits}
+
+
+def test_another_seed_gives_other_responses_samples_and_intervals(run):
+    found = [json.loads((run(seed=seed, force=True) / "results.json").read_text()) for seed in (0, 0, 1)]
+    assert found[0] == found[1]
+    assert found[0]["before"]["kl"] == found[2]["before"]["kl"]  # a model against itself: 0
+    for name in ("score", "perplexity"):
+        assert found[0]["before"][name] != found[2]["before"][name]
+    assert [s["prompt"] for s in found[0]["samples"]] != [s["prompt"] for s in found[2]["samples"]]
+
+
+OUTPUTS = ("results.json", "samples.md", "viewer.json", "README.md", "example_results.png", "report.html")
+
+
+def test_finished_results_are_replaced_only_by_force(run, monkeypatch):
+    """Refused before anything is loaded; every one of the files is enough."""
+    out = run()
+    texts = {name: (out / name).read_bytes() for name in OUTPUTS}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "pick_device", None)
+        for name in OUTPUTS:
+            for other in OUTPUTS:
+                (out / other).unlink(missing_ok=True)
+            (out / name).write_bytes(texts[name])
+            found = message(run, seed=1)
+            assert f"after/{name} is there already" in found and "--force True" in found
+            assert (out / name).read_bytes() == texts[name]
+    run(seed=1, force=True)
+    assert all((out / name).is_file() for name in OUTPUTS)
+    assert json.loads((out / "results.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_readme_by_other_hands_is_no_earlier_result(run, tmp_path):
+    (tmp_path / "after" / "README.md").write_text("mine")
+    out = run()
+    (out / "results.json").unlink()
+    for name in set(OUTPUTS) - {"README.md"}:
+        (out / name).unlink(missing_ok=True)
+    assert "MODEL_CARD.md is there already" in message(run)  # the card, which evaluate.py wrote beside it
+    (out / "MODEL_CARD.md").unlink()
+    run()
+    assert (out / "README.md").read_text() == "mine"
 
 
 def test_results_need_a_folder_to_be_written_to(run, monkeypatch):

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import message
+from conftest import LogitsMemory, message
 
+import metrics
 from config import EvaluateConfig
 from hub import open_gpt2
 from metrics import (
@@ -108,6 +109,22 @@ def test_an_interval_holds_the_mean_and_shrinks_with_more_data():
     assert narrow_low < values.mean() < narrow_high
     assert high - low == pytest.approx(2 * 1.96 * 2 / 10, rel=0.3)  # the normal approximation
     assert (high - low) / (narrow_high - narrow_low) == pytest.approx(4, rel=0.3)
+
+
+def test_an_interval_is_that_of_95_percent():
+    """1.96 standard errors to either side; quantiles of 5 and 95 % would be 1.64, and 90 %."""
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    error = values.std() / 20
+    low, high = interval(values, replace(CFG, resamples=20_000))
+    assert (values.mean() - low, high - values.mean()) == pytest.approx((1.96 * error, 1.96 * error), rel=0.05)
+
+
+def test_an_interval_depends_on_the_seed_and_not_on_the_model():
+    """The same rows for two models; another seed draws others."""
+    values = np.random.default_rng(0).normal(3, 2, 50)
+    low, high = interval(values, CFG)
+    assert interval(values + 1, CFG) == pytest.approx((low + 1, high + 1))
+    assert interval(values, replace(CFG, seed=1)) != (low, high)
 
 
 def test_an_interval_of_a_constant_has_no_width_and_it_takes_any_statistic():
@@ -262,6 +279,23 @@ def test_the_second_model_reads_each_response_as_transformers_does(gpt2_folder):
             loss = reference(torch.tensor([[tokenizer.bos_token_id, *ids]]), labels=labels).loss.item()
         assert 0 < context < len(ids)
         assert found == pytest.approx(loss * (len(ids) - context), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [100, 7])
+def test_the_second_model_s_logits_are_those_of_a_micro_batch(gpt2_folder, monkeypatch, batch_size):
+    """2,048 tokens on a CPU; how many rows a pass has changes no number."""
+    model, tokenizer = open_second_lm(str(gpt2_folder), CPU)
+    prompts = ["A film"] * 90
+    some = {"prompts": prompts, "texts": [f"{prompt} was {i % 9}, {'x' * 30}" for i, prompt in enumerate(prompts)]}
+    longest = 1 + max(len(tokenizer(text)["input_ids"]) for text in some["texts"])
+    cfg, vocabulary = replace(CFG, batch_size=batch_size), len(tokenizer)
+    with LogitsMemory(vocabulary) as memory:
+        found = second_nll(model, tokenizer, some, cfg)
+    rows = min(2048 // longest, batch_size)
+    assert rows < 90 and memory.largest == rows * longest * vocabulary
+    assert memory.most <= 2 * memory.largest
+    monkeypatch.setattr(metrics, "rows_that_fit", lambda *_: 0)
+    assert second_nll(model, tokenizer, some, cfg) == pytest.approx(found, rel=1e-5)
 
 
 def test_a_response_without_a_text_costs_the_second_model_nothing(gpt2_folder):

@@ -10,7 +10,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, hf_gpt2
+from conftest import ROOT, LogitsMemory, hf_gpt2
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -491,6 +491,15 @@ def test_exact_kl_is_the_sum_over_the_vocabulary_and_the_real_tokens():
     assert kl.tolist() == pytest.approx(expected, abs=1e-9)
     assert (kl > 0.01).all()
     assert exact_kl(policy, deepcopy(policy), ids, mask, P, 0.7).abs().max() == 0
+
+
+def test_exact_kl_has_the_logits_of_one_row_at_a_time():
+    policy, reference, ids, P = small_policy(0), small_policy(1), some_ids(8, 23), 3
+    vocabulary = policy.gpt2.n_tokens
+    with LogitsMemory(vocabulary) as memory:
+        exact_kl(policy, reference, ids, torch.ones(8, 20), P)
+    assert memory.largest == 20 * vocabulary
+    assert memory.most <= 5 * memory.largest
 
 
 def test_bf16_rounds_the_trunk_and_never_the_logits():

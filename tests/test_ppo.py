@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import reviews_csv
+from conftest import reviews_csv, write_bert
 from torch import nn, tensor
 
 import checkpoint
@@ -37,7 +37,7 @@ from ppo import (
     update,
     whiten,
 )
-from reward import NotFinite
+from reward import NotFinite, SentimentReward
 
 EOS = 0
 VOCAB = 12
@@ -872,3 +872,66 @@ def test_a_seed_repeats_a_run_and_another_seed_does_not(trained, train):
     again, other = train("again"), train("other", seed=1)
     assert told(again) == told(trained) and torch.equal(state(again.policy), state(trained.policy))
     assert told(other) != told(trained)
+
+
+# ---- samples.jsonl
+
+
+def samples_of(run):
+    return [json.loads(line) for line in (run.out / "samples.jsonl").read_text().splitlines()]
+
+
+def test_samples_are_responses_to_the_same_prompts_along_the_way(train):
+    """Written to a file, not only shown: every sample_every rollouts and in the last one, with scores."""
+    run = train("samples", steps=4, sample_every=2, sample_prompts=3, lr=1e-2)
+    lines = samples_of(run)
+    assert [line["step"] for line in lines] == [0, 2, 3]
+    prompts = [[sample["prompt"] for sample in line["samples"]] for line in lines]
+    assert prompts[0] == prompts[1] == prompts[2] and len(set(prompts[0])) == 3
+    for line in lines:
+        for sample in line["samples"]:
+            assert sample["score"] == (sample["prompt"] + sample["response"]).count("e")
+    responses = [[sample["response"] for sample in line["samples"]] for line in lines]
+    assert responses[0] != responses[2]  # it learns
+
+
+def test_the_samples_of_a_policy_do_not_change_from_call_to_call(train):
+    """One seed for all rollouts: what differs between two lines is the policy."""
+    run = train("frozen", steps=3, sample_every=1, lr=1e-12)
+    first, second, third = (line["samples"] for line in samples_of(run))
+    assert first == second == third
+
+
+def test_samples_change_nothing_in_a_run_and_are_not_written_where_none_are_wanted(trained, train):
+    run = train("without", sample_prompts=0)
+    assert not (run.out / "samples.jsonl").exists() and torch.equal(state(run.policy), state(trained.policy))
+    assert [line["score"] for line in run.metrics] == [line["score"] for line in trained.metrics]
+
+
+def test_a_score_that_is_not_finite_is_null_in_the_samples_and_skips_no_rollout():
+    policy, words = tiny_policy(), Words()
+    found = ppo.sample(policy, words, lambda texts: [float("nan"), 1.0], torch.ones(2, 3).long(), config())
+    assert [sample["score"] for sample in found] == [None, 1.0] and "NaN" not in json.dumps(found)
+
+
+# ---- what a reward reads
+
+
+def test_reward_and_judge_read_each_text_of_a_rollout_once(train, tmp_path):
+    """For the score and for the shares positive: catches a second pass for the log."""
+    folders, passes = {}, []
+    for seed, name in enumerate(("reward", "judge")):
+        write_bert(tmp_path / name, seed=seed)
+        folders[name] = str(tmp_path / name)
+    logits = SentimentReward.logits
+
+    def count(classifier, texts):
+        passes.append((classifier, len(texts)))
+        return logits(classifier, texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SentimentReward, "logits", count)
+        run = train("classifiers", steps=2, sample_prompts=0, self_check=False, **folders)
+    assert [n for _, n in passes] == [8] * 4 and len({id(classifier) for classifier, _ in passes}) == 2
+    for line in run.metrics:
+        assert {"positive_by_reward", "positive_by_judge"} <= set(line) and line["seconds_judge"] > 0

@@ -138,6 +138,29 @@ def test_the_page_has_every_sample_with_its_numbers(tmp_path):
                 assert shown[side][name] == pytest.approx(sample[side][name], abs=1e-9)
 
 
+def without_values(viewer):
+    """viewer.json of a policy trained by RLOO or GRPO."""
+    del viewer["kl_coef"]
+    for sample in viewer["samples"]:
+        for side in SIDES:
+            del sample[side]["value"], sample[side]["advantage"]
+    return viewer
+
+
+def test_a_policy_trained_without_a_value_head_has_no_column_for_value_or_advantage(tmp_path):
+    page = Reader(write(make_run(tmp_path, without_values(make_viewer(5)))).read_text())
+    radios = [tag["value"] for name, tag in page.tags if name == "input" and tag["type"] == "radio"]
+    data = json.loads(page.texts["data"])
+    assert radios == list(data["scales"]) == ["kl", "ratio"]
+    assert "advantage" not in page.texts[""] and "value head" not in page.texts[""]
+    assert {*data["samples"][0]["after"]} == {"tokens", "score", "judge", "kl", "ratio"}
+
+
+def test_a_viewer_without_samples_has_a_page(tmp_path):
+    page = Reader(write(make_run(tmp_path, {"samples": []})).read_text())
+    assert list(json.loads(page.texts["data"])["scales"]) == ["kl", "ratio"]
+
+
 # ---- the table
 
 
@@ -250,6 +273,8 @@ DAMAGED = [
     ("viewer.json", "[]"),
     ("viewer.json", changed(lambda viewer, _: viewer.pop("kl_coef"))),
     ("viewer.json", changed(lambda viewer, _: viewer["samples"][0].pop("before"))),
+    ("viewer.json", changed(lambda _, answer: answer.pop("kl"))),
+    ("viewer.json", changed(lambda _, answer: answer.pop("advantage"))),
     ("viewer.json", changed(lambda viewer, _: viewer["samples"][0].update(prompt=3))),
     ("viewer.json", changed(lambda _, answer: answer["kl"].pop())),
     ("viewer.json", changed(lambda _, answer: answer["value"].__setitem__(0, float("nan")))),
@@ -313,10 +338,12 @@ def pages(tmp_path_factory):
     """{name: (path of a page, the viewer.json that it was made from)}."""
     folder, viewer, few = tmp_path_factory.mktemp("runs"), make_viewer(200), make_viewer(20)
     viewer["samples"][3]["after"]["tokens"][:2] = [" Zeb", "ra"]
+    rloo = without_values(make_viewer(3))
     hostile = hostile_run(folder / "hostile")
     return {
         "run": (write(make_run(folder / "run", viewer)), viewer),
         "few": (write(make_run(folder / "few", few)), few),
+        "rloo": (write(make_run(folder / "rloo", rloo)), rloo),
         "hostile": (write(hostile), json.loads((hostile / "viewer.json").read_text())),
     }
 
@@ -401,6 +428,17 @@ def test_the_switch_changes_the_colours_and_the_numbers(browser):
         strong = {paper for paper, share in zip(papers[-1], shares) if share == 1}
         assert len(strong) == 1 + any(token["below"] for token in tokens if token["share"] == 1)
     assert all(papers[i] != papers[j] for i in range(4) for j in range(i))
+
+
+def test_without_values_the_page_colours_by_kl_and_ratio(browser):
+    page, samples = browser("rloo")
+    for name in ("ratio", "kl"):
+        page.execute_script(f"document.querySelector('[value={name}]').click()")
+        numbers = [x for sample in samples for side in SIDES for x in sample[side][name]]
+        assert [float(token["number"]) for token in page.execute_script(TOKENS)] == pytest.approx(numbers, abs=0.0051)
+    page.execute_script("document.querySelector('.after .token').focus()")
+    tip = page.find_element("id", "tip").text.splitlines()
+    assert [line.split()[0] for line in tip[1:]] == ["KL,", "ratio"]
 
 
 def test_the_samples_are_sorted_by_what_was_chosen_in_both_directions(browser):
