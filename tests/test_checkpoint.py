@@ -194,8 +194,8 @@ class Clock:
     ("share", "cost", "expected"),
     [
         (0.05, 0.1, list(range(10, 100, 10))),  # .1 s in 10: all of them
-        (0.05, 2.0, [10, 50, 90]),  # 2 s are a twentieth of 40
-        (0.5, 10.0, [10, 20, 40, 50, 70, 80]),
+        (0.05, 2.0, [10, 40, 80]),  # after 2 s of saving 38 of training, at least
+        (0.5, 20.0, [10, 20, 40, 60, 80]),
         (1.0, 60.0, list(range(10, 100, 10))),  # whatever they cost
     ],
 )

