@@ -6,6 +6,7 @@
 Every figure is 10 inches wide. Drawings are measured in inches from the lower left, texts in points.
 """
 
+import contextlib
 import csv
 import json
 import statistics
@@ -77,10 +78,18 @@ CURVES = {  # metric of a panel with a legend: (colour, text)
 }
 
 
+def read_jsonl(file):
+    """The JSON values of a file's lines; a last line that a crash left half written is ignored."""
+    *lines, rest = Path(file).read_bytes().split(b"\n")
+    values = [json.loads(line) for line in lines]
+    with contextlib.suppress(ValueError):
+        values.append(json.loads(rest))
+    return values
+
+
 def read_metrics(folder):
     """The lines of log.jsonl as dicts."""
-    with open(Path(folder) / "log.jsonl", encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+    return read_jsonl(Path(folder) / "log.jsonl")
 
 
 def read_results(folder):

@@ -2,8 +2,9 @@
 
     python report.py ppo_checkpoints/mini
 
-Reads results.json, viewer.json and, where there is one, log.jsonl of the folder and writes report.html there: one file
-that needs no network. No torch here, so a page can be written anywhere. The page itself is report.html.jinja.
+Reads results.json, viewer.json and, where there are, log.jsonl and samples.jsonl of the folder and writes report.html
+there: one file that needs no network. No torch here, so a page can be written anywhere. The page itself is
+report.html.jinja.
 """
 
 import base64
@@ -19,9 +20,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.ticker import MaxNLocator
 
 from config import BadInput, printable
-from plot import CAPTIONS, CURVES, DIGITS, kl_target, panels, read_metrics, read_results
+from plot import CAPTIONS, CURVES, DIGITS, kl_target, panels, read_jsonl, read_metrics, read_results
 
 PAGE = "report.html"
+TRAINING = "samples.jsonl"  # of ppo.py: responses to the same few prompts every sample_every rollouts
 MEASURES = {  # of a token: (text of the switch, the number that has no colour)
     "kl": ("KL, nats", 0),
     "value": ("value", 0),
@@ -115,6 +117,26 @@ def chart(names, label, lines, target):
     }
 
 
+# ---- the samples during training
+
+
+def training_samples(lines):
+    """The lines of samples.jsonl by prompt: {prompt: [(step, score, response) by rising step]}, scores as text.
+
+    Of a step that is there twice, as after a crash, the later line counts.
+    """
+    steps, prompts = {}, {}
+    for line in lines:
+        if not isinstance(line["step"], int):
+            raise TypeError(f"step {line['step']!r} is not an int")
+        steps[line["step"]] = line["samples"]
+    for step in sorted(steps):
+        for sample in steps[step]:
+            prompt, response = sample["prompt"] + "", sample["response"] + ""  # TypeError unless they are texts
+            prompts.setdefault(prompt, []).append((step, f"{number(sample['score']):z.2f}", response))
+    return prompts
+
+
 # ---- the tokens
 
 
@@ -178,9 +200,10 @@ def sha256(template, block):
 def write(folder):
     """Write the page of a run into its folder; returns its path. BadInput names a file that is missing or damaged.
 
-    A policy without a log, best/ or somebody else's, has no learning curves.
+    A policy without a log, best/ or somebody else's, has no learning curves, and one without samples.jsonl no samples
+    during training.
     """
-    drawn = []
+    drawn, training = [], {}
     with reading(folder, "results.json"):
         results = read_results(folder)
         rows, config, prompts = table(results), dict(results.get("config", {})), results.get("prompts")
@@ -191,10 +214,14 @@ def write(folder):
     if Path(folder, "log.jsonl").is_file():
         with reading(folder, "log.jsonl"):
             drawn = charts(read_metrics(folder), target)
+    if Path(folder, TRAINING).is_file():
+        with reading(folder, TRAINING):
+            training = training_samples(read_jsonl(Path(folder, TRAINING)))
     loader = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(f"{PAGE}.jinja")
     page = template.render(
         folder=Path(folder).as_posix(), rows=rows, config=config, prompts=prompts, charts=drawn, viewer=viewer,
+        training=training,
         measures={name: MEASURES[name][0] for name in viewer["scales"]}, box=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
         script_hash=sha256(template, "script"), style_hash=sha256(template, "style"),
     )  # fmt: skip

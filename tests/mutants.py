@@ -379,7 +379,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("each process has its own micro-batch", "return rows - ranks.any(rows - size)", "return size"),
         ],
         "test_device::test_the_micro_batch_is_the_largest_divisor_that_the_memory_of_a_gpu_holds": [
-            ("no room for Adam and the reference", "- 4 * copies * weights", ""),
+            ("no room for Adam and the reference", ", copies * weights)", ")"),
         ],
     },
     "model.py": {
@@ -772,6 +772,35 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
                 "prompts[rows * 0].to(device)",
             ),
         ],
+        "test_evaluate::test_the_prompts_are_of_the_evaluation_split_which_no_stage_learns_from": [
+            ("an evaluation on PPO's prompts", '["evaluation"]', '["prompts"]'),
+        ],
+        "test_evaluate::test_each_number_is_of_its_own_model_and_classifier": [
+            ("the reward as the judge", ".load(cfg.judge, device=device)", ".load(cfg.reward, device=device)"),
+            (
+                "the policy as the reference",
+                'respond(policy, policies["before"], tokenizer, groups, cfg, device',
+                "respond(policy, policy, tokenizer, groups, cfg, device",
+            ),
+            (
+                "before less after",
+                'difference(values["before"], values["after"]',
+                'difference(values["after"], values["before"]',
+            ),
+        ],
+        "test_evaluate::test_the_logits_of_an_evaluation_are_those_of_a_micro_batch_whatever_the_batch_size": [
+            ("a pass over the whole batch", "start + max(1, fit)) for", "start + rows) for"),
+        ],
+        "test_evaluate::test_a_policy_trained_without_a_value_head_has_no_value_and_no_advantage": [
+            (
+                "GAE's advantages after RLOO",
+                'return ppo is not None and ppo.advantage == "gae"',
+                "return ppo is not None",
+            ),
+        ],
+        "test_evaluate::test_finished_results_are_replaced_only_by_force": [
+            ("finished results are replaced", "if found and not cfg.force:", "if False:"),
+        ],
         "test_evaluate::test_the_prompts_of_the_viewer_are_spread_over_all_lengths": [
             ("the viewer shows the shortest prompts", "np.linspace(0, cfg.prompts - 1, min", "np.arange(min"),
         ],
@@ -788,6 +817,15 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("the worst of n", "scores[:n].argmax(0)", "scores[:n].argmin(0)"),
             ("n times the same answer", "return 1 + 1000 * seed + i", "return 1 + 1000 * seed"),
         ],
+        "test_frontier::test_the_prompts_of_a_sweep_are_of_the_evaluation_split": [
+            ("a sweep on PPO's prompts", '["evaluation"]', '["prompts"]'),
+        ],
+        "test_frontier::test_a_run_is_measured_by_its_own_policy_against_the_fine_tuned_model": [
+            ("the reward as the judge of a sweep", ".load(self.cfg.judge, ", ".load(self.cfg.reward, "),
+        ],
+        "test_frontier::test_a_run_is_trained_with_its_own_seed_and_the_sweeps_preset_and_device": [
+            ("one seed for all runs", '"--seed", run.seed', '"--seed", 0'),
+        ],
         "test_frontier::test_a_value_at_a_kl_needs_a_run_near_it_and_none_is_extrapolated": [
             ("points beyond the last one", "if near and nats <= kl[-1] else None", "if near else None"),
             ("a value far from every run", "if near and nats <= kl[-1] else None", "if nats <= kl[-1] else None"),
@@ -799,7 +837,14 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
     "metrics.py": {
         "test_metrics::test_the_kl_three_ways_gives_the_golden_numbers": [
             ("k3 of the reference", "(-d).expm1() + d", "d.expm1() - d"),
-            ("kl_exact weighed by the reference", "(logp.exp() * diff)", "((logp - diff).exp() * diff)"),
+            (
+                "kl_exact weighed by the reference",
+                "logp.exp_().mul_(diff)",
+                "(logp - diff).exp_().mul_(diff)",
+            ),
+        ],
+        "test_metrics::test_an_interval_is_that_of_95_percent": [
+            ("an interval of 90 %", "(0.025, 0.975)", "(0.05, 0.95)"),
         ],
         "test_metrics::test_repetition_is_the_share_of_ngrams_that_were_there_before": [
             ("repetition upside down", "[1 - len(set(some)) / len(some)", "[len(set(some)) / len(some)"),
@@ -851,7 +896,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("page without autoescape", "autoescape=True", "autoescape=False"),
         ],
         "test_report::test_the_page_has_every_sample_with_its_numbers": [
-            ("page with before as after", "response(sample[side])", 'response(sample["before"])'),
+            ("page with before as after", "response(sample[side], measures)", 'response(sample["before"], measures)'),
         ],
         "test_report::test_the_table_has_the_numbers_of_the_evaluation_and_the_paired_differences": [
             ("table of the page with before twice", "cell(after[name], DIGITS", "cell(before[name], DIGITS"),
@@ -861,6 +906,9 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         ],
         "test_report::test_the_band_is_one_standard_error_to_either_side_and_the_target_a_line": [
             ("band of the page to one side", "for sign in (-1, 1)]", "for sign in (0, 1)]"),
+        ],
+        "test_report::test_the_steps_are_in_order_and_one_that_was_done_again_is_there_once": [
+            ("steps as they were written", "for step in sorted(steps):", "for step in steps:"),
         ],
         "test_report::test_the_colours_are_even_around_the_centre_and_a_few_outliers_do_not_wash_them_out": [
             ("colours as wide as the largest number", "0.98)) if values", "1.0)) if values"),
@@ -879,6 +927,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
                 '{{ viewer | tojson | replace("\\\\u003c", "<") | safe }}',
             ),
             ("a caption as markup", "{{ caption }}", "{{ caption | safe }}"),
+            ("a sample during training as markup", "{{ response }}", "{{ response | safe }}"),
         ],
         "test_report::test_the_page_points_nowhere_and_lets_in_its_own_script_and_style_alone": [
             ("any inline script runs", "script-src '{{ script_hash }}'", "script-src 'unsafe-inline'"),
