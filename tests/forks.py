@@ -27,8 +27,8 @@ MODELS = "bert.modeling_bert gpt2.modeling_gpt2 auto.modeling_auto"
 
 @dataclass
 class Result:
-    verdict: str  # "passed", "failed" or "timeout"
-    stored: str  # the name of the failed test, or what else was stored
+    verdict: str  # "passed", "failed", "timeout" or "no tests"
+    stored: str  # the name of the last test, or what else was stored
     output: str
     seconds: float
 
@@ -124,7 +124,7 @@ def finish(pid, worker, began):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    verdict = {0: "passed", -signal.SIGALRM: "timeout"}.get(status, "failed")
+    verdict = {0: "passed", 5: "no tests", -signal.SIGALRM: "timeout"}.get(status, "failed")
     for folder in worker.glob("tmp*"):
         shutil.rmtree(folder, ignore_errors=True)
     stored, output = ((worker / name).read_text(encoding="utf-8", errors="replace") for name in ("stored", "output"))

@@ -102,8 +102,9 @@ def run_tests(mutants, verdicts, workers, budget):
         for mutant, result in forks.run(tasks()):
             done += 1
             verdict = {"passed": "survived", "failed": "caught", "timeout": "timeout"}[result.verdict]
-            killers[mutant.id.split(":")[0]][result.stored] += 1
-            verdicts.add(mutant, verdict, result.stored, round(result.seconds, 2))
+            test = "" if verdict == "survived" else result.stored
+            killers[mutant.id.split(":")[0]][test] += 1
+            verdicts.add(mutant, verdict, test, round(result.seconds, 2))
             print(f"{done}/{len(mutants)} {verdict:<8} {result.seconds:5.1f} s  {mutant.id}  {mutant}", flush=True)
         seconds = time.monotonic() - start
         print(f"{done} mutants, {seconds:.0f} s, {seconds * workers / max(1, done):.2f} s per mutant and worker")
@@ -126,9 +127,9 @@ def report(mutants, equivalent, verdicts):
     lines = [
         "# Mutation testing",
         "",
-        f"Written by `python tests/mutation.py` with the operators of mutmut {version('mutmut')}. The columns {RULES[0]} to",
-        f"{RULES[-1]} count mutants that a rule of `tests/generate_mutants.py` excludes, generated all others.",
-        "score = caught / (generated - equivalent). A test that takes too long catches a mutant.",
+        f"Written by `python tests/mutation.py` with the operators of mutmut {version('mutmut')}.",
+        f"The columns {', '.join(RULES)} count mutants that a rule of `tests/generate_mutants.py` excludes, generated all",
+        "others. score = caught / (generated - equivalent). A test that takes too long catches a mutant.",
         "",
         *(f"| {' | '.join(map(str, row))} |" for row in [heads, ["---"] * len(heads)]),
         *(f"| {' | '.join(map(str, row))} | {row[-2] / max(1, row[-2] + row[-1]):.1%} |" for row in rows),
