@@ -133,8 +133,13 @@ def training_samples(lines):
     for step in sorted(steps):
         for sample in steps[step]:
             prompt, response = sample["prompt"] + "", sample["response"] + ""  # TypeError unless they are texts
-            prompts.setdefault(prompt, []).append((step, f"{number(sample['score']):z.2f}", response))
+            prompts.setdefault(prompt, []).append((step, score_text(sample["score"]), response))
     return prompts
+
+
+def score_text(score):
+    """A score as text; ppo.py writes null for one that is not finite."""
+    return "not finite" if score is None else f"{number(score):z.2f}"
 
 
 # ---- the tokens

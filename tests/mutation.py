@@ -17,8 +17,8 @@ assigned name, and the 30 fastest that use the file. The fastest are run first, 
 function they have caught. --budget limits the seconds that they usually take together. A mutant that only slower tests
 would catch is reported as survived; check survivors with a larger budget before writing tests for them.
 
-Verdicts are stored in .cache/mutation/verdicts.jsonl, so that an interrupted run resumes. One is valid until a source,
-or a test that it depends on, changes.
+Verdicts are stored in .cache/mutation/verdicts.jsonl, so that an interrupted run resumes. "survived" is valid until a
+source or a test changes, "caught" until the mutated function changes or its test is gone; --fresh forgets all.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import sys
 import time
 import tomllib
 from collections import Counter, defaultdict
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,19 +58,23 @@ def read_equivalent(files):
 class Verdicts:
     """The last verdict on each mutant, of this run and earlier ones, stored in .cache/mutation/verdicts.jsonl."""
 
-    def __init__(self):
+    def __init__(self, fresh=False):
         self.path = ROOT / ".cache/mutation/verdicts.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            self.path.unlink(missing_ok=True)
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         self.last = {entry["id"]: entry for entry in map(json.loads, lines)}
         self.test_files = sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py"))
 
-    def stamp(self, test):
-        """A hash of what the verdict depends on: the test that caught the mutant, or all."""
-        return stamp(*([test.split("::")[0]] if test else self.test_files))
-
     def add(self, mutant, verdict, test, seconds):
-        entry = {"id": mutant.id, "verdict": verdict, "test": test, "stamp": self.stamp(test), "seconds": seconds}
+        entry = {
+            "id": mutant.id,
+            "verdict": verdict,
+            "test": test,
+            "stamp": stamp(*self.test_files),
+            "seconds": seconds,
+        }
         self.last[mutant.id] = entry
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -78,9 +82,20 @@ class Verdicts:
     def of(self, mutant, valid=True):
         """ "caught", "timeout", "survived", or "" if there is no verdict, or none that is still valid."""
         entry = self.last.get(mutant.id)
-        if not entry or valid and (entry["test"].split("::")[0] or self.test_files[0]) not in self.test_files:
+        if not entry:
             return ""
-        return entry["verdict"] if not valid or entry["stamp"] == self.stamp(entry["test"]) else ""
+        if entry["verdict"] == "survived":
+            current = entry["stamp"] == stamp(*self.test_files)
+        else:
+            current = self.has_test(entry["test"])
+        return entry["verdict"] if current or not valid else ""
+
+    @staticmethod
+    @cache
+    def has_test(test):
+        file, _, name = test.partition("::")
+        path, name = ROOT / file, re.split(r"[:\[]", name)[0]
+        return path.is_file() and f"def {name}(" in path.read_text(encoding="utf-8")
 
 
 def run_tests(mutants, verdicts, workers, budget):
@@ -128,8 +143,8 @@ def report(mutants, equivalent, verdicts):
         "# Mutation testing",
         "",
         f"Written by `python tests/mutation.py` with the operators of mutmut {version('mutmut')}.",
-        f"The columns {', '.join(RULES)} count mutants that a rule of `tests/generate_mutants.py` excludes, generated all",
-        "others. score = caught / (generated - equivalent). A test that takes too long catches a mutant.",
+        f"The columns {', '.join(RULES)} count mutants that a rule of `tests/generate_mutants.py` excludes; generated",
+        "counts all others. score = caught / (generated - equivalent). A test that takes too long catches a mutant.",
         "",
         *(f"| {' | '.join(map(str, row))} |" for row in [heads, ["---"] * len(heads)]),
         *(f"| {' | '.join(map(str, row))} | {row[-2] / max(1, row[-2] + row[-1]):.1%} |" for row in rows),
@@ -156,6 +171,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants instead of running them")
     parser.add_argument("--budget", type=float, default=20, metavar="S", help="usual seconds of a mutant's tests (20)")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="forget the verdicts of earlier runs")
     args = parser.parse_args()
 
     files = [source_file(name) for name in args.files or TARGETS]
@@ -163,7 +179,7 @@ def main():
     valid = [mutant for mutant in mutants if not mutant.rule]
     excluded = Counter(mutant.rule for mutant in mutants if mutant.rule)
     print(f"{len(valid)} mutants, without those excluded by rule: {dict(excluded)}", flush=True)
-    equivalent, verdicts = read_equivalent(files), Verdicts()
+    equivalent, verdicts = read_equivalent(files), Verdicts(args.fresh)
     stale = equivalent.keys() - {mutant.id for mutant in valid}
     chosen = choose(valid, equivalent, verdicts, args)
     if args.list:
