@@ -1,6 +1,6 @@
 # demo: a GPT-2 learns to write positive reviews, offline on a CPU, from the models in asset/mini.
 # test: the linter and all tests.
-# mutants: the tests against 67 mistakes and a sample of generated mutants, which they must all catch.
+# mutants: the tests against known mistakes and a sample of generated mutants, which they must all catch.
 # mutation: against all generated mutants, more than an hour; writes tests/mutation_report.md.
 # A test that hangs for a quarter of an hour ends the tests, with a traceback of where.
 # soak: 50 kills of saves and 50 of a run, at random moments; minutes.
