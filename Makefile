@@ -1,4 +1,5 @@
-# demo: a GPT-2 learns to write positive reviews, offline on a CPU, from the models in asset/mini.
+# demo: a GPT-2 learns to write positive reviews, offline on a CPU, from the models in asset/mini. It replaces the run
+# in ppo_checkpoints/mini.
 # test: the linter and all tests. mutants: the tests against wrong versions of the source, which they must all catch.
 # A test that hangs for a quarter of an hour ends the tests, with a traceback of where.
 # soak: 50 kills of saves and 50 of a run, at random moments; minutes.
@@ -8,7 +9,7 @@ BIN = .venv/bin
 .PHONY: demo test mutants soak clean
 
 demo: .venv/installed
-	$(BIN)/python ppo.py --preset mini
+	$(BIN)/python ppo.py --preset mini --force
 	$(BIN)/python evaluate.py --preset mini
 
 test: .venv/installed

@@ -134,7 +134,7 @@ def write_results(cfg, model, before, after, facts):
 
 
 def main(cfg):
-    check_run(cfg)
+    check_run(cfg, "model.safetensors")
     device, bf16 = pick_device(cfg)
     ranks = join(device, cfg, "micro_batch_size")
     opened = None if cfg.init_from == "scratch" else open_gpt2(cfg.init_from)

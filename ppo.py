@@ -318,7 +318,7 @@ def load(cfg, device, bf16):
 
 
 def main(cfg):
-    check_run(cfg, finished="model.safetensors")
+    check_run(cfg, "model.safetensors")
     device, bf16 = pick_device(cfg)
     ranks = join(device, cfg, "micro_batch_size")
     policy, tokenizer, reward_fn, judge, pool = load(cfg, device, bf16)

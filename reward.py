@@ -470,7 +470,7 @@ def each(folder):
 
 
 def main(cfg):
-    check_run(cfg, finished=f"judge/{RESULTS}")
+    check_run(cfg, f"reward/{RESULTS}", f"judge/{RESULTS}")
     device, bf16 = pick_device(cfg)
     starts, teachers = each(cfg.init_from), each(cfg.teacher)
     for name in (*starts.values(), *teachers.values()):
