@@ -13,7 +13,7 @@ from test_resume import ends, lines, play
 from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from config import BadInput, PPOConfig, parse
 from hub import save_gpt2
-from log import RunLog, Watch
+from log import RunLog, Watch, peak_memory
 from model import GPT2, GPT2Config, Policy
 from optimizer import Muon, Stepper
 
@@ -107,6 +107,19 @@ def test_the_alarm_goes_off_when_the_judge_falls_while_the_score_rises(score, ju
     told = alarms(rollouts, alarm_window=8)
     assert [i for i, text in enumerate(told) if text] == ([7] if goes_off else [])
     assert not any(alarms(rollouts, alarm_window=0))
+
+
+@pytest.mark.parametrize(("score", "judge", "goes_off"), [(2.1, -2.1, True), (1.9, -2.1, False), (2.1, -1.9, False)])
+def test_an_alarm_needs_changes_of_two_standard_errors(score, judge, goes_off):
+    """Numbers of +-1 around their mean, four in each half: the standard error of a change is sqrt(1/2)."""
+    rise = [i // 4 / 2**0.5 for i in range(8)]
+    rollouts = [(0, score * x + (-1) ** i, judge * x + (-1) ** i) for i, x in enumerate(rise)]
+    assert any(alarms(rollouts, alarm_window=8)) == goes_off
+
+
+def test_the_peak_memory_is_in_gigabytes():
+    """Of a process with PyTorch in it: .2 GB or more, and far from a thousand times that."""
+    assert 0.1 < peak_memory(torch.device("cpu")) < 50
 
 
 def test_an_alarm_counts_a_change_in_its_standard_errors():

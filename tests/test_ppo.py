@@ -213,6 +213,12 @@ def test_grpo_of_equal_rewards_is_zero_and_not_nan():
     assert close(group_advantages(double([2, 2]), config(advantage="grpo", samples_per_prompt=2)), [0, 0])
 
 
+def test_grpo_does_not_magnify_differences_that_are_rounding():
+    """Divided by their standard deviation alone, the advantages of two equal float32 scores would be +-.7."""
+    found = group_advantages(double([2, 2 + 1e-7]), config(advantage="grpo", samples_per_prompt=2))
+    assert found.abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
 def test_every_token_of_a_response_has_the_advantage_of_its_whole_reward(advantage):
     """KL included: advantages of the score alone would ask for any drift. Values play no part."""
@@ -402,10 +408,13 @@ def test_penalty_is_for_a_response_without_eos_whatever_the_prompt_holds():
     assert torch.equal(batch.scores, sevens(batch.texts).float())
 
 
-def test_clip_is_for_the_score_and_not_for_the_kl():
-    batch = play(config(gamma=1, lam=1, kl_coef=20, score_clip=5), reward=lambda texts: 100 * torch.ones(len(texts)))
-    assert (batch.scores == 100).all() and (batch.kl.sum(1).abs() * 20 > 5).any()
-    assert close(batch.returns[:, 0], 5 - 20 * batch.kl.sum(1))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_clip_is_for_the_score_and_not_for_the_kl(sign):
+    """To either side."""
+    cfg = config(gamma=1, lam=1, kl_coef=20, score_clip=5)
+    batch = play(cfg, reward=lambda texts: sign * 100 * torch.ones(len(texts)))
+    assert (batch.scores == sign * 100).all() and (batch.kl.sum(1).abs() * 20 > 5).any()
+    assert close(batch.returns[:, 0], sign * 5 - 20 * batch.kl.sum(1))
 
 
 def test_nothing_in_a_rollout_carries_a_gradient():
@@ -687,7 +696,7 @@ def train(tmp_path_factory, gpt2_folder):
                 lr=1e-3, lr_end=0.0, save_every=2, save_share=1.0, judge="", report_to="none", device="cpu",
             ) | changes
         )  # fmt: skip
-        kept = types.SimpleNamespace(cfg=cfg, out=home / name, saved_after=[], seeds=[])
+        kept = types.SimpleNamespace(cfg=cfg, out=home / name, saved_after=[], seeds=[], minibatch_seeds=[])
 
         def keep_stepper(*args):
             kept.stepper = Stepper(*args)
@@ -697,6 +706,10 @@ def train(tmp_path_factory, gpt2_folder):
             kept.policy, kept.ref_policy = args[:2]
             kept.seeds.append(args[7].initial_seed())
             return rollout(*args)
+
+        def keep_minibatches(*args):
+            kept.minibatch_seeds.append(args[4].initial_seed())
+            return update(*args)
 
         def keep_saves(out, *args):
             kept.saved_after.append(len((kept.out / "log.jsonl").read_text().splitlines()))
@@ -711,6 +724,7 @@ def train(tmp_path_factory, gpt2_folder):
             patch.setattr(ppo, "prompt_pool", keep_texts)
             patch.setattr(ppo, "Stepper", keep_stepper)
             patch.setattr(ppo, "rollout", keep_policies)
+            patch.setattr(ppo, "update", keep_minibatches)
             ppo.main(cfg)
         kept.metrics = [json.loads(line) for line in (kept.out / "log.jsonl").read_text().splitlines()]
         return kept
@@ -745,6 +759,11 @@ def test_memory_does_not_grow_with_the_number_of_steps(train):
         patch.setattr(RunLog, "write", count)
         train("longer", steps=6, save_every=9, min_prompt_len=4, missing_eos_penalty=100.0)
     assert len(alive) == 6 and alive[1] == alive[3] == alive[5]  # behind the first the optimizer has its moments
+
+
+def test_every_rollout_has_minibatches_of_its_own(trained):
+    """A generator from the run's seed alone would put the same rows together in every rollout."""
+    assert len(set(trained.minibatch_seeds)) == len(trained.minibatch_seeds) == 3
 
 
 def test_every_rollout_draws_its_own_random_numbers(trained):

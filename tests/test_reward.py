@@ -627,6 +627,16 @@ def test_a_student_learns_its_teachers_probabilities_and_not_the_labels(trained,
         assert np.corrcoef(teacher.log_odds(texts), student.log_odds(texts))[0, 1] > 0.9
 
 
+def test_a_teacher_reads_the_texts_that_its_student_reads(trained, tmp_path):
+    """Crops included: the probability of a whole review is wrong for a part of it."""
+    folder, cfg, _ = trained
+    cfg, read = replace(cfg, crop_share=1.0, min_crop_words=2, epochs=1.0, out=str(tmp_path)), []
+    teacher = SimpleNamespace(log_odds=lambda texts: torch.zeros(len(read.extend(texts) or texts)))
+    reviews = load_splits(cfg.dataset)["reward"]
+    reward.train("reward", SentimentReward.load(str(folder / "reward")), reviews, cfg, False, teacher)
+    assert sorted(read) == sorted(training_texts(reviews.texts, 0, cfg))
+
+
 def test_a_teacher_that_is_not_there_is_named_with_the_command_that_makes_it(tmp_path):
     cfg = RewardConfig(dataset="nowhere.csv", init_from="scratch", teacher="reward_checkpoints/none", out=str(tmp_path))
     with pytest.raises(BadInput, match=r"reward_checkpoints/none.*python reward\.py"):
