@@ -151,6 +151,17 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_ppo::test_nothing_in_a_rollout_carries_a_gradient": [
             ("the rollout carries gradients", "@torch.no_grad()\ndef rollout(", "def rollout("),
         ],
+        "test_compile::test_all_lengths_of_prompts_and_responses_share_three_graphs": [
+            ("a graph for each length of the policy", "    policy.compile(dynamic=True)", "    policy.compile()"),
+            ("a graph for each length of the reference", "ref_policy.compile(dynamic=True)", "ref_policy.compile()"),
+        ],
+        "test_compile::test_a_compiled_rollout_keeps_the_gradient_graph_of_one_micro_batch_at_a_time": [
+            ("a compiled rollout keeps all gradient graphs", "[x.detach() for x in policy(", "[x for x in policy("),
+        ],
+        "test_compile::test_the_first_ratio_is_1_when_every_graph_rounds_differently": [
+            ("a compiled rollout without gradients", "torch.set_grad_enabled(cfg.compile)", "torch.no_grad()"),
+            ("a compiled rollout on views", "[part.clone() for part in", "[part for part in"),
+        ],
         "test_ppo::test_clip_is_for_the_score_and_not_for_the_kl": [
             (
                 "the score clip cuts the KL too",
@@ -400,6 +411,21 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
                 "self.position.fill_(0)",
             ),
         ],
+        "test_compile::test_all_lengths_of_prompts_and_responses_share_three_graphs": [
+            ("a symbol as is_causal", "causal = cache is None or L > 1", "causal = L > 1"),
+        ],
+        "test_compile::test_a_decoding_step_copies_no_more_than_the_keys_of_one_layer": [
+            (
+                "one buffer for the keys and values of all layers",
+                'return getattr(self, f"keys{layer}"), getattr(self, f"values{layer}")',
+                "if not hasattr(self, 'all'):\n"
+                "            self.register_buffer('all', torch.stack([self.keys0] * 2 * self.n_layer))\n"
+                "        return self.all[2 * layer], self.all[2 * layer + 1]",
+            ),
+        ],
+        "test_compile::test_nan_left_in_the_static_cache_reaches_no_later_response": [
+            ("nan stays in the static cache", "ours[:, :, cache.filled :] = 0", "pass"),
+        ],
         "test_model::test_a_stream_yields_a_step_at_a_time_what_generate_returns": [
             ("generation with gradients", "    @torch.no_grad()\n    def stream(", "    def stream("),
         ],
@@ -462,11 +488,11 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         ],
         "test_model::test_a_cached_decode_step_gives_the_logits_of_a_full_forward": [
             ("positions that start anew in decoding", "slice(seen, end)", "slice(end - seen)"),
-            ("causal mask on a cached step", "is_causal=L > 1", "is_causal=True"),
+            ("causal mask on a cached step", "causal = cache is None or L > 1", "causal = True"),
             ("a full cache is not moved on", "cache.filled = end", "cache.filled = seen + 1"),
         ],
         "test_model::test_a_later_token_changes_no_earlier_logit": [
-            ("no causal mask", "is_causal=L > 1", "is_causal=False"),
+            ("no causal mask", "causal = cache is None or L > 1", "causal = False"),
         ],
         "test_model::test_bf16_rounds_the_trunk_and_never_the_logits": [
             (
@@ -652,6 +678,9 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
                 "return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)",
                 "return cfg.lr * step / cfg.warmup_steps",
             ),
+        ],
+        "test_compile::test_validation_and_training_share_few_graphs": [
+            ("a graph for each length in fine-tuning", "model.compile(dynamic=True)", "model.compile()"),
         ],
         "test_finetune::test_validation_is_the_perplexity_worked_out_token_by_token": [
             ("the rest of the validation stream is dropped", "    if whole < len(stream):", "    if False:"),
