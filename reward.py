@@ -36,7 +36,7 @@ from checkpoint import (
     replacing,
     write_text,
 )
-from config import BadInput, RewardConfig, run
+from config import BadInput, RewardConfig, run, sources
 from data import CONTROLS, Reviews, digest, load_splits, train_wordpiece
 from device import pick_device, seed_of, to_device
 from hub import SAVE_DTYPES, load_tokenizer, locate
@@ -492,6 +492,7 @@ def main(cfg):
             "teacher": teachers[name] or "none: the labels",
             "reviews": f"{len(reviews.texts):,} of its own",
             "device": device,
+            "config": sources(cfg),
         }
         print(sheet(f"training the {name}", rows), flush=True)
         torch.manual_seed(cfg.seed + (name == "judge"))  # of new weights: not twice the same
