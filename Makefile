@@ -1,4 +1,5 @@
-# demo: a GPT-2 learns to write positive reviews, offline on a CPU, from the models in asset/mini.
+# demo: a GPT-2 learns to write positive reviews, offline on a CPU, from the models in asset/mini. It replaces the run
+# in ppo_checkpoints/mini.
 # test: the linter and all tests.
 # mutants: the tests against known mistakes and a sample of generated mutants, which they must all catch.
 # mutation: against all generated mutants, more than an hour; writes tests/mutation_report.md.
@@ -10,7 +11,7 @@ BIN = .venv/bin
 .PHONY: demo test mutants mutation soak clean
 
 demo: .venv/installed
-	$(BIN)/python ppo.py --preset mini
+	$(BIN)/python ppo.py --preset mini --force
 	$(BIN)/python evaluate.py --preset mini
 
 test: .venv/installed

@@ -178,10 +178,10 @@ def delete_results(out):
 # ---- before a run
 
 
-def check_run(cfg, finished=RESULTS):
+def check_run(cfg, *results):
     """BadInput if cfg.out holds a run that cfg would replace or cannot resume. Nothing is written: see RunLog.
 
-    finished: the file in cfg.out that only a finished run has written.
+    results: files in cfg.out; all of them are there when a run is finished.
     """
     file, resume = Path(cfg.out) / RUN_CONFIG, cfg.resume
     parts = [Path(cfg.out, part) for part in ("", "reward", "judge")]  # reward.py's run has two
@@ -193,12 +193,13 @@ def check_run(cfg, finished=RESULTS):
                 f"{cfg.out} holds a run of another config ({', '.join(changed[:5])}): --force {effect}, --out names "
                 "another folder"
             )
-    if any(map(latest_checkpoint, parts)) and not (cfg.force or resume):
+    done = [Path(cfg.out, result).is_file() for result in results]
+    if (any(map(latest_checkpoint, parts)) or any(done) and not all(done)) and not (cfg.force or resume):
         raise BadInput(
             f"{cfg.out} holds an unfinished run: --resume resumes it, --force replaces it, --out names another folder"
         )
     started = any((part / CHECKPOINTS).is_dir() for part in parts)  # over a finished run, by --force
-    if not started and (Path(cfg.out) / finished).is_file() and (resume or not cfg.force):
+    if all(done) and not started and (resume or not cfg.force):
         effect = "there is nothing to resume; " if resume else ""
         raise BadInput(f"{cfg.out} holds a finished run: {effect}--force replaces it, --out names another folder")
 

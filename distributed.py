@@ -47,7 +47,7 @@ class Processes(OneProcess):
     def gather(self, part):
         parts = [torch.empty_like(part) for _ in range(self.size)]
         try:
-            dist.all_gather(parts, part.contiguous())
+            dist.all_gather(parts, part.detach().contiguous())
         except RuntimeError as error:  # Gloo's; NCCL waits until torchrun ends this process too
             raise BadInput(f"another process ended, see what it said: {first_line(error)}") from None
         return torch.cat(parts)
@@ -85,7 +85,8 @@ class SharedPolicy:
     """A policy as ppo.rollout calls it, generate and forward, each process doing its share of the rows."""
 
     def __init__(self, policy, by_shares):
-        self.evaluate, self.gpt2 = by_shares(policy), SimpleNamespace(generate=by_shares(policy.gpt2.generate))
+        self.evaluate = by_shares(lambda part, *args: policy(part.clone(), *args))  # no view, as in ppo.rollout
+        self.gpt2 = SimpleNamespace(generate=by_shares(policy.gpt2.generate))
 
     def __call__(self, *args):
         return self.evaluate(*args)

@@ -134,7 +134,7 @@ def write_results(cfg, model, before, after, facts):
 
 
 def main(cfg):
-    check_run(cfg)
+    check_run(cfg, "model.safetensors")
     device, bf16 = pick_device(cfg)
     ranks = join(device, cfg, "micro_batch_size")
     opened = None if cfg.init_from == "scratch" else open_gpt2(cfg.init_from)
@@ -166,7 +166,7 @@ def main(cfg):
     state, stepper.skips = checkpoints.state, checkpoints.state["skips"]
     log = RunLog(cfg, model, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
-        model.compile()
+        model.compile(dynamic=True)  # the last block of the validation stream is shorter
     learner = ranks.learner(model)
     counts = len(texts), len(stream), len(validation_reviews), len(validation)
     print(finetune_sheet(cfg, model, steps, *counts, device), flush=True)

@@ -51,28 +51,42 @@ class KVCache:
 
 
 class StaticKVCache(nn.Module):
-    """A KV cache for steps of one token that torch.compile can make a CUDA graph of: no shape and no address changes.
+    """A KV cache for decoding steps of one token, of which torch.compile can make a CUDA graph.
 
-    The place that a step writes to is a tensor, and it sees all places, of which a mask hides those that are to come.
+    No shape and no address changes: the position that a step writes to is a tensor, and a step attends to all places,
+    with a mask over those that are still empty. Each layer has a buffer for its keys and one for its values. In one
+    buffer for all layers, Inductor copies the whole buffer at each layer.
     """
 
     def __init__(self, cache, length):
         super().__init__()
-        self.register_buffer("buffer", cache.buffer.new_zeros(*cache.shape[:4], length, cache.shape[5]))  # no nan
+        shape = (*cache.shape[2:4], length, cache.shape[5])  # (B, H, length, C / H)
+        self.n_layer = cache.shape[0]
+        for layer in range(self.n_layer):
+            for side in ("keys", "values"):
+                self.register_buffer(f"{side}{layer}", cache.buffer.new_empty(shape))
         self.register_buffer("position", torch.zeros(1, dtype=torch.long, device=cache.buffer.device))
         self.register_buffer("places", torch.arange(length, device=cache.buffer.device)[None])
 
+    def keys_and_values(self, layer):
+        """Those of a layer, (B, H, length, C / H) each."""
+        return getattr(self, f"keys{layer}"), getattr(self, f"values{layer}")
+
     def fill(self, cache):
-        """Go on behind what a KVCache holds."""
-        self.buffer[:, :, :, :, : cache.filled] = cache.buffer[:, :, :, :, : cache.filled]
+        """Copy the tokens of a KVCache and continue after the last one."""
+        for layer in range(self.n_layer):
+            for ours, theirs in zip(self.keys_and_values(layer), cache.buffer[layer]):
+                ours[:, :, : cache.filled] = theirs[:, :, : cache.filled]
+                ours[:, :, cache.filled :] = 0  # a masked place has weight 0, and 0 * nan is nan
         self.position.fill_(cache.filled)
         return self
 
     def extend(self, layer, k, v):
-        """As KVCache.extend, for one token a row; the keys of all places."""
-        self.buffer[layer, 0].index_copy_(2, self.position, k)
-        self.buffer[layer, 1].index_copy_(2, self.position, v)
-        return self.buffer[layer, 0], self.buffer[layer, 1]
+        """As KVCache.extend, for one token a row; returns the keys and values of all places."""
+        keys, values = self.keys_and_values(layer)
+        keys.index_copy_(2, self.position, k)
+        values.index_copy_(2, self.position, v)
+        return keys, values
 
     @property
     def mask(self):
@@ -117,8 +131,10 @@ class Attention(nn.Module):
         )  # (B, H, L, C/H) each
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        # one new token sees every key; SDPA's causal triangle starts top left and would show it the first key only
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask if cache else None, is_causal=L > 1)
+        # one new token attends to every key: SDPA's causal triangle starts top left and would leave it the first key
+        # only. Without a cache this must not depend on L: torch.compile makes L > 1 a symbol, which SDPA refuses
+        causal = cache is None or L > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask if cache else None, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, L, C))
 
 

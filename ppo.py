@@ -187,9 +187,11 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
     positive_by_judge = scored(judge, texts)[1] if judge else None
     clock.append(time.time())
 
-    # by the update's own forward and micro-batches, so that its first ratio is 1
-    parts = sequences.split(cfg.micro_batch_size)
-    evaluated = [policy(part, prompt_len, cfg.temperature) for part in parts]
+    # By the update's own forward and micro-batches, so that its first ratio is 1. Under torch.compile, a pass without
+    # gradients or on a view would be another graph, which rounds differently.
+    parts = [part.clone() for part in sequences.split(cfg.micro_batch_size)]
+    with torch.set_grad_enabled(cfg.compile):
+        evaluated = [[x.detach() for x in policy(part, prompt_len, cfg.temperature)] for part in parts]
     logprobs, values = (torch.cat(tensors) for tensors in zip(*evaluated))  # (B, T) each
     check_finite("log-probability or value", (logprobs + values).sum(1), texts)
     clock.append(time.time())
@@ -291,8 +293,8 @@ class BestPolicy(BestWeights):
 
 def compile_passes(policy, ref_policy):
     """torch.compile what a rollout and an update call, once: forward passes and the decoding step."""
-    policy.compile()
-    ref_policy.compile()
+    policy.compile(dynamic=True)  # every rollout has another length of prompts and of responses
+    ref_policy.compile(dynamic=True)
     policy.gpt2.compile_decoding()
 
 
@@ -318,7 +320,7 @@ def load(cfg, device, bf16):
 
 
 def main(cfg):
-    check_run(cfg, finished="model.safetensors")
+    check_run(cfg, "model.safetensors")
     device, bf16 = pick_device(cfg)
     ranks = join(device, cfg, "micro_batch_size")
     policy, tokenizer, reward_fn, judge, pool = load(cfg, device, bf16)

@@ -36,7 +36,7 @@ from checkpoint import (
     replacing,
     write_text,
 )
-from config import BadInput, RewardConfig, run
+from config import BadInput, RewardConfig, run, sources
 from data import CONTROLS, Reviews, digest, load_splits, train_wordpiece
 from device import pick_device, seed_of, to_device
 from hub import SAVE_DTYPES, load_tokenizer, locate
@@ -470,7 +470,7 @@ def each(folder):
 
 
 def main(cfg):
-    check_run(cfg, finished=f"judge/{RESULTS}")
+    check_run(cfg, f"reward/{RESULTS}", f"judge/{RESULTS}")
     device, bf16 = pick_device(cfg)
     starts, teachers = each(cfg.init_from), each(cfg.teacher)
     for name in (*starts.values(), *teachers.values()):
@@ -492,6 +492,7 @@ def main(cfg):
             "teacher": teachers[name] or "none: the labels",
             "reviews": f"{len(reviews.texts):,} of its own",
             "device": device,
+            "config": sources(cfg),
         }
         print(sheet(f"training the {name}", rows), flush=True)
         torch.manual_seed(cfg.seed + (name == "judge"))  # of new weights: not twice the same

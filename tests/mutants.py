@@ -176,6 +176,13 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 'random_generator("cpu", cfg.seed)',
             ),
         ],
+        "test_compile::test_the_first_ratio_is_1_when_every_graph_rounds_differently": [
+            (
+                "rollout and update round differently, so that the first ratio is not 1",
+                "torch.set_grad_enabled(cfg.compile)",
+                "torch.no_grad()",
+            ),
+        ],
         "test_ppo::test_reference_stays_what_the_policy_was": [
             (
                 "the reference is the policy itself, so that the KL is 0",
@@ -211,7 +218,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ("the exact GELU instead of GPT-2's approximation", 'approximate="tanh"', 'approximate="none"'),
         ],
         "test_model::test_a_cached_decode_step_gives_the_logits_of_a_full_forward": [
-            ("a causal mask for a single token with a cache", "is_causal=L > 1", "is_causal=True"),
+            ("a causal mask for a single token with a cache", "causal = cache is None or L > 1", "causal = True"),
             ("positions start at 0 in every decoding step", "slice(seen, end)", "slice(end - seen)"),
         ],
         "test_model::test_generate_samples_from_the_distribution_that_the_policy_reports": [
@@ -254,6 +261,9 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         ],
         "test_model::test_a_row_holds_nothing_but_eos_behind_its_first_eos_and_all_it_drew_before": [
             ("responses continue after <|endoftext|>", "new = torch.where(ended, eos_id, new)", "pass"),
+        ],
+        "test_compile::test_nan_left_in_the_static_cache_reaches_no_later_response": [
+            ("what a mask hides is nan, and nan times 0 is nan", "ours[:, :, cache.filled :] = 0", "pass"),
         ],
         "test_model::test_values_are_zero_before_training": [
             ("the value head starts with random weights", "nn.init.zeros_(self.value_head.weight)", "pass"),

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import namedtuple
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,24 +143,54 @@ def cfg(tmp_path):
 
 
 def test_a_folder_without_a_run_takes_any_config(tmp_path):
-    assert check_run(FinetuneConfig(out=str(tmp_path))) is None
-    assert check_run(FinetuneConfig(out=str(tmp_path / "not there"))) is None
+    assert check_run(FinetuneConfig(out=str(tmp_path)), "weights") is None
+    assert check_run(FinetuneConfig(out=str(tmp_path / "not there")), "weights") is None
 
 
 def test_a_run_may_be_repeated_with_its_own_config(cfg):
-    assert check_run(cfg) is None
-    assert check_run(replace(cfg, device="cpu", report_to="none")) is None  # neither changes what a run means
+    assert check_run(cfg, "weights") is None
+    assert (
+        check_run(replace(cfg, device="cpu", report_to="none"), "weights") is None
+    )  # neither changes what a run means
 
 
 def test_a_run_of_another_config_is_refused_with_the_fields_that_differ(cfg):
-    text = message(check_run, replace(cfg, lr=2e-4, dtype="fp32"))
+    text = message(check_run, replace(cfg, lr=2e-4, dtype="fp32"), "weights")
     assert f"{cfg.out} holds a run of another config (lr 0.0001 -> 0.0002, dtype 'auto' -> 'fp32')" in text
     assert "--force replaces it" in text
     assert "--out" in text
 
 
 def test_force_replaces_a_run_of_another_config(cfg):
-    assert check_run(replace(cfg, lr=2e-4, force=True)) is None
+    assert check_run(replace(cfg, lr=2e-4, force=True), "weights") is None
+
+
+FINISHED, UNFINISHED = "holds a finished run: ", "holds an unfinished run: --resume resumes it, --force replaces it"
+KINDS = {  # what a folder holds of a run with two results: what is said without flags, with --resume, with --force
+    "": ("", "", ""),
+    "one": (UNFINISHED, "", ""),
+    "one two": (FINISHED + "--force replaces it", FINISHED + "there is nothing to resume; --force replaces it", ""),
+    "checkpoints/00000003": (UNFINISHED, "", ""),
+    "one checkpoints/00000003": (UNFINISHED, "", ""),
+    "judge/checkpoints/00000003": (UNFINISHED, "", ""),
+    "one two checkpoints": ("", "", ""),  # --force was given, and the run was killed before its first checkpoint
+    "one checkpoints": (UNFINISHED, "", ""),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flag", ["", "resume", "force"])
+def test_nothing_finished_is_replaced_without_force(cfg, kind, flag):
+    """Nor what is finished in part: a reward without its judge."""
+    for name in kind.split():
+        path = Path(cfg.out, name)
+        path.mkdir(parents=True) if "checkpoints" in name else path.touch()
+    expected = dict(zip(("", "resume", "force"), KINDS[kind]))[flag]
+    changed = replace(cfg, **{flag: True}) if flag else cfg
+    if expected:
+        assert expected in message(check_run, changed, "one", "two")
+    else:
+        assert check_run(changed, "one", "two") is None
 
 
 def test_the_disk_must_have_room_for_two_copies_of_the_model(tmp_path, monkeypatch):

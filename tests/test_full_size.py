@@ -156,7 +156,7 @@ def test_generate_gives_the_same_responses_when_it_is_offline(full_run):
 
 
 def test_evaluate_reads_dataset_and_models_when_the_hub_cannot_be_reached(full_run):
-    flags = STAGES["evaluate.py"]
+    flags = f"{STAGES['evaluate.py']} --force"
     done = run(f"evaluate.py {flags}", full_run.hub, full_run.home, full_run.folder, HF_ENDPOINT=NOWHERE)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.seconds < 60

@@ -430,4 +430,4 @@ def test_checkpoints_of_a_run_before_are_gone_before_the_new_config_is_there(tmp
     with pytest.raises(Killed):
         RunLog(replace(cfg, lr=2e-3), torch.nn.Linear(2, 2))
     assert latest_checkpoint(tmp_path) is None
-    assert check_run(replace(cfg, resume=True)) is None
+    assert check_run(replace(cfg, resume=True), "model.safetensors") is None

@@ -1,0 +1,157 @@
+"""--compile, as far as a CPU without a compiler can test it: how many graphs torch.compile makes, and which pass uses
+which graph."""
+
+import copy
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import reviews_csv
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+
+import finetune_gpt2
+from config import FinetuneConfig, PPOConfig
+from device import random_generator
+from model import GPT2, GPT2Config, Policy
+from optimizer import Stepper
+from ppo import compile_passes, rollout, update
+
+SHAPE = GPT2Config(vocab_size=50, n_positions=64, n_embd=16, n_layer=2, n_head=2)
+CFG = PPOConfig(batch_size=8, minibatch_size=4, micro_batch_size=2, ppo_epochs=2, compile=True)
+
+
+@pytest.fixture
+def compiler():
+    """A fresh torch.compile, of which nothing is left for other tests."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield torch.compile
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs(monkeypatch, compiler):
+    """A list with an entry for each graph that is compiled: whether it has gradients. No compiler is needed.
+
+    Each graph multiplies its results by a factor of its own. The factors stand for rounding, which differs between two
+    graphs of the same function.
+    """
+    made = []
+
+    def backend(graph, inputs):
+        made.append(torch.is_grad_enabled())
+        factor = 1 + len(made) / 1000
+        return lambda *args: [x * factor if x.is_floating_point() else x for x in graph(*args)]
+
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None, **how: compiler(function, backend=backend, **how))
+    return made
+
+
+class Numbers:
+    """A tokenizer whose texts are the ids; 0 ends a response."""
+
+    eos_token_id = 0
+
+    def batch_decode(self, sequences, **how):
+        return [" ".join(map(str, ids)) for ids in sequences.tolist()]
+
+
+def count_sevens(texts):
+    return torch.tensor([float(text.count("7")) for text in texts])
+
+
+def train(rollouts, seed=0):
+    """The first ratios of compiled PPO steps: prompts of 2 to 8 tokens, responses of 1 to 16 that may end early."""
+    torch.manual_seed(seed)
+    policy, rng, found = Policy(GPT2(SHAPE).init_weights()), np.random.default_rng(seed), []
+    ref_policy = copy.deepcopy(policy).requires_grad_(False)
+    compile_passes(policy, ref_policy)
+    stepper = Stepper(policy, [torch.optim.SGD(policy.parameters(), 0.01)], 1.0)
+    for step in range(rollouts):
+        prompt_len, response_len = int(rng.integers(2, 9)), int(rng.integers(2, 17))
+        cfg = replace(CFG, response_len=response_len, temperature=(1.0, 0.7)[step % 2])
+        prompts = torch.from_numpy(rng.integers(1, 50, (cfg.batch_size, prompt_len)))
+        generator = random_generator("cpu", seed, step)
+        batch = rollout(policy, ref_policy, Numbers(), count_sevens, prompts, 0.1, cfg, generator)
+        found.append(update(policy, stepper, batch, cfg, random_generator("cpu", step))["first_max_log_ratio"])
+    return found
+
+
+def test_all_lengths_of_prompts_and_responses_share_three_graphs(graphs):
+    """One of the decoding step, the policy and the reference each. Beyond 8 of a function torch gives up and runs it
+    eagerly, and at a break it runs the rest of the function eagerly."""
+    train(rollouts=30)
+    assert len(graphs) == 3 and not counters["graph_break"]
+
+
+def test_the_first_ratio_is_1_when_every_graph_rounds_differently(graphs):
+    """A rollout without gradients, or on a view of the sequences, would use another graph than the update."""
+    assert max(train(rollouts=4)) < 1e-6
+
+
+def test_a_compiled_rollout_keeps_the_gradient_graph_of_one_micro_batch_at_a_time():
+    policy, ref_policy = (Policy(GPT2(SHAPE).init_weights()) for _ in range(2))
+    outputs, alive = [], []
+
+    def count(module, args, output):
+        alive.append(sum(output() is not None for output in outputs))
+        outputs.append(weakref.ref(output[0]))
+
+    policy.register_forward_hook(count)
+    prompts, generator = torch.ones(8, 4, dtype=torch.long), random_generator("cpu", 0)
+    rollout(policy, ref_policy, Numbers(), count_sevens, prompts, 0.1, CFG, generator)
+    assert max(alive) <= 1
+
+
+def test_validation_and_training_share_few_graphs(graphs, gpt2_folder, tmp_path):
+    """The last block of the validation stream is shorter than the others, and the last step has fewer blocks."""
+    cfg = FinetuneConfig(
+        dataset=str(reviews_csv(tmp_path / "reviews.csv")),
+        init_from=str(gpt2_folder),
+        out=str(tmp_path / "out"),
+        block_size=16,
+        batch_size=8,
+        micro_batch_size=4,
+        epochs=0.1,
+        eval_every=4,
+        eval_tokens=330,
+        warmup_steps=1,
+        compile=True,
+        report_to="none",
+        device="cpu",
+    )
+    finetune_gpt2.main(cfg)
+    assert len(graphs) == 3 and not counters["graph_break"]  # training, validation, validation of a batch of one
+
+
+def test_a_decoding_step_copies_no_more_than_the_keys_of_one_layer(compiler):
+    """In one buffer for all layers, the graph copies the whole buffer once for the keys and values of each layer."""
+    sizes = []
+
+    def record(graph, inputs):
+        values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "call_function"]
+        sizes.extend(value.numel() for value in values if isinstance(value, torch.Tensor))
+        return graph
+
+    gpt2 = GPT2(SHAPE).init_weights()
+    step, gpt2.static_caches = gpt2.static_step, {}
+    gpt2.static_step = compiler(step, backend=aot_autograd(fw_compiler=record))
+    prompts = torch.ones(4, 5, dtype=torch.long)
+    gpt2.generate(prompts, 2, 1.0, -1, random_generator("cpu", 0))
+    rows, length = next(iter(gpt2.static_caches))
+    assert max(sizes) == rows * length * SHAPE.n_embd
+
+
+def test_nan_left_in_the_static_cache_reaches_no_later_response():
+    """A masked place has weight 0 in attention, and 0 times nan is nan."""
+    gpt2, prompts, responses = GPT2(SHAPE).init_weights(), torch.ones(4, 5, dtype=torch.long), []
+    gpt2.static_caches = {}
+    for _ in range(2):
+        responses.append(gpt2.generate(prompts, 9, 1.0, -1, random_generator("cpu", 0)))
+        for buffer in next(iter(gpt2.static_caches.values())).buffers():
+            if buffer.is_floating_point():
+                buffer.fill_(torch.nan)
+    assert torch.equal(*responses)
