@@ -178,10 +178,10 @@ def delete_results(out):
 # ---- before a run
 
 
-def check_run(cfg, *results):
+def check_run(cfg, result, *results):
     """BadInput if cfg.out holds a run that cfg would replace or cannot resume. Nothing is written: see RunLog.
 
-    results: files in cfg.out; all of them are there when a run is finished.
+    result, results: files in cfg.out; all of them are there when a run is finished.
     """
     file, resume = Path(cfg.out) / RUN_CONFIG, cfg.resume
     parts = [Path(cfg.out, part) for part in ("", "reward", "judge")]  # reward.py's run has two
@@ -193,7 +193,7 @@ def check_run(cfg, *results):
                 f"{cfg.out} holds a run of another config ({', '.join(changed[:5])}): --force {effect}, --out names "
                 "another folder"
             )
-    done = [Path(cfg.out, result).is_file() for result in results]
+    done = [Path(cfg.out, file).is_file() for file in (result, *results)]
     if (any(map(latest_checkpoint, parts)) or any(done) and not all(done)) and not (cfg.force or resume):
         raise BadInput(
             f"{cfg.out} holds an unfinished run: --resume resumes it, --force replaces it, --out names another folder"
