@@ -824,3 +824,14 @@ def test_a_seed_repeats_a_run_and_another_seed_does_not(trained, train):
     again, other = train("again"), train("other", seed=1)
     assert told(again) == told(trained) and torch.equal(state(again.policy), state(trained.policy))
     assert told(other) != told(trained)
+
+
+def test_a_run_is_rewarded_by_its_reward_and_logs_the_judge_beside_it(train, bert_folder, judge_folder):
+    """Two runs with the two classifiers exchanged: their first rollouts have the same texts."""
+    pairs = {"judged": (bert_folder, judge_folder), "exchanged": (judge_folder, bert_folder)}
+    one, other = (
+        train(name, reward=str(reward), judge=str(judge), positive_label="", self_check=False, steps=1).metrics[0]
+        for name, (reward, judge) in pairs.items()
+    )
+    assert one["positive_by_reward"] == other["positive_by_judge"] != one["positive_by_judge"]
+    assert one["positive_by_judge"] == other["positive_by_reward"] and one["score"] != other["score"]
