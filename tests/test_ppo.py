@@ -988,3 +988,14 @@ def test_a_resumed_run_is_the_same_run_on_wandb_and_a_new_one_is_not(tmp_path, m
     assert [run["id"] for run in wandb.inits] == ["first", "first", "second"]
     assert {run["resume"] for run in wandb.inits} == {"allow"} and wandb.inits[0]["config"] == asdict(cfg)
     assert wandb.logged[1] == (1, {"score": 1.0})
+
+
+def test_a_run_is_rewarded_by_its_reward_and_logs_the_judge_beside_it(train, bert_folder, judge_folder):
+    """Two runs with the two classifiers exchanged: their first rollouts have the same texts."""
+    pairs = {"judged": (bert_folder, judge_folder), "exchanged": (judge_folder, bert_folder)}
+    one, other = (
+        train(name, reward=str(reward), judge=str(judge), positive_label="", self_check=False, steps=1).metrics[0]
+        for name, (reward, judge) in pairs.items()
+    )
+    assert one["positive_by_reward"] == other["positive_by_judge"] != one["positive_by_judge"]
+    assert one["positive_by_judge"] == other["positive_by_reward"] and one["score"] != other["score"]
