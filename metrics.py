@@ -114,9 +114,9 @@ def interval(values, cfg, statistic=None):
     return tuple(float(x) for x in np.quantile(draws, (0.025, 0.975)))
 
 
-def row(value, bounds=None):
+def row(value, bounds):
     """A number of the table as it stands in results.json."""
-    return {"value": float(value)} | ({"low": bounds[0], "high": bounds[1]} if bounds else {})
+    return {"value": float(value), "low": bounds[0], "high": bounds[1]}
 
 
 def measure(answers, reward_fn, judge, cfg):

@@ -5,7 +5,8 @@ trampolines break torch.compile, and it puts all mutants into one file, which th
 
 As in mutmut there are no mutants of type annotations, decorators, calls of len and isinstance, triple-quoted strings,
 and default arguments that are expressions. These are excluded by a rule:
-    text      mutants of strings and arguments in a raise statement, in a call of TEXT, and in the options of tqdm
+    text      mutants of strings and arguments in a raise statement, in a call of TEXT, and in the options of tqdm;
+              mutants of strings of eight words or more
     argument  mutants of the arguments flush= and encoding=
     case      the upper- and lower-case variants of a string; "XX...XX" is kept
     invalid   mutants that do not compile or that equal another one
@@ -116,6 +117,8 @@ def rule_of(path, new, operator, variant):
     """The rule that excludes a mutant, or ""."""
     if operator == "string" and variant:
         return "case"
+    if operator == "string" and len(path[-1].value.split()) >= 8:
+        return "text"
     changes_text, inner = operator in ("string", "arg_removal", "dict_arguments"), None
     for node in reversed(path):
         if isinstance(node, cst.Call):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import LogitsMemory, message
 
 import metrics
 from config import EvaluateConfig
+from data import train_wordpiece
 from hub import open_gpt2
 from metrics import (
     CAPTIONS,
@@ -91,6 +93,12 @@ def test_distinct_is_the_share_of_ngrams_that_differ():
     assert distinct(responses, 1).mean() == pytest.approx(3 / 7)
     assert distinct(responses, 2).mean() == pytest.approx(2 / 4)  # 12, 21, 12, 12: none across two responses
     assert distinct([[1]], 2).tolist() == [0]
+
+
+def test_leaving_out_the_only_ngram_divides_by_no_0():
+    """1 of 1 is distinct. Of 1 and 2, 2 there are 2 of 3; without the first 1 of 2, without the second 1 of 1."""
+    assert distinct([[1]], 1).tolist() == [1]
+    assert distinct([[1], [2, 2]], 1) == pytest.approx([2 / 3 + 1 / 4, 2 / 3 - 1 / 4])
 
 
 def test_bits_per_character_count_the_response_alone():
@@ -208,12 +216,26 @@ def test_measure_tells_value_interval_and_spread():
     assert table["score"]["value"] == 3
     assert table["response_length"]["value"] == 7
     assert table["distinct_1"]["value"] == pytest.approx(4 / 21)
+    assert table["distinct_2"]["value"] == pytest.approx(2 / 18)
     assert table["repetition"]["value"] == pytest.approx((0 + 14 / 15 + 0) / 3)
     assert (table["kl"]["std"], table["kl"]["below_0"]) == pytest.approx((math.sqrt(8 / 3), 1 / 3))
     assert (table["kl_k3"]["std"], table["kl_k3"]["below_0"], table["kl_exact"]["below_0"]) == (0, 0, 0)
     assert "bits_per_character" not in table  # nobody else read them
     assert all(entry["low"] <= entry["value"] <= entry["high"] for entry in table.values())
     assert values["kl"].tolist() == kls["kl"]
+
+
+def test_a_text_is_positive_where_its_log_odds_are_above_0():
+    """Those of Judge are -1/4, 0 and 1/4 here."""
+    some = {"texts": ["x" * n for n in (19, 20, 21)], "prompts": [""] * 3, "tokens": [[1]] * 3, "ref_nll": [1.0] * 3}
+    _, values = measure(some | dict.fromkeys(KLS, [0.0] * 3), lambda texts: [0.0] * 3, Judge(), CFG)
+    assert values["positive_by_judge"].tolist() == [0, 0, 1]
+
+
+def test_a_score_that_is_not_finite_is_named_with_its_text():
+    some = {"texts": ["a", "bb"], "prompts": [""] * 2, "tokens": [[1]] * 2, "ref_nll": [1.0] * 2}
+    found = message(measure, some | dict.fromkeys(KLS, [0.0] * 2), lambda texts: [1.0, math.nan], Judge(), CFG)
+    assert re.match("score of text 1 is nan: 'bb'", found)
 
 
 def test_a_controlled_task_is_measured_behind_each_control():
@@ -254,6 +276,7 @@ def test_the_kl_table_has_a_row_an_estimator_of_the_policy_after_ppo():
     entry = {"value": 4, "low": 3, "high": 5, "std": 2.5, "below_0": 0.125}
     lines = kl_text({"after": dict.fromkeys(KLS, entry)}).splitlines()
     assert len({len(line) for line in lines}) == 1
+    assert re.fullmatch(r"\| nats a response +\| mean +\| standard deviation +\| share below 0 +\|", lines[0])
     assert [line.split()[1] for line in lines[2:]] == list(KLS)
     assert all(re.search(r"\| 4.00 \[3.00, 5.00\] +\| 2.50 +\| 0.12 +\|", line) for line in lines[2:])
 
@@ -304,9 +327,62 @@ def test_a_response_without_a_text_costs_the_second_model_nothing(gpt2_folder):
     assert empty == 0 < full
 
 
-def test_a_second_model_is_read_from_safetensors_alone_and_runs_no_code(gpt2_folder, tmp_path):
+class Reader:
+    """A second model that gives every token the same probability, and keeps what it reads."""
+
+    device = CPU
+
+    def __init__(self, **sizes):
+        shape = SimpleNamespace(hidden_size=8, num_hidden_layers=1, vocab_size=300)
+        self.config, self.read = SimpleNamespace(get_text_config=lambda: shape, **sizes), []
+
+    def __call__(self, sequences):
+        self.read += sequences.tolist()
+        return SimpleNamespace(logits=torch.zeros(*sequences.shape, 300))
+
+
+@pytest.mark.parametrize(("bos", "eos", "start"), [(5, None, 5), (None, 6, 6), (5, 6, 5)])
+def test_the_second_model_reads_a_text_after_its_bos_token_or_else_its_eos_token(bos, eos, start):
+    """And no other special token, although this tokenizer puts [CLS] and [SEP] around a text by itself."""
+    model, tokenizer = Reader(), train_wordpiece([text for pair in TEXTS for text in pair], 200)
+    words = tokenizer.convert_ids_to_tokens
+    tokenizer.bos_token, tokenizer.eos_token = (id if id is None else words(id) for id in (bos, eos))
+    ids = tokenizer("A great film", add_special_tokens=False)["input_ids"]
+    assert ids != tokenizer("A great film")["input_ids"]
+    (nll,) = second_nll(model, tokenizer, {"prompts": ["A great"], "texts": ["A great film"]}, CFG)
+    assert model.read == [[start, *ids]]
+    assert nll == pytest.approx(math.log(300) * len(tokenizer(" film", add_special_tokens=False)["input_ids"]))
+
+
+@pytest.mark.parametrize(
+    ("fast", "bos", "eos", "fits"),
+    [(True, 1, None, True), (True, None, 1, True), (True, 0, 0, True), (True, None, None, False), (False, 1, 1, False)],
+)
+def test_the_tokenizer_of_a_second_model_has_offsets_and_a_first_token(gpt2_folder, monkeypatch, fast, bos, eos, fits):
+    tokenizer = SimpleNamespace(is_fast=fast, bos_token_id=bos, eos_token_id=eos)
+    monkeypatch.setattr(metrics, "load_tokenizer", lambda folder: tokenizer)
+    if fits:
+        assert open_second_lm(str(gpt2_folder), CPU)[1] is tokenizer
+    else:
+        assert "offsets" in message(open_second_lm, str(gpt2_folder), CPU)
+
+
+def test_a_second_model_computes_in_float32_on_its_device_whatever_it_was_saved_in(gpt2_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.float16).save_pretrained(tmp_path)
+    open_gpt2(str(gpt2_folder))[2].save_pretrained(tmp_path)
+    for device in (CPU, torch.device("meta")):
+        parameters = list(open_second_lm(str(tmp_path), device)[0].parameters())
+        assert {(p.dtype, p.device) for p in parameters} == {(torch.float32, device)}
+
+
+def test_a_second_model_is_read_from_safetensors_alone_and_runs_no_code(gpt2_folder, tmp_path, monkeypatch):
+    """Nor does it ask on the terminal whether it may run some, as transformers does without trust_remote_code."""
     from transformers import AutoTokenizer
 
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "n")
     _, _, tokenizer = open_gpt2(str(gpt2_folder))
     marker, config = tmp_path / "ran", json.loads((gpt2_folder / "config.json").read_text())
     folder = tmp_path / "model"
@@ -321,6 +397,7 @@ def test_a_second_model_is_read_from_safetensors_alone_and_runs_no_code(gpt2_fol
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
     assert "second_lm" in message(open_second_lm, str(folder), CPU)
     assert not marker.exists()
+    assert not asked
 
 
 def test_an_answer_too_long_for_the_second_model_is_said(gpt2_folder):
@@ -328,3 +405,7 @@ def test_an_answer_too_long_for_the_second_model_is_said(gpt2_folder):
     found = message(second_nll, *open_second_lm(str(gpt2_folder), CPU), some, replace(CFG, batch_size=1))
     assert "48" in found
     assert "61" in found
+    _, tokenizer = open_second_lm(str(gpt2_folder), CPU)
+    cfg, limited, unlimited = replace(CFG, batch_size=1), Reader(max_position_embeddings=61), Reader()
+    for model in (limited, unlimited):  # not every architecture has a limit
+        assert second_nll(model, tokenizer, some, cfg)[0] > 0
