@@ -451,6 +451,20 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
                 "logits.argmax(-1)",
             ),
         ],
+        "test_model::test_the_self_check_refuses_a_temperature_in_the_cached_pass_alone": [
+            ("the self-check at temperature 1", "prompts.shape[1], cfg.temperature", "prompts.shape[1], 1.0"),
+        ],
+        "test_model::test_the_self_check_bounds_the_largest_and_the_mean_error": [
+            (
+                "a self-check of the maximum alone",
+                "largest <= allowed[0] and mean <= allowed[1]",
+                "largest <= allowed[0]",
+            ),
+            ("a self-check of the mean alone", "largest <= allowed[0] and mean <= allowed[1]", "mean <= allowed[1]"),
+        ],
+        "test_model::test_the_self_check_tells_typical_mistakes_from_rounding": [
+            ("a self-check that takes mistakes for rounding", "True: (1.0, 0.05)", "True: (10.0, 0.5)"),
+        ],
         "test_model::test_a_draw_is_never_a_token_without_probability": [
             ("a uniform number of 0 draws the first token", "(1 - u) * cumulated", "u * cumulated"),
         ],
