@@ -228,6 +228,9 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 "logits = self.gpt2.logits(hidden)",
             ),
         ],
+        "test_model::test_the_self_check_refuses_a_temperature_in_the_cached_pass_alone": [
+            ("the self-check at temperature 1", "prompts.shape[1], cfg.temperature", "prompts.shape[1], 1.0"),
+        ],
         "test_model::test_a_value_is_read_from_the_hidden_state_before_its_token": [
             (
                 "values are read one position late",
