@@ -44,7 +44,8 @@ class Mutant:
     before: str  # the changed lines
     after: str
     rule: str  # that excludes it, or ""
-    lines: frozenset  # whose tests are run; empty outside of functions
+    lines: frozenset  # of its statement, or of the whole function if it is in the signature; none outside of functions
+    function: frozenset  # lines of the function
     names: tuple  # that are assigned outside of functions
     source: str = field(repr=False)  # of the whole file
 
@@ -52,6 +53,7 @@ class Mutant:
         """The change; of long lines the part around it."""
         same = len(os.path.commonprefix([self.before, self.after]))
         first = max(0, min(same - 40, max(len(self.before), len(self.after)) - WIDTH))
+        first = self.before.rfind(" ", 0, first) + 1  # the start of a word
         texts = (f"{'... ' * (first > 0)}{text[first:][:WIDTH]}" for text in (self.before, self.after))
         return "  ->  ".join(text or "(nothing)" for text in texts)
 
@@ -108,7 +110,7 @@ def generate(file):
             ids[key] += 1
             key += f"-{ids[key]}" if ids[key] > 1 else ""
         line = before.count("\n") + at + 1
-        place = tested_lines(path, positions), assigned_names(path)
+        place = *tested_lines(path, positions), assigned_names(path)
         mutants.append(Mutant(key, file, line, operator, old_lines, new_lines, rule, *place, source))
     return mutants
 
@@ -137,22 +139,23 @@ def rule_of(path, new, operator, variant):
 
 
 def tested_lines(path, positions):
-    """The lines of the statement that a mutant is in, or of the whole function if it is in its signature."""
+    """(lines of a mutant's statement, or of the function if it is in a signature; lines of the function)."""
 
     def lines(node):
         return range(positions[node].start.line, positions[node].end.line + 1)
 
     pairs = list(itertools.pairwise(path))
     functions = [(node, child) for node, child in pairs if isinstance(node, cst.FunctionDef)]
-    if functions and not any(child is node.body for node, child in functions):
-        return frozenset(lines(functions[0][0].body))
     if not functions:
-        return frozenset()
+        return frozenset(), frozenset()
+    function = frozenset(lines(functions[0][0].body))
+    if not any(child is node.body for node, child in functions):
+        return function, function
     kinds = (cst.SimpleStatementLine, cst.BaseCompoundStatement)
     node, child = [pair for pair in pairs if isinstance(pair[0], kinds)][-1]
     if isinstance(node, cst.SimpleStatementLine):
-        return frozenset(lines(node))
-    return frozenset([lines(node)[0], *lines(child)])
+        return frozenset(lines(node)), function
+    return frozenset([lines(node)[0], *lines(child)]), function
 
 
 def assigned_names(path):

@@ -190,13 +190,6 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 "policy",
             ),
         ],
-        "test_ppo::test_every_rollout_draws_its_own_random_numbers": [
-            (
-                "the same random numbers in every rollout",
-                "random_generator(device, cfg.seed, step, ranks.rank)",
-                "random_generator(device, cfg.seed)",
-            ),
-        ],
         "test_resume::test_ppo_that_broke_in_its_second_pass_over_the_prompts_goes_on_exactly": [
             (
                 "a resumed run starts with the initial KL coefficient",

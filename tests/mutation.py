@@ -35,7 +35,7 @@ from pathlib import Path
 
 from forks import ROOT, Forks, run_pytest
 from generate_mutants import RULES, digest, generate
-from selection import Coverage, stamp
+from selection import Coverage, source_files, stamp, test_files
 
 TARGETS = ["model", "ppo", "reward", "data", "metrics", "optimizer", "evaluate", "checkpoint", "log"]
 
@@ -65,16 +65,10 @@ class Verdicts:
             self.path.unlink(missing_ok=True)
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         self.last = {entry["id"]: entry for entry in map(json.loads, lines)}
-        self.test_files = sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py"))
+        self.stamp = stamp(*source_files(), *test_files())
 
     def add(self, mutant, verdict, test, seconds):
-        entry = {
-            "id": mutant.id,
-            "verdict": verdict,
-            "test": test,
-            "stamp": stamp(*self.test_files),
-            "seconds": seconds,
-        }
+        entry = {"id": mutant.id, "verdict": verdict, "test": test, "stamp": self.stamp, "seconds": seconds}
         self.last[mutant.id] = entry
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -84,10 +78,7 @@ class Verdicts:
         entry = self.last.get(mutant.id)
         if not entry:
             return ""
-        if entry["verdict"] == "survived":
-            current = entry["stamp"] == stamp(*self.test_files)
-        else:
-            current = self.has_test(entry["test"])
+        current = self.has_test(entry["test"]) if entry["test"] else entry["stamp"] == self.stamp
         return entry["verdict"] if current or not valid else ""
 
     @staticmethod
@@ -98,10 +89,10 @@ class Verdicts:
         return path.is_file() and f"def {name}(" in path.read_text(encoding="utf-8")
 
 
-def run_tests(mutants, verdicts, workers, budget):
+def run_tests(mutants, verdicts, workers, budget, fresh):
     """Run the tests against each mutant, print and store the verdicts."""
     with Forks(workers) as forks:
-        coverage, killers, done = Coverage(forks), defaultdict(Counter), 0
+        coverage, killers, done = Coverage(forks, fresh), defaultdict(Counter), 0
 
         def tasks():
             for mutant in mutants:
@@ -187,7 +178,7 @@ def main():
             print(f"{verdicts.of(mutant, valid=False) or '-':<8}  {mutant.id}  {mutant.operator}  {mutant}")
         return 0
     if todo := [mutant for mutant in chosen if len(chosen) == 1 or not verdicts.of(mutant)]:
-        run_tests(todo, verdicts, args.workers, args.budget)
+        run_tests(todo, verdicts, args.workers, args.budget, args.fresh)
     survivors = [mutant for mutant in chosen if verdicts.of(mutant) == "survived"]
     for mutant in survivors:
         print(f"survived  {mutant.id}  {mutant.file}:{mutant.line}  {mutant}")

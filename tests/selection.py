@@ -2,8 +2,12 @@
 
 Lines that a subprocess runs count for the test that started it, unless the process is killed before it can store them.
 Lines that run while a fixture of a module or session is made count for all tests that use the fixture.
+
+A test file is measured again when it changes. When a source changes, its lines keep their tests; a statement that has
+none then has those of its function.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -85,58 +89,85 @@ def record(test_file):
 class Coverage:
     """seconds: {test: its time with all fixtures}. lines: {file: {line: tests that run it}}."""
 
-    def __init__(self, forks):
+    def __init__(self, forks, fresh=False):
         self.seconds, self.lines = {}, defaultdict(lambda: defaultdict(set))
-        STORE.mkdir(parents=True, exist_ok=True)
-        stored = {f"tests/{path.name}": None for path in sorted((ROOT / "tests").glob("test_*.py"))}
-        for file in stored:
-            path = STORE / f"{Path(file).stem}.json"
-            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            stored[file] = found if found.get("stamp") == stamp(file) else None
-        todo = [file for file in stored if stored[file] is None]
+        self.texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in source_files()}
+        stored = {file: json.loads(read(STORE / f"{Path(file).stem}.json") or "{}") for file in test_files()}
+        todo = [file for file, found in stored.items() if fresh or found.get("stamp") != stamp(file)]
         print(f"measuring which tests run which lines: {len(todo)} of {len(stored)} test files", flush=True)
         for file, result in forks.run((file, {}, partial(record, file)) for file in todo):
             if result.verdict != "passed":
-                sys.exit(
-                    f"error: without any mutant {result.stored or file}: {result.verdict}\n{result.output[-4000:]}"
-                )
+                test = result.stored if "::" in result.stored else file
+                sys.exit(f"error: {result.verdict} without any mutant: {test}\n{result.output[-4000:]}")
             stored[file] = json.loads(result.stored) | {"stamp": stamp(file)}
-            path = STORE / f"{Path(file).stem}.json"
-            path.write_text(json.dumps(stored[file]), encoding="utf-8")
+            stored[file]["sources"] = {source: keep(self.texts[source]) for source in stored[file]["lines"]}
+            (STORE / f"{Path(file).stem}.json").write_text(json.dumps(stored[file]), encoding="utf-8")
         for found in stored.values():
             self.add(**found)
 
-    def add(self, tests, fixtures, lines, stamp):
+    def add(self, tests, fixtures, lines, sources, stamp):
         users = defaultdict(set)
         for test, about in tests.items():
             self.seconds[test] = about["seconds"] + sum(fixtures.get(name, 0) for name in about["fixtures"])
             for name in (test, *about["fixtures"]):
                 users[name].add(test)
-        for file, contexts in lines.items():
-            for line, names in contexts.items():
-                self.lines[file][int(line)].update(*(users[name] for name in names))
+        for file in lines.keys() & self.texts.keys():
+            place = places(sources[file], self.texts[file])
+            for line, names in lines[file].items():
+                if int(line) in place:
+                    self.lines[file][place[int(line)]].update(*(users[name] for name in names))
 
     def select(self, mutant):
         """The tests that may catch a mutant."""
         here = self.lines[mutant.file]
         tests = set().union(*(here[line] for line in mutant.lines))
-        if not mutant.lines:
+        if mutant.function and not tests:
+            tests = set().union(*(here[line] for line in mutant.function))
+        if not mutant.function:
             pattern = re.compile(rf"\b({'|'.join(mutant.names) or '(?!)'})\b")
-            for file, lines in list(self.lines.items()):
-                text = (ROOT / file).read_text(encoding="utf-8").splitlines()
-                tests.update(*(lines[i] for i, line in enumerate(text, 1) if pattern.search(line)))
+            for file, text in self.texts.items():
+                found = [i for i, line in enumerate(text.splitlines(), 1) if pattern.search(line)]
+                tests.update(*(self.lines[file][line] for line in found))
             using = set().union(*here.values())
             tests.update(sorted(using, key=lambda test: (self.seconds[test], test))[:30])
             tests |= {test for test in using if test.startswith(f"tests/test_{Path(mutant.file).stem}.py::")}
         return tests
 
 
+def keep(text):
+    """Store a text under its hash; returns that."""
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    (STORE / "sources").mkdir(exist_ok=True)
+    (STORE / "sources" / name).write_text(text, encoding="utf-8")
+    return name
+
+
 @cache
-def stamp(*test_files):
-    """A hash of all sources, of what tests share, and of these test files."""
-    shared = [path for pattern in ("*.py", "*.jinja", "*/*.py", "*/*.jinja") for path in ROOT.glob(pattern)]
-    shared = [
-        p for p in shared if p.name not in NOT_STAMPED and not (p.parent.name == "tests" and p.match("test_*.py"))
-    ]
-    texts = [path.read_bytes() for path in [*sorted(shared), *(ROOT / file for file in sorted(test_files))]]
+def places(name, text):
+    """{line of a text stored under this name: the same line's number in a newer text}."""
+    old, new = read(STORE / "sources" / name).splitlines(), text.splitlines()
+    blocks = difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks()
+    return {block.a + i + 1: block.b + i + 1 for block in blocks for i in range(block.size)}
+
+
+def read(path):
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def source_files():
+    found = [path for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern)]
+    found = [path.relative_to(ROOT) for path in found if not path.parent.name.startswith(".")]
+    return sorted(str(path) for path in found if path.parts[0] != "tests")
+
+
+def test_files():
+    return sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py"))
+
+
+@cache
+def stamp(*files):
+    """A hash of these files and of what the tests share."""
+    shared = [path for path in (ROOT / "tests").glob("*.py") if not path.match("test_*.py")]
+    shared = [path for path in sorted(shared) if path.name not in NOT_STAMPED]
+    texts = [path.read_bytes() for path in [*shared, *(ROOT / file for file in files)]]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
