@@ -68,7 +68,7 @@ def respond(policy, ref_policy, tokenizer, groups, cfg, device, name):
         kls = kl_three_ways(logits / cfg.temperature, ref_logits / cfg.temperature, responses, mask)
         for estimator, values in kls.items():
             out[estimator] += values.tolist()
-        out["ref_nll"] += (-token_logprobs(ref_logits, responses) * mask).sum(1).tolist()
+        out["ref_nll"] += (-token_logprobs(ref_logits, responses)).where(mask, 0).sum(1).tolist()
         out["tokens"] += [row[keep].tolist() for row, keep in zip(responses, mask)]
         out["prompts"] += tokenizer.batch_decode(prompts, **DECODE)
         out["texts"] += tokenizer.batch_decode(sequences, **DECODE)
@@ -120,7 +120,7 @@ def token_numbers(policies, sequences, prompt_len, scores, ppo, temperature, eos
     responses = sequences[:, prompt_len:]
     mask = response_mask(responses, eos_id)
     logprobs, values = policies["after"](sequences, prompt_len, temperature)  # (B, T) each
-    kl = (logprobs - policies["before"](sequences, prompt_len, temperature)[0]) * mask
+    kl = (logprobs - policies["before"](sequences, prompt_len, temperature)[0]).where(mask, 0)
     scores = scores.to(kl)
     scores = scores.clamp(-ppo.score_clip, ppo.score_clip) if ppo.score_clip else scores
     scores = scores - ppo.missing_eos_penalty * ~(responses == eos_id).any(1)

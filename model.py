@@ -348,7 +348,7 @@ def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
     logp, ref_logp = (
         (p.gpt2(sequences[:, :-1], first=prompt_len - 1) / temperature).log_softmax(-1) for p in (policy, ref_policy)
     )  # (B, T, V) each
-    return ((logp.exp() * (logp - ref_logp)).sum(-1) * mask).sum(1)
+    return (logp.exp() * (logp - ref_logp)).sum(-1).where(mask, 0).sum(1)
 
 
 # The largest and the mean error that rounding explains, nats a token, by whether the trunk is in bf16. Measured: up to

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -92,6 +93,12 @@ def reviews_csv(path, rows=400):
         lines.append(f'"{text}",{label}')
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def nan_after_the_end(logits, ids, first, eos_id):
+    """What GPT2.forward(ids, first) returns, (B, T, V), with nan where it predicts a token after the first eos_id."""
+    ended = (ids[:, first + 1 :] == eos_id).cumsum(1) > 0  # (B, T - 1)
+    return logits.masked_fill(F.pad(ended, (1, 0))[..., None], torch.nan)
 
 
 def message(function, *args, **kwargs):

@@ -40,7 +40,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ("GRPO over all prompts", "groups.std(1, keepdim=True)", "groups.std()"),
         ],
         "test_ppo::test_a_pass_that_is_not_finite_is_told_from_the_reference_s": [
-            ("values of nan go on", "(logprobs + values).sum(1)", "logprobs.sum(1)"),
+            ("values of nan go on", "(logprobs + values).where", "logprobs.where"),
         ],
         "test_ppo::test_every_token_of_a_response_has_the_advantage_of_its_whole_reward": [
             (
@@ -57,22 +57,35 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
             ),
         ],
         "test_learning::test_kl_alone_pulls_the_policy_back_to_its_reference": [
-            ("KL is paid for, not charged", "(-kl_coef * kl * mask)", "(kl_coef * kl * mask)"),
+            ("KL is paid for, not charged", "(-kl_coef * kl).where", "(kl_coef * kl).where"),
         ],
         "test_learning::test_policy_reaches_the_optimum_of_its_objective": [
-            ("KL counted twice", "(-kl_coef * kl * mask)", "(-2 * kl_coef * kl * mask)"),
+            ("KL counted twice", "(-kl_coef * kl).where", "(-2 * kl_coef * kl).where"),
             (
                 "k3 in the reward",
-                "kl = (logprobs - ref_logprobs) * mask",
-                "kl = ((ref_logprobs - logprobs).exp() - 1 + logprobs - ref_logprobs) * mask",
+                "kl = (logprobs - ref_logprobs).where",
+                "kl = ((ref_logprobs - logprobs).exp() - 1 + logprobs - ref_logprobs).where",
             ),
         ],
         "test_ppo::test_return_of_a_response_is_its_score_less_beta_times_k1": [
             (
                 "|KL| in the reward",
-                "kl = (logprobs - ref_logprobs) * mask",
-                "kl = (logprobs - ref_logprobs).abs() * mask",
+                "kl = (logprobs - ref_logprobs).where",
+                "kl = (logprobs - ref_logprobs).abs().where",
             ),
+        ],
+        "test_ppo::test_nan_after_the_end_reaches_no_number_of_a_rollout": [
+            ("nan after the end is not finite", "(logprobs + values).where(mask, 0)", "(logprobs + values)"),
+            ("nan of the reference is not finite", "ref_logprobs.where(mask, 0).sum", "ref_logprobs.sum"),
+            (
+                "nan after the end in the KL",
+                "kl = (logprobs - ref_logprobs).where(mask, 0)",
+                "kl = logprobs - ref_logprobs",
+            ),
+        ],
+        "test_ppo::test_nan_after_the_end_reaches_no_number": [
+            ("nan after the end in the rewards", "(-kl_coef * kl).where(mask, 0)", "(-kl_coef * kl * mask)"),
+            ("nan after the end in one whitened token", "return x.where(mask, 0)", "return x * mask"),
         ],
         "test_ppo::test_mask_keeps_the_first_eos_and_nothing_after_it": [
             ("mask that leaves <|endoftext|> out", "return is_eos.cumsum(1) - is_eos.long() == 0", "return ~is_eos"),
@@ -104,8 +117,8 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_ppo::test_gae_gives_the_golden_numbers": [
             (
                 "values behind the end in GAE",
-                "rewards, values = rewards * mask, values * mask",
-                "rewards = rewards * mask",
+                "rewards, values = rewards.where(mask, 0), values.where(mask, 0)",
+                "rewards = rewards.where(mask, 0)",
             ),
             ("lambda left out of GAE", "delta + gamma * lam * advantage", "delta + gamma * advantage"),
         ],
@@ -124,7 +137,7 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_ppo::test_whitening_rewards_keeps_their_mean_and_zeroes_what_is_outside": [
             (
                 "whitened but not masked again",
-                "return (whitened if shift_mean else whitened + mean) * mask",
+                "return (whitened if shift_mean else whitened + mean).where(mask, 0)",
                 "return whitened if shift_mean else whitened + mean",
             ),
         ],
@@ -741,8 +754,8 @@ MUTANTS = {  # file: {test that goes red: [(the mistake, the right line or a par
         "test_ppo::test_metrics_sum_kl_over_a_response_and_average_over_responses": [
             (
                 "KL as a mean over tokens in the log",
-                "mask, kl, few = batch.mask, batch.kl, slice(8)",
-                "mask, kl, few = batch.mask, batch.kl / batch.mask.sum(1, keepdim=True), slice(8)",
+                "kl = batch.kl.where(mask, 0)",
+                "kl = batch.kl.where(mask, 0) / mask.sum(1, keepdim=True)",
             ),
             (
                 "entropy counts what lies behind the end",

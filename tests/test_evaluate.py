@@ -1,5 +1,6 @@
 """The comparison before and after PPO: prompts, answers, what viewer.json tells of them, a run from start to end."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -7,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import reviews_csv
+from conftest import nan_after_the_end, reviews_csv
 
 import evaluate
 import hub
@@ -16,6 +17,7 @@ from evaluate import pieces, prompt_groups, respond, sample_answers, token_numbe
 from hub import load_policy, open_gpt2
 from log import side_by_side
 from metrics import kl_text, table_text
+from model import GPT2
 from ppo import gae, token_rewards
 
 CFG = EvaluateConfig(prompts=16, max_prompt_len=4, response_len=12, batch_size=3, resamples=200, samples=3)
@@ -117,6 +119,22 @@ def test_tokens_end_with_the_end_of_text_and_ref_nll_is_of_these_tokens_at_tempe
         assert kl == pytest.approx(mine - ref, abs=1e-3)
 
 
+def test_nan_after_the_end_of_a_response_is_in_none_of_its_numbers(opened, monkeypatch):
+    policy, other, tokenizer = (copy.deepcopy(part) for part in opened)
+    end, forward, seen = tokenizer.eos_token_id, GPT2.forward, []
+    with torch.no_grad():
+        other.gpt2.wte.weight[end] *= 3  # so that some responses end early
+    clean = respond(other, policy, tokenizer, GROUPS, CFG, CPU, "m")
+
+    def with_nan(self, ids, first=0):
+        logits = nan_after_the_end(forward(self, ids, first), ids, first, end)
+        seen.append(logits.isnan().any().item())
+        return logits
+
+    monkeypatch.setattr(GPT2, "forward", with_nan)
+    assert respond(other, policy, tokenizer, GROUPS, CFG, CPU, "m") == clean and any(seen)
+
+
 @pytest.mark.parametrize("samples", [2, 50])
 def test_the_samples_are_as_many_as_wanted_at_their_own_temperature_with_the_prompt_cut_off(opened, samples):
     """At a temperature near 0 each token is the likeliest: before and after are two policies' greedy continuations."""
@@ -175,6 +193,14 @@ def test_the_numbers_of_each_token_are_those_that_ppo_would_have_learned_from():
     torch.testing.assert_close(found["ratio"], torch.tensor([[0.5, -1], [0, 0]]).exp())
     torch.testing.assert_close(found["advantage"], torch.tensor([[0.625, 1.85], [1, 2]]))
     assert found["value"] is values
+
+
+def test_the_numbers_of_each_token_ignore_nan_after_the_end():
+    dirty = torch.tensor([[-1.0, -2, torch.nan]])
+    policies = {"after": lambda *_: (dirty, dirty), "before": lambda *_: (dirty + 0.5, None)}
+    found, mask = token_numbers(policies, torch.tensor([[9, 5, 0, 0]]), 1, torch.tensor([2.0]), PPOConfig(), 1.0, 0)
+    assert mask.tolist() == [[True, True, False]]
+    assert all(found[name].isfinite().all() for name in ("kl", "ratio", "advantage"))
 
 
 @pytest.fixture(scope="module")

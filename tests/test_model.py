@@ -10,7 +10,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, hf_gpt2, message
+from conftest import ROOT, hf_gpt2, message, nan_after_the_end
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -482,7 +482,7 @@ def test_values_are_zero_before_training(gpt2_folder):
 
 def test_exact_kl_is_the_sum_over_the_vocabulary_and_the_real_tokens():
     policy, reference, ids, P = small_policy(0), small_policy(1), some_ids(2, 7), 3
-    mask = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     p, q = ((m.gpt2(ids) / 0.7).softmax(-1).tolist() for m in (policy, reference))
     expected = [
         sum(a * math.log(a / b) for t in range(length) for a, b in zip(p[row][P - 1 + t], q[row][P - 1 + t]))
@@ -492,6 +492,17 @@ def test_exact_kl_is_the_sum_over_the_vocabulary_and_the_real_tokens():
     assert kl.tolist() == pytest.approx(expected, abs=1e-9)
     assert (kl > 0.01).all()
     assert exact_kl(policy, deepcopy(policy), ids, mask, P, 0.7).abs().max() == 0
+
+
+def test_exact_kl_ignores_nan_after_the_end(monkeypatch):
+    policy, reference, P, eos_id = small_policy(0), small_policy(1), 3, 0
+    ids = torch.tensor([[3, 4, 5, 6, eos_id, 7, 8], [3, 4, 5, 6, 7, 8, 9]])
+    args = policy, reference, ids, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool(), P
+    expected, forward = exact_kl(*args), GPT2.forward
+    monkeypatch.setattr(
+        GPT2, "forward", lambda self, ids, first: nan_after_the_end(forward(self, ids, first), ids, first, eos_id)
+    )
+    assert policy.gpt2(ids[:, :-1], first=P - 1).isnan().any() and torch.equal(exact_kl(*args), expected)
 
 
 def test_bf16_rounds_the_trunk_and_never_the_logits():
