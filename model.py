@@ -354,7 +354,7 @@ def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
     for rows in zip(*states):
         logp, ref_logp = ((gpt2.logits(row) / temperature).log_softmax(-1) for gpt2, row in zip(gpt2s, rows))  # (T, V)
         kl.append((logp.exp() * (logp - ref_logp)).sum(-1))
-    return (torch.stack(kl) * mask).sum(1)
+    return torch.stack(kl).where(mask, 0).sum(1)
 
 
 # The largest and the mean error that rounding explains, nats a token, by whether the trunk is in bf16. Measured: up to

@@ -482,7 +482,7 @@ def test_values_are_zero_before_training(gpt2_folder):
 
 def test_exact_kl_is_the_sum_over_the_vocabulary_and_the_real_tokens():
     policy, reference, ids, P = small_policy(0), small_policy(1), some_ids(2, 7), 3
-    mask = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     p, q = ((m.gpt2(ids) / 0.7).softmax(-1).tolist() for m in (policy, reference))
     expected = [
         sum(a * math.log(a / b) for t in range(length) for a, b in zip(p[row][P - 1 + t], q[row][P - 1 + t]))
