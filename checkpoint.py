@@ -30,6 +30,7 @@ RESULTS = "results.json"  # the figures of a run that is whole
 CHECKPOINTS = "checkpoints"  # in the folder of a run: a folder a step, what --resume True goes on from
 BEST = "best"  # in the folder of a PPO run: the policy with the highest objective so far, as a model folder
 VIEWER = "viewer.json"  # what evaluate.py tells of each token of some answers
+OTHER_CARD = "MODEL_CARD.md"  # the card of a policy where README.md is somebody else's
 CARD, CARD_MARK = "README.md", "<!-- written by evaluate.py, which replaces it -->"  # the card of a policy
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"  # the files of a checkpoint
 REVISIONS = {}  # of what this process read from the Hugging Face hub, {name: commit}: part of run_config.json
@@ -171,17 +172,18 @@ def delete_results(out):
     """Delete what evaluate.py and plot.py wrote of the weights in a folder."""
     for name in (RESULTS, VIEWER, "samples.md", "example_results.png", "learning_curves.png", "report.html"):
         Path(out, name).unlink(missing_ok=True)
-    if is_our_card(Path(out, CARD)):
-        Path(out, CARD).unlink()
+    for card in (Path(out, CARD), Path(out, OTHER_CARD)):
+        if is_our_card(card):
+            card.unlink()
 
 
 # ---- before a run
 
 
-def check_run(cfg, *results):
+def check_run(cfg, result, *results):
     """BadInput if cfg.out holds a run that cfg would replace or cannot resume. Nothing is written: see RunLog.
 
-    results: files in cfg.out; all of them are there when a run is finished.
+    result, results: files in cfg.out; all of them are there when a run is finished.
     """
     file, resume = Path(cfg.out) / RUN_CONFIG, cfg.resume
     parts = [Path(cfg.out, part) for part in ("", "reward", "judge")]  # reward.py's run has two
@@ -193,7 +195,7 @@ def check_run(cfg, *results):
                 f"{cfg.out} holds a run of another config ({', '.join(changed[:5])}): --force {effect}, --out names "
                 "another folder"
             )
-    done = [Path(cfg.out, result).is_file() for result in results]
+    done = [Path(cfg.out, file).is_file() for file in (result, *results)]
     if (any(map(latest_checkpoint, parts)) or any(done) and not all(done)) and not (cfg.force or resume):
         raise BadInput(
             f"{cfg.out} holds an unfinished run: --resume resumes it, --force replaces it, --out names another folder"

@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import report
-from card import OTHER_CARD, card_text, ppo_run, samples_markdown, write_card
-from checkpoint import CARD, RESULTS, VIEWER, is_our_card, read_json, write_text
+from card import card_text, ppo_run, samples_markdown, write_card
+from checkpoint import CARD, OTHER_CARD, RESULTS, VIEWER, is_our_card, read_json, write_text
 from config import BadInput, EvaluateConfig, FrontierConfig, run
 from data import check_context, load_splits, prompt_pool
 from device import pick_device, random_generator, rows_that_fit
@@ -146,7 +146,7 @@ def token_numbers(policies, sequences, prompt_len, scores, ppo, temperature, eos
     responses = sequences[:, prompt_len:]
     mask = response_mask(responses, eos_id)
     logprobs, values = policies["after"](sequences, prompt_len, temperature)  # (B, T) each
-    kl = (logprobs - policies["before"](sequences, prompt_len, temperature)[0]) * mask
+    kl = (logprobs - policies["before"](sequences, prompt_len, temperature)[0]).where(mask, 0)
     numbers = {"kl": kl, "ratio": kl.clamp(-20, 20).exp()}
     if not trained_with_gae(ppo):
         return numbers, mask

@@ -151,7 +151,8 @@ def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
     kl is the one that is penalised (k1, summed over a response, mean over responses) with its standard error; kl_k3 is
     the estimator that is never negative, and kl_exact takes the whole vocabulary at each token, on 8 episodes.
     """
-    mask, kl, few = batch.mask, batch.kl, slice(8)
+    mask, few = batch.mask, slice(8)
+    kl = batch.kl.where(mask, 0)  # (B, T)
     exact = exact_kl(policy, ref_policy, batch.sequences[few], mask[few], batch.prompt_len, cfg.temperature)
     responses, returns = kl.sum(1), batch.returns[mask]
     metrics = {
@@ -160,7 +161,7 @@ def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
         "objective": batch.objective.mean(),
         "kl": responses.mean(),
         "kl_stderr": responses.std(unbiased=False) / len(responses) ** 0.5,
-        "kl_k3": (((-kl).exp() - 1 + kl) * mask).sum(1).mean(),
+        "kl_k3": ((-kl).exp() - 1 + kl).sum(1).mean(),
         "kl_exact": exact.mean(),
         "entropy": -batch.logprobs[mask].mean(),  # nats a token, of the policy's own samples: unbiased
         "explained_variance": 1

@@ -44,7 +44,7 @@ def kl_three_ways(logits, ref_logits, ids, mask):
     diff = ref_logits.log_softmax(-1).neg_().add_(logp)  # (B, T, V)
     d = diff.gather(-1, ids[..., None]).squeeze(-1).cpu().double()  # (B, T); in float32 a small k3 dips below 0
     tokens = {"kl": d, "kl_k3": (-d).expm1() + d, "kl_exact": logp.exp_().mul_(diff).sum(-1).cpu().double()}
-    return {name: (values * mask.cpu()).sum(1) for name, values in tokens.items()}
+    return {name: values.where(mask.cpu(), 0).sum(1) for name, values in tokens.items()}
 
 
 def ngrams(ids, n):
@@ -249,5 +249,5 @@ def second_nll(model, tokenizer, answers, cfg):
         sequences = pad_sequence(ids[i : i + size], True, start).to(model.device)  # behind: nothing sees it
         mask = pad_sequence(counts[i : i + size], True, False).to(model.device)
         logprobs = token_logprobs(model(sequences).logits[:, :-1].float(), sequences[:, 1:])
-        nll += (-logprobs * mask).sum(1).tolist()
+        nll += (-logprobs).where(mask, 0).sum(1).tolist()
     return nll

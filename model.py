@@ -354,12 +354,18 @@ def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
     for rows in zip(*states):
         logp, ref_logp = ((gpt2.logits(row) / temperature).log_softmax(-1) for gpt2, row in zip(gpt2s, rows))  # (T, V)
         kl.append((logp.exp() * (logp - ref_logp)).sum(-1))
-    return (torch.stack(kl) * mask).sum(1)
+    return torch.stack(kl).where(mask, 0).sum(1)
+
+
+# The largest and the mean error that rounding explains, nats a token, by whether the trunk is in bf16. Measured: up to
+# 2e-5 and 1.6e-6 in fp32, .10 and .008 in bf16 on the mini model; 4e-5 and 1e-5, .27 and .04 on 124M random weights
+# times 3. A temperature that is off by a twentieth, or a position by one, makes at least .38 and .09 on the mini model.
+ROUNDING = {False: (1e-3, 1e-4), True: (1.0, 0.05)}
 
 
 @torch.no_grad()
 def check_policy(policy, ref_policy, prompts, cfg):
-    """Does PPO start where it must? Says so as text, or raises BadInput naming what is off.
+    """Check the policy before the first step; returns a summary as text, or raises BadInput naming what is off.
 
     On responses to some prompts: two passes agree (dropout would show as a ratio other than 1), the policy is its
     reference (KL 0), and the KV cache gives the log-probabilities that PPO computes without it.
@@ -369,17 +375,18 @@ def check_policy(policy, ref_policy, prompts, cfg):
         prompts, cfg.response_len, t, eos_id=-1, generator=random_generator(prompts.device, cfg.seed)
     )
     logprobs = policy(sequences, prompt_len, t)[0]
-    found = {
-        "log ratio": (policy(sequences, prompt_len, t)[0] - logprobs).abs().max().item(),
-        "KL": (logprobs - ref_policy(sequences, prompt_len, t)[0]).abs().max().item(),
-        "KV cache": (cached_logprobs(policy, sequences, prompt_len, t) - logprobs).abs().max().item(),
+    errors = {
+        "log ratio": policy(sequences, prompt_len, t)[0] - logprobs,
+        "KL": logprobs - ref_policy(sequences, prompt_len, t)[0],
+        "KV cache": cached_logprobs(policy, sequences, prompt_len, t) - logprobs,
     }
-    allowed = (
-        0.1 if policy.gpt2.bf16 else 1e-3
-    )  # nats a token; a wrong mask, position or temperature is off by far more
-    for name, error in found.items():
-        if not error <= allowed:
+    allowed, found = ROUNDING[policy.gpt2.bf16], []
+    for name, error in errors.items():
+        largest, mean = error.abs().max().item(), error.abs().mean().item()
+        if not (largest <= allowed[0] and mean <= allowed[1]):
             raise BadInput(
-                f"self-check: {name} is off by {error:.2g} nats a token before the first step; {allowed} is rounding"
+                f"self-check: {name} is off by {largest:.2g} nats a token at most and {mean:.2g} on average before the "
+                f"first step; rounding explains {allowed[0]} and {allowed[1]}"
             )
-    return ", ".join(f"max |{name}| {error:.1g}" for name, error in found.items()) + " nats"
+        found.append(f"|{name}| at most {largest:.1g}, mean {mean:.1g}")
+    return "; ".join(found) + " nats"

@@ -31,7 +31,7 @@ from model import check_policy
 from optimizer import Stepper
 from reward import NotFinite, check_finite, check_reward, load_judge, load_reward, reward_fingerprint, scored
 
-# ---- the arithmetic: tensors in, tensors out
+# ---- the arithmetic: tensors in, tensors out. A mask is applied by where: nan times False is nan
 
 
 def response_mask(responses, eos_id):
@@ -47,7 +47,7 @@ def token_rewards(scores, kl, mask, kl_coef):
     always positive kin k3 has another gradient as a reward). mask: (B, T). Returns (B, T), 0 outside the mask.
     """
     last = mask.sum(1, keepdim=True) - 1  # (B, 1)
-    return (-kl_coef * kl * mask).scatter_add(1, last, scores[:, None])
+    return (-kl_coef * kl).where(mask, 0).scatter_add(1, last, scores[:, None])
 
 
 def whiten(x, mask, shift_mean=True):
@@ -57,10 +57,10 @@ def whiten(x, mask, shift_mean=True):
     """
     real = x[mask]  # (N,)
     if len(real) < 2:
-        return x * mask
+        return x.where(mask, 0)
     mean, std = real.mean(), real.std()
     whitened = (x - mean) / (std + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask
+    return (whitened if shift_mean else whitened + mean).where(mask, 0)
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -69,12 +69,12 @@ def gae(rewards, values, mask, gamma, lam):
     rewards, values, mask: (B, T). Behind the last real token there is nothing to expect, also where the response was
     cut at T: value 0. Returns advantages and returns (advantage + value), (B, T) each, 0 outside the mask.
     """
-    rewards, values = rewards * mask, values * mask
+    rewards, values = rewards.where(mask, 0), values.where(mask, 0)
     advantages = torch.zeros_like(rewards)
     advantage = next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        advantage = delta + gamma * lam * advantage
         next_value = values[:, t]
         advantages[:, t] = advantage
     return advantages, advantages + values
@@ -193,13 +193,13 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
     with torch.set_grad_enabled(cfg.compile):
         evaluated = [[x.detach() for x in policy(part, prompt_len, cfg.temperature)] for part in parts]
     logprobs, values = (torch.cat(tensors) for tensors in zip(*evaluated))  # (B, T) each
-    check_finite("log-probability or value", (logprobs + values).sum(1), texts)
+    check_finite("log-probability or value", (logprobs + values).where(mask, 0).sum(1), texts)
     clock.append(time.time())
     ref_logprobs = torch.cat([ref_policy(part, prompt_len, cfg.temperature)[0] for part in parts])  # (B, T)
-    check_finite("the reference's log-probability", ref_logprobs.sum(1), texts)
+    check_finite("the reference's log-probability", ref_logprobs.where(mask, 0).sum(1), texts)
     clock.append(time.time())
 
-    kl = (logprobs - ref_logprobs) * mask
+    kl = (logprobs - ref_logprobs).where(mask, 0)
     rewards = token_rewards(penalised.to(kl.dtype), kl, mask, kl_coef)
     objective = rewards.sum(1)
     if cfg.whiten_rewards:
@@ -207,7 +207,7 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
     if cfg.advantage == "gae":
         advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
     else:  # a response is one action, and each of its tokens has its advantage
-        advantages = returns = group_advantages(rewards.sum(1), cfg)[:, None] * mask
+        advantages = returns = group_advantages(rewards.sum(1), cfg)[:, None].where(mask, 0)
     advantages = whiten(advantages, mask)  # over the whole rollout; the returns keep the scale of the rewards
     phases = ("generate", "score", "judge", "logprobs", "reference")
     seconds = dict(zip(phases, (b - a for a, b in zip(clock, clock[1:]))))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -151,6 +152,12 @@ class LogitsMemory(TorchDispatchMode):
         self.largest = max([self.largest, *storages.values()])
         self.most = max(self.most, sum(storages.values()))
         return result
+
+
+def nan_after_the_end(logits, ids, first, eos_id):
+    """What GPT2.forward(ids, first) returns, (B, T, V), with nan where it predicts a token after the first eos_id."""
+    ended = (ids[:, first + 1 :] == eos_id).cumsum(1) > 0  # (B, T - 1)
+    return logits.masked_fill(F.pad(ended, (1, 0))[..., None], torch.nan)
 
 
 def message(function, *args, **kwargs):

@@ -23,14 +23,14 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ),
         ],
         "test_learning::test_kl_alone_pulls_the_policy_back_to_its_reference": [
-            ("the KL penalty has the wrong sign", "(-kl_coef * kl * mask)", "(kl_coef * kl * mask)"),
+            ("the KL penalty has the wrong sign", "(-kl_coef * kl)", "(kl_coef * kl)"),
         ],
         "test_learning::test_policy_reaches_the_optimum_of_its_objective": [
-            ("the KL penalty is applied twice", "(-kl_coef * kl * mask)", "(-2 * kl_coef * kl * mask)"),
+            ("the KL penalty is applied twice", "(-kl_coef * kl)", "(-2 * kl_coef * kl)"),
             (
                 "k3 instead of k1 as a reward: its gradient is another one",
-                "kl = (logprobs - ref_logprobs) * mask",
-                "kl = ((ref_logprobs - logprobs).exp() - 1 + logprobs - ref_logprobs) * mask",
+                "kl = (logprobs - ref_logprobs).where(mask, 0)",
+                "kl = ((ref_logprobs - logprobs).exp() - 1 + logprobs - ref_logprobs).where(mask, 0)",
             ),
         ],
         "test_learning::test_policy_learns_to_end_its_response": [
@@ -43,8 +43,8 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         "test_ppo::test_gae_gives_the_golden_numbers": [
             (
                 "GAE uses the values after the end of a response",
-                "rewards, values = rewards * mask, values * mask",
-                "rewards = rewards * mask",
+                "rewards, values = rewards.where(mask, 0), values.where(mask, 0)",
+                "rewards = rewards.where(mask, 0)",
             ),
             ("GAE without lambda", "delta + gamma * lam * advantage", "delta + gamma * advantage"),
         ],
@@ -221,6 +221,9 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 "logits = self.gpt2.logits(hidden)",
             ),
         ],
+        "test_model::test_the_self_check_refuses_a_temperature_in_the_cached_pass_alone": [
+            ("the self-check at temperature 1", "prompts.shape[1], cfg.temperature", "prompts.shape[1], 1.0"),
+        ],
         "test_model::test_a_value_is_read_from_the_hidden_state_before_its_token": [
             (
                 "values are read one position late",
@@ -369,8 +372,8 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         "test_ppo::test_metrics_sum_kl_over_a_response_and_average_over_responses": [
             (
                 "the KL of a response is logged as a mean over its tokens, not as their sum",
-                "mask, kl, few = batch.mask, batch.kl, slice(8)",
-                "mask, kl, few = batch.mask, batch.kl / batch.mask.sum(1, keepdim=True), slice(8)",
+                "kl = batch.kl.where(mask, 0)",
+                "kl = batch.kl.where(mask, 0) / mask.sum(1, keepdim=True)",
             ),
         ],
     },

@@ -1,5 +1,6 @@
 """The comparison before and after PPO: prompts, answers, what viewer.json tells of them, a run from start to end."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -7,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import LogitsMemory, message, reviews_csv, write_opinion, write_tuned
+from conftest import LogitsMemory, message, nan_after_the_end, reviews_csv, write_opinion, write_tuned
 
 import evaluate
 import hub
@@ -17,6 +18,7 @@ from evaluate import pieces, prompt_groups, respond, sample_answers, token_numbe
 from hub import load_policy, open_gpt2
 from log import side_by_side
 from metrics import kl_text, table_text
+from model import GPT2
 from ppo import gae, token_rewards
 from reward import SentimentReward
 
@@ -176,6 +178,22 @@ def test_the_micro_batch_of_an_evaluation_changes_no_sample_and_no_number(opened
         assert one["after"]["tokens"] == other["after"]["tokens"]
 
 
+def test_nan_after_the_end_of_a_response_is_in_none_of_its_numbers(opened, monkeypatch):
+    policy, other, tokenizer = (copy.deepcopy(part) for part in opened)
+    end, forward, seen = tokenizer.eos_token_id, GPT2.forward, []
+    with torch.no_grad():
+        other.gpt2.wte.weight[end] *= 3  # so that some responses end early
+    clean = respond(other, policy, tokenizer, GROUPS, CFG, CPU, "m")
+
+    def with_nan(self, ids, first=0):
+        logits = nan_after_the_end(forward(self, ids, first), ids, first, end)
+        seen.append(logits.isnan().any().item())
+        return logits
+
+    monkeypatch.setattr(GPT2, "forward", with_nan)
+    assert respond(other, policy, tokenizer, GROUPS, CFG, CPU, "m") == clean and any(seen)
+
+
 @pytest.mark.parametrize("samples", [2, 50])
 def test_the_samples_are_as_many_as_wanted_at_their_own_temperature_with_the_prompt_cut_off(opened, samples):
     """At a temperature near 0 each token is the likeliest: before and after are two policies' greedy continuations."""
@@ -249,6 +267,14 @@ def test_a_policy_trained_without_a_value_head_has_no_value_and_no_advantage(ope
             assert set(sample[side]) == {"tokens", "kl", "ratio", "score", "judge"}
             assert set(full[side]) == set(sample[side]) | {"value", "advantage"}
             assert sample[side].items() <= full[side].items()
+
+
+def test_the_numbers_of_each_token_ignore_nan_after_the_end():
+    dirty = torch.tensor([[-1.0, -2, torch.nan]])
+    policies = {"after": lambda *_: (dirty, dirty), "before": lambda *_: (dirty + 0.5, None)}
+    found, mask = token_numbers(policies, torch.tensor([[9, 5, 0, 0]]), 1, torch.tensor([2.0]), PPOConfig(), 1.0, 0)
+    assert mask.tolist() == [[True, True, False]]
+    assert all(found[name].isfinite().all() for name in ("kl", "ratio", "advantage"))
 
 
 @pytest.fixture(scope="module")

@@ -190,12 +190,12 @@ def test_any_config_json_is_read_or_refused(tmp_path, values):
 @fuzz(100)
 @given(st.dictionaries(st.sampled_from([field.name for field in fields(PPOConfig)]), JSON, min_size=1) | JSON)
 def test_a_run_of_another_config_stays_whatever_its_config_says(tmp_path, changes):
-    """Only a folder whose config is this one's, field by field, may be written over."""
+    """Only an unfinished run whose config is this one's, field by field, may be replaced."""
     cfg = PPOConfig(out=str(tmp_path))
     said = asdict(cfg) | changes if isinstance(changes, dict) else changes
     (tmp_path / RUN_CONFIG).write_text(json.dumps(said))
     (tmp_path / "model.safetensors").write_text("hours of work")
-    error = refused(check_run, cfg)
+    error = refused(check_run, cfg, "results.json")
     ours = {name: value for name, value in asdict(cfg).items() if name not in SAME_RESULT}
     same = isinstance(said, dict) and {name: said[name] for name in ours} == ours
     assert (error is None) == same

@@ -56,15 +56,26 @@ def test_the_kl_three_ways_gives_the_golden_numbers():
     assert found["kl_exact"].tolist() == pytest.approx([a + b, (a + b) / 2])
 
 
+def test_the_kl_three_ways_ignores_nan_after_the_end():
+    logits, ref_logits = torch.randn(2, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    ids, mask = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([[True, False, False], [True, True, True]])
+    expected = kl_three_ways(logits, ref_logits, ids, mask)
+    logits, ref_logits = (x.masked_fill(~mask[..., None], torch.nan) for x in (logits, ref_logits))
+    found = kl_three_ways(logits, ref_logits, ids, mask)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_k3_is_never_negative_and_means_the_same_as_k1():
     """Over 20,000 tokens sampled from p; k1 of single tokens is below 0 often."""
     logits, ref_logits = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     ids = torch.multinomial(logits.exp(), 20_000, replacement=True, generator=torch.Generator().manual_seed(1))[:, None]
-    found = kl_three_ways(logits.expand(20_000, 1, 8), ref_logits.expand(20_000, 1, 8), ids, torch.ones_like(ids))
+    found = kl_three_ways(
+        logits.expand(20_000, 1, 8), ref_logits.expand(20_000, 1, 8), ids, torch.ones_like(ids).bool()
+    )
     assert found["kl_k3"].min() >= 0 > found["kl"].min()
     for name in ("kl", "kl_k3"):
         assert found[name].mean().item() == pytest.approx(found["kl_exact"][0].item(), rel=0.05)
-    same = kl_three_ways(logits[None, None], logits[None, None] + 1e-7, ids[:1], torch.ones(1, 1))
+    same = kl_three_ways(logits[None, None], logits[None, None] + 1e-7, ids[:1], torch.ones(1, 1).bool())
     assert 0 <= same["kl_k3"].item() < 1e-12
 
 

@@ -10,7 +10,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, LogitsMemory, hf_gpt2
+from conftest import ROOT, LogitsMemory, hf_gpt2, message
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -35,6 +35,7 @@ from hub import (
 )
 from model import (
     GPT2,
+    ROUNDING,
     GPT2Config,
     KVCache,
     Policy,
@@ -481,7 +482,7 @@ def test_values_are_zero_before_training(gpt2_folder):
 
 def test_exact_kl_is_the_sum_over_the_vocabulary_and_the_real_tokens():
     policy, reference, ids, P = small_policy(0), small_policy(1), some_ids(2, 7), 3
-    mask = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     p, q = ((m.gpt2(ids) / 0.7).softmax(-1).tolist() for m in (policy, reference))
     expected = [
         sum(a * math.log(a / b) for t in range(length) for a, b in zip(p[row][P - 1 + t], q[row][P - 1 + t]))
@@ -551,7 +552,7 @@ def refuses(check_args, name):
 
 def test_the_self_check_passes_for_a_policy_and_its_copy(check_args):
     text = check_policy(*check_args)
-    assert all(f"max |{name}|" in text for name in ("log ratio", "KL", "KV cache"))
+    assert all(f"|{name}| at most" in text for name in ("log ratio", "KL", "KV cache"))
 
 
 def test_the_self_check_refuses_a_reference_that_is_not_the_policy(check_args):
@@ -583,6 +584,91 @@ def test_the_self_check_refuses_a_causal_mask_on_a_cached_step(check_args, monke
         F, "scaled_dot_product_attention", lambda q, k, v, attn_mask, is_causal: attention(q, k, v, is_causal=True)
     )
     assert refuses(check_args, "KV cache")
+
+
+def test_the_self_check_refuses_a_temperature_in_the_cached_pass_alone(check_args, monkeypatch):
+    """It runs at the temperature of the config: at 1 it would not see that the policy ignores the temperature."""
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda self, ids, prompt_len, temperature: forward(self, ids, prompt_len))
+    assert refuses(check_args, "KV cache")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_self_check_bounds_the_largest_and_the_mean_error(check_args, monkeypatch, bf16):
+    policy, ref_policy, prompts, cfg = check_args
+    policy.float().gpt2.bf16 = ref_policy.float().gpt2.bf16 = bf16
+    largest, mean = ROUNDING[bf16]
+    for everywhere, at_one_token, passes in (
+        (0.5 * mean, 0.8 * largest, True),
+        (1.1 * mean, 0.0, False),
+        (0.0, 1.1 * largest, False),
+    ):
+        error = torch.full((len(prompts), cfg.response_len), everywhere)
+        error[0, 0] += at_one_token
+        monkeypatch.setattr(model_file, "cached_logprobs", lambda policy, *args, error=error: policy(*args)[0] + error)
+        assert check_policy(*check_args) if passes else refuses(check_args, "KV cache")
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return open_gpt2(str(ROOT / "asset" / "mini" / "gpt2"))
+
+
+def check_mini(mini, bf16, seed=0):
+    policy, cfg = load_policy(*mini, bf16), PPOConfig(response_len=40, seed=seed)
+    return check_policy(policy, deepcopy(policy), some_ids(8, 5, 8000, seed), cfg)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_self_check_passes_on_the_mini_model_at_half_of_each_bound(mini, bf16, monkeypatch):
+    monkeypatch.setitem(ROUNDING, bf16, tuple(bound / 2 for bound in ROUNDING[bf16]))
+    for seed in range(3):
+        assert "KV cache" in check_mini(mini, bf16, seed)
+
+
+def late_positions(hidden):
+    def wrong(self, ids, positions, cache):
+        if cache and positions.start:
+            positions = slice(positions.start + 1, positions.stop + 1)
+        return hidden(self, ids, positions, cache)
+
+    return wrong
+
+
+def warmer(forward):
+    return lambda self, sequences, prompt_len, temperature=1.0: forward(self, sequences, prompt_len, 1.05 * temperature)
+
+
+def bidirectional(attention):
+    def wrong(q, k, v, attn_mask, is_causal):
+        return attention(q, k, v, attn_mask=attn_mask, is_causal=False)
+
+    return wrong
+
+
+def blind(attention):
+    """A cached step that attends to all tokens but the first."""
+
+    def wrong(q, k, v, attn_mask, is_causal):
+        seen = slice(int(q.shape[2] == 1), None)
+        return attention(q, k[:, :, seen], v[:, :, seen], attn_mask=attn_mask, is_causal=is_causal)
+
+    return wrong
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    "owner, name, mistake",
+    [
+        (GPT2, "hidden", late_positions),
+        (Policy, "forward", warmer),
+        (F, "scaled_dot_product_attention", bidirectional),
+        (F, "scaled_dot_product_attention", blind),
+    ],
+)
+def test_the_self_check_tells_typical_mistakes_from_rounding(mini, monkeypatch, owner, name, mistake, bf16):
+    monkeypatch.setattr(owner, name, mistake(getattr(owner, name)))
+    assert "self-check: KV cache is off by" in message(check_mini, mini, bf16)
 
 
 # ---- reading folders

@@ -183,6 +183,22 @@ def test_gae_sees_nothing_behind_the_end():
         assert torch.equal(a, b[:, :3]) and torch.equal(b, c) and not b[:, 3:].any()
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: [token_rewards(double([2, 3]), x, MASK, 0.1)],
+        lambda x: [whiten(x, MASK), whiten(x, MASK, shift_mean=False)],
+        lambda x: [whiten(x[:1], MASK[:1] & (torch.arange(5) == 0))],
+        lambda x: gae(x, VALUES, MASK, 0.9, 0.95),
+        lambda x: gae(REWARDS, x, MASK, 0.9, 0.95),
+    ],
+)
+def test_nan_after_the_end_reaches_no_number(function):
+    """A product would let it through: nan times False is nan."""
+    clean, dirty = function(REWARDS), function(REWARDS.masked_fill(~MASK, math.nan))
+    assert all(torch.equal(a, b) and b.isfinite().all() for a, b in zip(clean, dirty))
+
+
 def test_gae_with_lambda_0_is_the_td_error():
     expected = [[-0.1 + 0.9 * 0.4 - 0.5, 0.05 + 0.9 * 0.3 - 0.4, 2 - 0.3]]
     assert close(gae(REWARDS, VALUES, MASK, 0.9, 0.0)[0][:1, :3], expected)
@@ -426,6 +442,22 @@ def test_nothing_in_a_rollout_carries_a_gradient(compile):
         assert not found.requires_grad and not found.is_inference()
 
 
+@pytest.mark.parametrize("changes", [{}, dict(whiten_rewards=True), dict(advantage="rloo", samples_per_prompt=2)])
+def test_nan_after_the_end_reaches_no_number_of_a_rollout(changes, monkeypatch):
+    cfg, forward = config(**changes), Policy.forward
+    clean = play(cfg)
+
+    def with_nan(self, sequences, prompt_len, temperature):
+        ended = ~response_mask(sequences[:, prompt_len:], EOS)
+        return tuple(x.masked_fill(ended, math.nan) for x in forward(self, sequences, prompt_len, temperature))
+
+    monkeypatch.setattr(Policy, "forward", with_nan)
+    dirty = play(cfg)
+    assert dirty.logprobs.isnan().any() and dirty.values.isnan().any()
+    for name in ("advantages", "returns", "kl"):
+        assert torch.equal(getattr(dirty, name), getattr(clean, name)), name
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_score_that_is_not_finite_names_its_text(bad):
     with pytest.raises(BadInput, match=r"score of text 3 is (nan|inf): '[\d ]+'"):
@@ -600,7 +632,7 @@ def test_metrics_are_means_over_the_minibatches_and_the_largest_ratio(losses):
 
 
 def test_what_lies_behind_the_end_changes_no_metric_and_no_step():
-    """G7: other ids there, other numbers there, bit by bit the same."""
+    """G7: other ids there, nan there, bit by bit the same."""
     cfg, ref, found = config(), tiny_policy(1), []
     for garbage in (False, True):
         policy = tiny_policy(0, values=0.5)
@@ -608,7 +640,7 @@ def test_what_lies_behind_the_end_changes_no_metric_and_no_step():
         if garbage:
             behind = torch.cat([torch.zeros(8, 3).bool(), ~batch.mask], 1)
             assert behind.any()
-            tables = {name: getattr(batch, name) + 7.0 * ~batch.mask for name in TABLES}
+            tables = {name: getattr(batch, name).masked_fill(~batch.mask, math.nan) for name in (*TABLES, "kl")}
             batch = replace(batch, sequences=torch.where(behind, 9, batch.sequences), **tables)
         metrics = rollout_metrics(batch, policy, ref, 0.0, cfg)
         metrics |= update(policy, sgd(policy), batch, cfg, torch.Generator().manual_seed(0))
@@ -988,3 +1020,14 @@ def test_a_resumed_run_is_the_same_run_on_wandb_and_a_new_one_is_not(tmp_path, m
     assert [run["id"] for run in wandb.inits] == ["first", "first", "second"]
     assert {run["resume"] for run in wandb.inits} == {"allow"} and wandb.inits[0]["config"] == asdict(cfg)
     assert wandb.logged[1] == (1, {"score": 1.0})
+
+
+def test_a_run_is_rewarded_by_its_reward_and_logs_the_judge_beside_it(train, bert_folder, judge_folder):
+    """Two runs with the two classifiers exchanged: their first rollouts have the same texts."""
+    pairs = {"judged": (bert_folder, judge_folder), "exchanged": (judge_folder, bert_folder)}
+    one, other = (
+        train(name, reward=str(reward), judge=str(judge), positive_label="", self_check=False, steps=1).metrics[0]
+        for name, (reward, judge) in pairs.items()
+    )
+    assert one["positive_by_reward"] == other["positive_by_judge"] != one["positive_by_judge"]
+    assert one["positive_by_judge"] == other["positive_by_reward"] and one["score"] != other["score"]
