@@ -41,6 +41,7 @@ class Forks:
         os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache/inductor")}
         for name in [*PRELOAD.split(), *(f"transformers.models.{model}" for model in MODELS.split())]:
             importlib.import_module(name)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process and no folder is left
         gc.collect()
         gc.freeze()  # otherwise each run searches the objects of torch for garbage
         self.scratch = Path(tempfile.mkdtemp(prefix="forks-")).resolve()
@@ -108,6 +109,7 @@ def start(worker, function, write_bytecode=False):
         tempfile.tempdir = None
         sys.modules["datasets"].config.HF_DATASETS_CACHE = Path(temporary, "datasets")
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(4 * SECONDS)
         status = function()
