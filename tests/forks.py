@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS, TIMES = 15, 5  # a test may take this long, or this many times its usual time
 LONGEST = 60  # assumed of a test whose usual time is unknown
 MEMORY = 16 * 2**30  # bytes that a process of a run may allocate
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", ".*cache", ".hypothesis", "__pycache__", "*_checkpoints")
+NOT_COPIED = shutil.ignore_patterns(
+    ".git", ".venv", ".*cache", ".hypothesis", "__pycache__", "*_checkpoints", "frontier"
+)
 PRELOAD = "pytest hypothesis _hypothesis_pytestplugin coverage tyro datasets jinja2 matplotlib.pyplot torch._dynamo"
 MODELS = "bert.modeling_bert gpt2.modeling_gpt2 auto.modeling_auto"
 
