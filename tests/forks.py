@@ -156,13 +156,13 @@ def identity(path):
 
 
 class Selection:
-    """A pytest plugin: run these tests in this order, store the name of each, limit its time, end at the first failure.
+    """A pytest plugin: run these tests in this order, store the name of each, limit its time, end at a failure.
 
     A name without [parameters] stands for all of its parameters.
     """
 
-    def __init__(self, names, usual):
-        self.place, self.usual = {name: i for i, name in enumerate(names)}, usual
+    def __init__(self, names, usual, end):
+        self.place, self.usual, self.end = {name: i for i, name in enumerate(names)}, usual, end
 
     def find(self, item):
         return self.place.get(item.nodeid, self.place.get(item.nodeid.split("[")[0]))
@@ -176,19 +176,19 @@ class Selection:
         signal.alarm(int(max(SECONDS, TIMES * self.usual.get(nodeid, LONGEST))))
 
     def pytest_runtest_logreport(self, report):
-        if report.failed:
+        if report.failed and self.end:
             os.write(1, f"\n{report.nodeid}\n{report.longreprtext}\n".encode())
             os._exit(1)
 
 
-def run_pytest(names, *options, usual=(), plugins=()):
+def run_pytest(names, *options, usual=(), plugins=(), end=True):
     """Run tests, all of files or single ones, in the current folder; returns the exit status.
 
-    usual: {test: the seconds that it takes}.
+    usual: {test: the seconds that it takes}. end: whether the process ends at the first test that fails.
     """
     import pytest
 
     files = list(dict.fromkeys(name.split("::")[0] for name in names))
     common = ["-q", f"--rootdir={os.getcwd()}", "--assert=plain", "-p", "no:cacheprovider"]
     hypothesis = ["-p", "_hypothesis_pytestplugin", "--hypothesis-seed=0"]
-    return pytest.main([*common, *hypothesis, *options, *files], [Selection(names, dict(usual)), *plugins])
+    return pytest.main([*common, *hypothesis, *options, *files], [Selection(names, dict(usual), end), *plugins])

@@ -39,7 +39,7 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
         fixtures = [name for name, found in item._fixtureinfo.name2fixturedefs.items() if found[-1].scope != "function"]
-        self.tests[item.nodeid] = {"seconds": 0.0, "fixtures": fixtures}
+        self.tests[item.nodeid] = {"seconds": 0.0, "fixtures": fixtures, "failed": False}
         self.enter(item.nodeid)
         return (yield)
 
@@ -58,6 +58,7 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report):
         self.tests[report.nodeid]["seconds"] += report.duration
+        self.tests[report.nodeid]["failed"] |= report.failed
 
 
 def record(test_file):
@@ -74,7 +75,7 @@ def record(test_file):
     measured = coverage.Coverage(config_file=str(settings))
     measured.start()
     recorder = Recorder(measured)
-    status = run_pytest([test_file], plugins=[recorder])
+    run_pytest([test_file], plugins=[recorder], end=False)
     measured.stop()
     measured.save()
     measured.combine([str(settings.parent)])
@@ -83,7 +84,7 @@ def record(test_file):
         found = {line: sorted(set(names) - {""}) for line, names in data.contexts_by_lineno(file).items()}
         lines[str(Path(file).relative_to(tree))] = {line: names for line, names in found.items() if names}
     store(json.dumps({"tests": recorder.tests, "fixtures": recorder.fixtures, "lines": lines}))
-    return status
+    return 0
 
 
 class Coverage:
@@ -97,10 +98,10 @@ class Coverage:
         print(f"measuring which tests run which lines: {len(todo)} of {len(stored)} test files", flush=True)
         for file, result in forks.run((file, {}, partial(record, file)) for file in todo):
             if result.verdict != "passed":
-                test = result.stored if "::" in result.stored else file
-                sys.exit(f"error: {result.verdict} without any mutant: {test}\n{result.output[-4000:]}")
+                sys.exit(f"error: {file} cannot be measured: {result.verdict}\n{result.output[-4000:]}")
             stored[file] = json.loads(result.stored) | {"stamp": stamp(file)}
-            stored[file]["sources"] = {source: keep(self.texts[source]) for source in stored[file]["lines"]}
+            lines = stored[file]["lines"]
+            stored[file]["sources"] = {source: keep(text) for source, text in self.texts.items() if source in lines}
             (STORE / f"{Path(file).stem}.json").write_text(json.dumps(stored[file]), encoding="utf-8")
         for found in stored.values():
             self.add(**found)
@@ -108,6 +109,9 @@ class Coverage:
     def add(self, tests, fixtures, lines, sources, stamp):
         users = defaultdict(set)
         for test, about in tests.items():
+            if about["failed"]:
+                print(f"warning: {test} fails without any mutant, so it is not used", flush=True)
+                continue
             self.seconds[test] = about["seconds"] + sum(fixtures.get(name, 0) for name in about["fixtures"])
             for name in (test, *about["fixtures"]):
                 users[name].add(test)
@@ -137,7 +141,7 @@ class Coverage:
 def keep(text):
     """Store a text under its hash; returns that."""
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
-    (STORE / "sources").mkdir(exist_ok=True)
+    (STORE / "sources").mkdir(parents=True, exist_ok=True)
     (STORE / "sources" / name).write_text(text, encoding="utf-8")
     return name
 
