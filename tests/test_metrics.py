@@ -345,10 +345,11 @@ class Reader:
 
     def __init__(self, **sizes):
         shape = SimpleNamespace(hidden_size=8, num_hidden_layers=1, vocab_size=300)
-        self.config, self.read = SimpleNamespace(get_text_config=lambda: shape, **sizes), []
+        self.config, self.read, self.rows = SimpleNamespace(get_text_config=lambda: shape, **sizes), [], []
 
     def __call__(self, sequences):
         self.read += sequences.tolist()
+        self.rows.append(len(sequences))
         return SimpleNamespace(logits=torch.zeros(*sequences.shape, 300))
 
 
@@ -363,6 +364,16 @@ def test_the_second_model_reads_a_text_after_its_bos_token_or_else_its_eos_token
     (nll,) = second_nll(model, tokenizer, {"prompts": ["A great"], "texts": ["A great film"]}, CFG)
     assert model.read == [[start, *ids]]
     assert nll == pytest.approx(math.log(300) * len(tokenizer(" film", add_special_tokens=False)["input_ids"]))
+
+
+@pytest.mark.parametrize(("fit", "rows"), [(0, [1, 1, 1]), (2, [2, 1]), (9, [2, 1])])
+def test_a_pass_of_the_second_model_has_the_rows_that_fit_of_a_batch(gpt2_folder, monkeypatch, fit, rows):
+    """And one where none does. What fits is asked of the model's own sizes."""
+    model, tokenizer, asked = Reader(), open_second_lm(str(gpt2_folder), CPU)[1], []
+    monkeypatch.setattr(metrics, "rows_that_fit", lambda *sizes: asked.append(sizes) or fit)
+    second_nll(model, tokenizer, {"prompts": ["A"] * 3, "texts": ["A film"] * 3}, replace(CFG, batch_size=2))
+    assert model.rows == rows
+    assert asked == [(len(model.read[0]), 8, 1, 300, CPU)]
 
 
 @pytest.mark.parametrize(

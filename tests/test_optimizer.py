@@ -70,6 +70,7 @@ def test_the_rate_rises_for_a_tenth_of_the_steps_and_falls_to_0_after_the_last()
     shares = [warm_up_and_decay(step, 20) for step in range(20)]
     assert shares == pytest.approx([0.5, 1] + [(20 - step) / 18 for step in range(2, 20)])
     assert warm_up_and_decay(20, 20) == 0
+    assert warm_up_and_decay(0, 110) == pytest.approx(1 / 11)
     assert [warm_up_and_decay(step, 15) for step in (0, 1, 2)] == pytest.approx([0.5, 1, 13 / 13.5])  # two of 15 too
 
 
