@@ -19,7 +19,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import libcst as cst
@@ -96,7 +96,7 @@ def generate(file):
     seen, ids, mutants = set(enumerate(texts)), Counter(), []
     for path, new, operator, variant in visitor.found:
         i = statements[id(path[1])]
-        text = module.code_for_node(path[1].deep_replace(path[-1], new))
+        text = module.code_for_node(replaced(path[1:], new))
         before = head + "".join(texts[:i])
         source = before + text + code[len(before + texts[i]) :]
         at, old_lines, new_lines = changed_lines(texts[i].splitlines(), text.splitlines())
@@ -113,6 +113,16 @@ def generate(file):
         place = *tested_lines(path, positions), assigned_names(path)
         mutants.append(Mutant(key, file, line, operator, old_lines, new_lines, rule, *place, source))
     return mutants
+
+
+def replaced(path, new):
+    """The first node of a path with its last node replaced; libcst's deep_replace would visit all other nodes too."""
+    for parent, child in reversed(list(itertools.pairwise(path))):
+        found = {one.name: getattr(parent, one.name) for one in fields(parent)}
+        lists = {name: value for name, value in found.items() if isinstance(value, (list, tuple))}
+        changed = {name: [new if one is child else one for one in value] for name, value in lists.items()}
+        new = parent.with_changes(**changed, **{name: new for name, value in found.items() if value is child})
+    return new
 
 
 def rule_of(path, new, operator, variant):
