@@ -498,7 +498,7 @@ def test_exact_kl_has_the_logits_of_one_row_at_a_time():
     policy, reference, ids, P = small_policy(0), small_policy(1), some_ids(8, 23), 3
     vocabulary = policy.gpt2.n_tokens
     with LogitsMemory(vocabulary) as memory:
-        exact_kl(policy, reference, ids, torch.ones(8, 20), P)
+        exact_kl(policy, reference, ids, torch.ones(8, 20).bool(), P)
     assert memory.largest == 20 * vocabulary
     assert memory.most <= 5 * memory.largest
 
