@@ -526,11 +526,12 @@ class _First:
 
 
 def sources(cfg):
-    """Where the values of a config come from, as text: the fields that its preset sets, and those that flags set."""
+    """Where the values that change results come from, as text: fields that the preset sets, and those that flags set."""
     cls, scratch = type(cfg), getattr(cfg, "init_from", "") == "scratch"
     overrides = PRESETS[cfg.preset].get(cls, {}) | (FROM_SCRATCH[cfg.preset].get(cls, {}) if scratch else {})
     default = replace(cls(preset=cfg.preset), **overrides)
     flags = [f.name for f in fields(cls) if getattr(cfg, f.name) != getattr(default, f.name)]
+    flags, overrides = ([name for name in names if name not in SAME_RESULT] for names in (flags, overrides))
     parts = {f"preset {cfg.preset} sets": overrides, "flags set": flags}
     return "; ".join(f"{source} {', '.join(names)}" for source, names in parts.items() if names) or "all defaults"
 
