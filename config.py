@@ -526,7 +526,7 @@ class _First:
 
 
 def sources(cfg):
-    """Where the values that change results come from, as text: fields that the preset sets, and those that flags set."""
+    """Where the values that change results come from, as text: fields that the preset sets, and that flags set."""
     cls, scratch = type(cfg), getattr(cfg, "init_from", "") == "scratch"
     overrides = PRESETS[cfg.preset].get(cls, {}) | (FROM_SCRATCH[cfg.preset].get(cls, {}) if scratch else {})
     default = replace(cls(preset=cfg.preset), **overrides)
