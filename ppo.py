@@ -104,7 +104,7 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, cf
     detached metrics.
     """
     log_ratio = logprobs - old_logprobs  # nats; 0 before the first step
-    ratio = log_ratio.clamp(-20, 20).exp()  # e^20 is far outside the clip range, and finite
+    ratio = log_ratio.clamp(max=20).exp()  # e^20 is far outside the clip range, and finite
     clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
     pg_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
 

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import sys
+import time
 import types
 from dataclasses import asdict, replace
 
@@ -77,7 +78,7 @@ class Words:
     eos_token_id = EOS
 
     def batch_decode(self, sequences, skip_special_tokens, clean_up_tokenization_spaces):
-        assert skip_special_tokens and not clean_up_tokenization_spaces
+        assert skip_special_tokens and clean_up_tokenization_spaces is False  # None leaves it to the tokenizer
         return [" ".join(str(i) for i in row if i != EOS) for row in sequences.tolist()]
 
 
@@ -233,7 +234,7 @@ def test_grpo_of_equal_rewards_is_zero_and_not_nan():
 def test_grpo_does_not_magnify_differences_that_are_rounding():
     """Divided by their standard deviation alone, the advantages of two equal float32 scores would be +-.7."""
     found = group_advantages(double([2, 2 + 1e-7]), config(advantage="grpo", samples_per_prompt=2))
-    assert found.abs().max() < 1e-3
+    assert 0 < found[1] < 1e-3
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
@@ -266,6 +267,12 @@ def test_whitening_rewards_keeps_their_mean_and_zeroes_what_is_outside():
     """A3. x / sd would give .6325 first; without masking again the padding would hold mu (1 - 1 / sd)."""
     x, mask = double([[1.0, 2, 3, 4, 5, 99]]), tensor([[1, 1, 1, 1, 1, 0]]).bool()
     assert close(whiten(x, mask, shift_mean=False), [[1.7351, 2.3675, 3, 3.6325, 4.2649, 0]], 5e-5)
+
+
+def test_two_tokens_are_whitened_to_half_the_root_of_two():
+    """Bessel's correction: their variance is 1. Catches two tokens that are taken for too few."""
+    whitened = whiten(double([[1.0, 5.0, 99.0]]), tensor([[True, True, False]]))
+    assert close(whitened, [[-(0.5**0.5), 0.5**0.5, 0.0]], 1e-8)
 
 
 @pytest.mark.parametrize("x, mask", [([[3.0, 7.0]], [[1, 0]]), ([[3.0, 3.0]], [[1, 1]])])
@@ -478,6 +485,44 @@ def test_a_pass_that_is_not_finite_is_told_from_the_reference_s():
 def test_scores_of_the_wrong_shape_are_refused():
     with pytest.raises(BadInput, match=r"8 texts need shape \(8,\), found \(8, 1\)"):
         play(config(), reward=lambda texts: torch.ones(len(texts), 1))
+
+
+def test_a_rollout_ends_with_its_longest_response():
+    """Padding that all rows have in common is cut off: nothing is computed for it."""
+    policy, ref = tiny_policy(0, values=0.5), tiny_policy(1)
+    sequences = torch.cat([some_prompts(), torch.full((8, 6), EOS)], dim=1)
+    sequences[2, 3:6] = tensor([4, 5, 6])  # with <|endoftext|> the longest response, 4 tokens
+    policy.gpt2.generate = lambda *_: sequences
+    batch = play(config(), policy, ref)
+    assert batch.sequences.shape == (8, 3 + 4) and batch.mask.shape == batch.logprobs.shape == (8, 4)
+    assert batch.mask.sum(1).tolist() == [1, 1, 4, 1, 1, 1, 1, 1]
+
+
+def test_the_objective_of_a_response_is_its_score_as_trained_less_kl_coef_times_its_kl():
+    """Clipped and with the penalty for a missing end: what is maximised, not what is reported."""
+    cfg = config(score_clip=0.5, missing_eos_penalty=2.0, kl_coef=0.3)
+    batch = play(cfg)
+    assert batch.ended.any() and not batch.ended.all() and batch.scores.max() > 0.5
+    expected = batch.scores.clamp(-0.5, 0.5) - 2.0 * ~batch.ended - 0.3 * batch.kl.sum(1)
+    assert batch.objective.shape == (8,) and close(batch.objective, expected)
+
+
+def test_a_generator_decides_what_a_rollout_samples():
+    """Catches random numbers of the process, which a resumed run would not draw again."""
+    cfg, policy, ref = config(), tiny_policy(0), tiny_policy(1)
+    torch.manual_seed(0)
+    one = play(cfg, policy, ref)
+    torch.manual_seed(1)
+    assert torch.equal(play(cfg, policy, ref).sequences, one.sequences)
+
+
+def test_the_seconds_of_a_rollout_are_those_of_its_phases():
+    start = time.time()
+    batch = play(config(), reward=lambda texts: time.sleep(0.1) or sevens(texts))
+    elapsed = time.time() - start
+    assert list(batch.seconds) == ["generate", "score", "judge", "logprobs", "reference"]
+    assert all(seconds >= 0 for seconds in batch.seconds.values()) and sum(batch.seconds.values()) <= elapsed
+    assert 0.1 <= batch.seconds["score"] < elapsed and batch.seconds["generate"] > 0
 
 
 # ---- rollout_metrics
@@ -903,13 +948,38 @@ def test_the_best_policy_before_the_first_mean_is_that_of_the_first_rollout(tmp_
 
 @pytest.mark.parametrize(("kl_coef", "expected"), [(0.1, 1), (0.5, 0)])
 def test_policies_are_compared_at_the_latest_kl_coefficient(tmp_path, kl_coef, expected):
-    """Scores 1 and 3 at 0 and 5 nats: at .1 the second is better, at .5 the first, which was trained at .2."""
+    """Scores 1 and 3 at 2 and 7 nats: at .1 the second is better, at .5 the first, which was trained at .2."""
     best = best_policy(tmp_path, save_every=1)
-    for step, (score, kl, coef) in enumerate([(1.0, 0.0, 0.2), (3.0, 5.0, kl_coef)]):
+    for step, (score, kl, coef) in enumerate([(1.0, 2.0, 0.2), (3.0, 7.0, kl_coef)]):
         best.model.value_head.bias.data.fill_(step)
         best.update(metrics_of(score - coef * kl, kl), coef)
     assert best.weights["value_head.bias"].item() == expected
     assert best.state["best"]["score"] == pytest.approx([1.0, 3.0][expected])
+
+
+def test_of_two_policies_that_are_equally_good_the_earlier_one_stays(tmp_path):
+    best = best_policy(tmp_path, save_every=1)
+    for step in range(2):
+        best.model.value_head.bias.data.fill_(step)
+        best.update(metrics_of(1.0, kl=2.0), kl_coef=0.1)
+    assert best.weights["value_head.bias"].item() == 0
+
+
+def test_the_best_policy_is_written_as_it_was_and_the_policy_goes_on_unchanged(tmp_path, gpt2_folder):
+    """Twice: the folder is there already then. Catches weights of the moment, and a value head that is shared."""
+    folder, gpt2_config, tokenizer = open_gpt2(str(gpt2_folder))
+    policy = load_policy(folder, gpt2_config, tokenizer)
+    best = BestPolicy(policy, tokenizer, {"best": None, "rollouts": []}, config(save_every=1, out=str(tmp_path)))
+    for number in (1.0, 2.0):
+        policy.value_head.bias.data.fill_(number)
+        policy.gpt2.ln_f.bias.data.fill_(number)
+        best.update(metrics_of(number), kl_coef=0.1)
+        policy.value_head.bias.data.fill_(-1.0)
+        policy.gpt2.ln_f.bias.data.fill_(-1.0)
+        best.write()
+        assert policy.value_head.bias.item() == -1.0 and (policy.gpt2.ln_f.bias == -1.0).all()
+        kept = load_policy(*open_gpt2(str(tmp_path / "best")))
+        assert kept.value_head.bias.item() == number and (kept.gpt2.ln_f.bias == number).all()
 
 
 def test_the_best_policy_is_kept_beside_the_last(trained):
@@ -927,6 +997,70 @@ def test_a_seed_repeats_a_run_and_another_seed_does_not(trained, train):
     again, other = train("again"), train("other", seed=1)
     assert told(again) == told(trained) and torch.equal(state(again.policy), state(trained.policy))
     assert told(other) != told(trained)
+
+
+# ---- how main puts a run together
+
+
+def calls_of(patch, name):
+    """The arguments of each call of ppo's `name` from now on; the calls are made all the same."""
+    function, calls = getattr(ppo, name), []
+    patch.setattr(ppo, name, lambda *args, **kwargs: calls.append((*args, kwargs)) or function(*args, **kwargs))
+    return calls
+
+
+def test_a_run_takes_its_sizes_from_its_config(train):
+    """Catches a micro-batch made for other sizes than the run's, and processes that cannot share it."""
+    with pytest.MonkeyPatch.context() as patch:
+        sizes, joins = calls_of(patch, "micro_batch_size"), calls_of(patch, "join")
+        run = train("sizes", steps=1, micro_batch_size=0, batch_size=8, minibatch_size=4)
+    ((cfg, rows, tokens, gpt2, copies, device, _, _),) = sizes
+    assert (rows, tokens, copies, gpt2) == (4, 4 + 6, 4, run.policy.gpt2) and device.type == "cpu"
+    ((device, joined, names, _),) = joins
+    assert (joined, names) == (cfg, "micro_batch_size") and device.type == "cpu"
+
+
+def test_a_run_checks_its_policy_against_a_copy_on_its_first_prompts(train):
+    with pytest.MonkeyPatch.context() as patch:
+        checks, batches = calls_of(patch, "check_policy"), calls_of(patch, "prompt_batch")
+        train("checked", steps=1)
+        ((policy, reference, prompts, cfg, _),) = checks
+        pool = batches[0][0]
+    assert torch.equal(prompts, ppo.prompt_batch(pool, 0, cfg))
+    for ours, copied in zip(policy.parameters(), reference.parameters()):
+        assert ours.data_ptr() != copied.data_ptr()
+    with pytest.MonkeyPatch.context() as patch:
+        checks = calls_of(patch, "check_policy")
+        train("unchecked", steps=1, self_check=False)
+        assert not checks
+
+
+def test_a_run_computes_in_the_dtype_of_its_config(train):
+    assert train("bf16", steps=1, dtype="bf16").policy.gpt2.bf16
+    assert not train("fp32", steps=1, dtype="fp32").policy.gpt2.bf16
+
+
+def test_a_run_reads_the_columns_and_the_task_of_its_config(train, tmp_path):
+    """Two controls of 14 tokens at most, in a model of 48 positions: checked for the longest."""
+    file = reviews_csv(tmp_path / "reviews.csv")
+    (tmp_path / "named.csv").write_text(file.read_text().replace("text,label", "body,stars", 1))
+    columns = dict(dataset=str(tmp_path / "named.csv"), text_column="body", label_column="stars")
+    run = train("columns", steps=1, task="controlled", **columns)
+    assert run.texts == load_splits(str(file))["prompts"].texts
+    (line,) = samples_of(run)
+    assert [sample["prompt"].split("]")[0] for sample in line["samples"]] == ["[negative", "[positive"] * 2
+    with pytest.raises(BadInput, match="a control of .* tokens"):
+        train("long", steps=1, task="controlled", response_len=40, **columns)
+
+
+def test_compiled_passes_and_no_others_are_made_for_all_lengths(monkeypatch):
+    compiled, policies = [], [tiny_policy(), tiny_policy()]
+    for name, policy in zip(("policy", "reference"), policies):
+        monkeypatch.setattr(policy, "compile", lambda name=name, **how: compiled.append((name, how)))
+        monkeypatch.setattr(policy.gpt2, "compile_decoding", lambda name=name: compiled.append((name, "decoding")))
+    ppo.compile_passes(*policies)
+    how = {"dynamic": True}
+    assert compiled == [("policy", how), ("reference", how), ("policy", "decoding")]
 
 
 # ---- samples.jsonl
@@ -967,6 +1101,17 @@ def test_a_score_that_is_not_finite_is_null_in_the_samples_and_skips_no_rollout(
     policy, words = tiny_policy(), Words()
     found = ppo.sample(policy, words, lambda texts: [float("nan"), 1.0], torch.ones(2, 3).long(), config())
     assert [sample["score"] for sample in found] == [None, 1.0] and "NaN" not in json.dumps(found)
+
+
+def test_another_seed_gives_other_samples_and_scores_have_four_decimals():
+    policy, words, prompts = tiny_policy(), Words(), torch.ones(4, 3).long()
+
+    def samples(seed):
+        return ppo.sample(policy, words, lambda texts: [1 / 3] * 4, prompts, config(seed=seed))
+
+    assert samples(0) == samples(0) != samples(1)
+    assert {sample["score"] for sample in samples(0)} == {0.3333}
+    assert all(sample["prompt"] == "1 1 1" for sample in samples(0))
 
 
 # ---- what a reward reads
@@ -1031,3 +1176,10 @@ def test_a_run_is_rewarded_by_its_reward_and_logs_the_judge_beside_it(train, ber
     )
     assert one["positive_by_reward"] == other["positive_by_judge"] != one["positive_by_judge"]
     assert one["positive_by_judge"] == other["positive_by_reward"] and one["score"] != other["score"]
+
+
+def test_a_run_starts_with_the_learning_rate_and_the_epsilon_of_its_config(train):
+    """Not Adam's own 1e-3 and 1e-8."""
+    run = train("rate", steps=1, lr=3e-4, adam_eps=2e-5)
+    (group,) = run.stepper.optimizers[0].param_groups
+    assert run.metrics[0]["lr"] == group["lr"] == 3e-4 and group["eps"] == 2e-5
