@@ -63,7 +63,7 @@ class Forks:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def stop(self, *_):
-        """End, and leave no process and no folder. In some places, as in a fork, Python ignores what a signal raises."""
+        """End and leave no process and no folder. In some places, as in a fork, Python ignores what is raised."""
         self.stopped = True
         sys.exit(1)
 
