@@ -20,9 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS, TIMES = 15, 5  # a test may take this long, or this many times its usual time
 LONGEST = 60  # assumed of a test whose usual time is unknown
 MEMORY = 16 * 2**30  # bytes that a process of a run may allocate
-NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", ".*cache", ".hypothesis", "__pycache__", "*_checkpoints", "frontier"
-)
+NOT_COPIED = (".git", ".venv", ".*cache", ".hypothesis", "__pycache__", "*_checkpoints")
 PRELOAD = "pytest hypothesis _hypothesis_pytestplugin coverage tyro datasets jinja2 matplotlib.pyplot torch._dynamo"
 MODELS = "bert.modeling_bert gpt2.modeling_gpt2 auto.modeling_auto"
 
@@ -43,12 +41,14 @@ class Forks:
         os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache/inductor")}
         for name in [*PRELOAD.split(), *(f"transformers.models.{model}" for model in MODELS.split())]:
             importlib.import_module(name)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process and no folder is left
+        signal.signal(signal.SIGTERM, self.stop)
+        self.stopped = False
         gc.collect()
         gc.freeze()  # otherwise each run searches the objects of torch for garbage
         self.scratch = Path(tempfile.mkdtemp(prefix="forks-")).resolve()
         self.pristine, *self.workers = (self.scratch / str(i) for i in range(workers + 1))
-        shutil.copytree(ROOT, self.pristine / "tree", ignore=NOT_COPIED)
+        shutil.copytree(ROOT, self.pristine / "tree", ignore=shutil.ignore_patterns(*NOT_COPIED))
+        shutil.rmtree(self.pristine / "tree" / "frontier", ignore_errors=True)  # the results of frontier.py
         pid = start(self.pristine, lambda: run_pytest(["tests"], "--collect-only"), write_bytecode=True)
         result = finish(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT).si_pid, self.pristine, time.monotonic())
         if result.verdict != "passed":
@@ -61,6 +61,11 @@ class Forks:
 
     def __exit__(self, *_):
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def stop(self, *_):
+        """End and leave no process and no folder. In some places, as in a fork, Python ignores what is raised."""
+        self.stopped = True
+        sys.exit(1)
 
     def run(self, tasks):
         """Yield (key, Result) of each task (key, {file: new text}, function) when it has ended.
@@ -78,6 +83,8 @@ class Forks:
                         Path(worker, "tree", file).write_text(text, encoding="utf-8")
                         os.utime(worker / "tree" / file, (1, 1))  # so that stored bytecode is not of this file
                     running[start(worker, function)] = key, worker, time.monotonic()
+                if self.stopped:
+                    sys.exit(1)
                 if not running:
                     return
                 pid = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT).si_pid

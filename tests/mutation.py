@@ -179,6 +179,11 @@ def main():
         return 0
     if todo := [mutant for mutant in chosen if len(chosen) == 1 or not verdicts.of(mutant)]:
         run_tests(todo, verdicts, args.workers, args.budget, args.fresh)
+    if args.only == "equivalent":
+        caught = [mutant for mutant in chosen if verdicts.of(mutant) != "survived"]
+        for mutant in caught:
+            print(f"caught, so not equivalent: {mutant.id}  {mutant}")
+        return int(bool(caught or stale))
     survivors = [mutant for mutant in chosen if verdicts.of(mutant) == "survived"]
     for mutant in survivors:
         print(f"survived  {mutant.id}  {mutant.file}:{mutant.line}  {mutant}")
