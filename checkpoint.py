@@ -228,7 +228,7 @@ def save_checkpoint(out, model, optimizers, state, keep=2):
         for j, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{j}.{name}": tensor for name, tensor in moments.items()}
     parent, name = Path(out) / CHECKPOINTS, step_name(state["step"])
-    parent.mkdir(parents=True, exist_ok=True)
+    parent.mkdir(exist_ok=True)
     with new_folder(parent, tensors) as temporary:
         folder = temporary / name
         folder.mkdir()
@@ -309,7 +309,7 @@ def load_checkpoint(folder, model, optimizers, inputs, force=False):
 def check_sums(folder):
     """BadInput unless every file of a checkpoint is there and, to the bit, the one that was written."""
     try:
-        sums = dict(reversed(line.split("  ")) for line in (folder / SUMS).read_text().splitlines())
+        sums = dict(reversed(line.split()) for line in (folder / SUMS).read_text().splitlines())
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder / SUMS} is damaged or missing: {first_line(error)}") from None
     for file in (TENSORS, STATE):

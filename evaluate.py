@@ -147,7 +147,7 @@ def token_numbers(policies, sequences, prompt_len, scores, ppo, temperature, eos
     mask = response_mask(responses, eos_id)
     logprobs, values = policies["after"](sequences, prompt_len, temperature)  # (B, T) each
     kl = (logprobs - policies["before"](sequences, prompt_len, temperature)[0]).where(mask, 0)
-    numbers = {"kl": kl, "ratio": kl.clamp(-20, 20).exp()}
+    numbers = {"kl": kl, "ratio": kl.clamp(max=20).exp()}
     if not trained_with_gae(ppo):
         return numbers, mask
     scores = scores.to(kl)

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import evaluate
 import hub
 from config import BadInput, EvaluateConfig, PPOConfig
 from data import load_splits, prompt_pool
-from evaluate import pieces, prompt_groups, respond, sample_answers, token_numbers, viewer
+from evaluate import micro_batches, pieces, prompt_groups, respond, sample_answers, token_numbers, viewer
 from hub import load_policy, open_gpt2
 from log import side_by_side
 from metrics import kl_text, table_text
@@ -26,8 +27,9 @@ CFG = EvaluateConfig(prompts=16, max_prompt_len=4, response_len=12, batch_size=3
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("prompts", [16, 3, 1])
+@pytest.mark.parametrize("prompts", [25, 16, 3, 1])
 def test_every_prompt_is_in_one_group_and_a_group_has_one_length(prompts):
+    """The lengths share the prompts evenly, and all groups of a length but the last one are full."""
     cfg = EvaluateConfig(prompts=prompts, min_prompt_len=2, max_prompt_len=6, batch_size=3)
     pool = np.arange(prompts)[:, None] * 100 + np.arange(6)
     groups = list(prompt_groups(pool, cfg))
@@ -35,7 +37,9 @@ def test_every_prompt_is_in_one_group_and_a_group_has_one_length(prompts):
     assert rows.tolist() == list(range(prompts))
     assert max(len(group) for group in groups) <= 3
     assert all(np.array_equal(g, pool[(g[:, 0] // 100).tolist(), : g.shape[1]]) for g in groups)
-    assert len({group.shape[1] for group in groups}) == min(5, prompts)
+    sizes = [[len(g) for g in groups if g.shape[1] == length] for length in range(2, 7)]
+    assert sorted(map(sum, sizes)) == sorted(len(rows) for rows in np.array_split(range(prompts), 5))
+    assert all(size == 3 for some in sizes for size in some[:-1])
 
 
 # ---- samples
@@ -119,6 +123,40 @@ def test_tokens_end_with_the_end_of_text_and_ref_nll_is_of_these_tokens_at_tempe
         )
         assert nll == pytest.approx(-cold, rel=1e-4)
         assert kl == pytest.approx(mine - ref, abs=1e-3)
+
+
+def test_each_batch_has_its_own_random_numbers(opened):
+    policy, _, tokenizer = opened
+    texts = respond(policy, policy, tokenizer, [GROUPS[0], GROUPS[0]], CFG, CPU, "m")["texts"]
+    assert len(set(texts)) == 6
+
+
+def test_texts_are_read_exactly_as_the_tokens_spell_them(opened):
+    """Also where a tokenizer would take the spaces out of "film , it 's" by itself, from a text but not its prompt."""
+    policy, other, tokenizer = opened[0], opened[1], copy.deepcopy(opened[2])
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    text = "A film , it 's not good ."
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) != text
+    answers = respond(other, policy, tokenizer, [torch.tensor([ids])], CFG, CPU, "m")
+    assert answers["prompts"] == [text] and answers["texts"][0].startswith(text)
+    assert "".join(pieces(tokenizer, ids[:2], ids[2:])) == text[len(tokenizer.decode(ids[:2])) :]
+
+
+def test_an_evaluation_takes_as_many_rows_in_a_pass_as_the_memory_of_the_gpu_holds(monkeypatch):
+    """10 tokens x (16 x 64 x 2 + 2 x 500) x 4 bytes are 121,920 a row, and 0.8 of 1 MB has room for 6."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000_000, 8_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    gpt2 = SimpleNamespace(config=SimpleNamespace(n_embd=64, n_layer=2), n_tokens=500)
+    sequences = SimpleNamespace(shape=(20, 10), device=torch.device("cuda"))
+    assert [(part.start, part.stop) for part in micro_batches(SimpleNamespace(gpt2=gpt2), sequences)] == [
+        (0, 6),
+        (6, 12),
+        (12, 18),
+        (18, 24),
+    ]
 
 
 LONG = replace(CFG, prompts=200, min_prompt_len=4, response_len=30)
@@ -219,6 +257,20 @@ def test_the_samples_are_as_many_as_wanted_at_their_own_temperature_with_the_pro
             assert probability == pytest.approx(len(texts[i]) / (len(texts[i]) + 1), rel=1e-4)
 
 
+def test_the_prompts_of_the_samples_are_drawn_by_the_seed(opened):
+    policy, other, tokenizer = opened
+    judge, groups = SimpleNamespace(log_odds=lambda texts: torch.zeros(len(texts))), many_groups(LONG)
+    cfg = replace(LONG, response_len=1, samples=5)
+
+    def prompts(seed):
+        found = sample_answers(
+            {"before": policy, "after": other}, tokenizer, judge, groups, replace(cfg, seed=seed), CPU
+        )
+        return [prompt for prompt, _ in found]
+
+    assert prompts(0) == prompts(0) != prompts(1)
+
+
 # ---- token by token
 
 
@@ -240,18 +292,41 @@ def test_the_pieces_of_a_response_join_to_its_text_even_where_letters_have_sever
 
 
 def test_the_numbers_of_each_token_are_those_that_ppo_would_have_learned_from():
-    """Two responses of 2 tokens worked out by hand; the second one has no end, and its score is cut to 2.5."""
-    logprobs, ref_logprobs = torch.tensor([[-1.0, -2], [-1, -1]]), torch.tensor([[-1.5, -1], [-1, -1]])
-    values, scores = torch.tensor([[0.5, 0.25], [0, 0]]), torch.tensor([2.0, 3.0])
+    """Three responses of 2 tokens worked out by hand; two have no end, and their scores are cut to 2.5 and -2.5."""
+    logprobs, ref_logprobs = (
+        torch.tensor([[-1.0, -2], [-1, -1], [-1, -1]]),
+        torch.tensor([[-1.5, -1], [-1, -1], [-1, -1]]),
+    )
+    values, scores = torch.tensor([[0.5, 0.25], [0, 0], [0, 0]]), torch.tensor([2.0, 3.0, -9.0])
     policies = {"after": lambda *_: (logprobs, values), "before": lambda *_: (ref_logprobs, None)}
     ppo = PPOConfig(kl_coef=0.1, lam=0.5, gamma=1.0, score_clip=2.5, missing_eos_penalty=0.5)
-    sequences = torch.tensor([[9, 5, 0], [9, 5, 6]])
+    sequences = torch.tensor([[9, 5, 0], [9, 5, 6], [9, 5, 6]])
     found, mask = token_numbers(policies, sequences, 1, scores, ppo, 1.0, eos_id=0)
     assert mask.all()
-    torch.testing.assert_close(found["kl"], torch.tensor([[0.5, -1], [0, 0]]))
-    torch.testing.assert_close(found["ratio"], torch.tensor([[0.5, -1], [0, 0]]).exp())
-    torch.testing.assert_close(found["advantage"], torch.tensor([[0.625, 1.85], [1, 2]]))
+    torch.testing.assert_close(found["kl"], torch.tensor([[0.5, -1], [0, 0], [0, 0]]))
+    torch.testing.assert_close(found["ratio"], torch.tensor([[0.5, -1], [0, 0], [0, 0]]).exp())
+    torch.testing.assert_close(found["advantage"], torch.tensor([[0.625, 1.85], [1, 2], [-1.5, -3]]))
     assert found["value"] is values
+
+
+def test_the_ratio_of_a_token_that_the_reference_all_but_excludes_is_cut_to_a_number_that_json_has():
+    policies = {
+        "after": lambda *_: (torch.tensor([[-1.0]]), None),
+        "before": lambda *_: (torch.tensor([[-999.0]]), None),
+    }
+    found, _ = token_numbers(policies, torch.tensor([[9, 5]]), 1, None, None, 1.0, eos_id=0)
+    assert found["kl"].item() == 998 and found["ratio"].item() == pytest.approx(np.exp(20))
+
+
+def test_the_kl_of_each_token_is_at_the_temperature_of_the_responses(opened):
+    policy, other, tokenizer = opened
+    cfg = replace(CFG, temperature=2.0, viewer_samples=4, prompts=4)
+    answers = {"after": respond(other, policy, tokenizer, GROUPS, cfg, CPU, "m")}
+    answers["before"] = answers["after"]
+    values = dict.fromkeys(answers, {"score": np.zeros(4), "judge": np.zeros(4)})
+    found = viewer({"before": policy, "after": other}, tokenizer, GROUPS, answers, values, None, cfg, CPU)
+    kls = [sum(sample["after"]["kl"]) for sample in found["samples"]]
+    assert kls == pytest.approx(answers["after"]["kl"], abs=2e-3)
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", None])
