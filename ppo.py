@@ -263,12 +263,12 @@ def sample(policy, tokenizer, reward_fn, prompts, cfg):
 class BestPolicy(BestWeights):
     """The policy with the highest objective, by means over cfg.save_every rollouts; the first of a run until then.
 
-    Scores and KLs are compared at one KL coefficient, the latest. state: of a checkpoint.
+    Scores and KLs are compared at one KL coefficient, the latest. state: its part of a checkpoint's state.
     """
 
-    def __init__(self, policy, tokenizer, state, cfg):
+    def __init__(self, policy, tokenizer, cfg):
         super().__init__(policy, self.save_policy)
-        self.tokenizer, self.state, self.cfg = tokenizer, state, cfg
+        self.tokenizer, self.cfg, self.state = tokenizer, cfg, {"best": None, "rollouts": []}
 
     def update(self, metrics, kl_coef):
         """After each rollout and before its update: the policy is still the one that sampled."""
@@ -338,9 +338,8 @@ def main(cfg):
         "reward": reward_fingerprint(reward_fn),
         "judge": reward_fingerprint(judge),
     }
-    state = {"inputs": inputs, "kl_coef": cfg.kl_coef, "best": None, "rollouts": [], "watched": []}
-    state["skips"] = stepper.skips
-    best = BestPolicy(policy, tokenizer, state, cfg)
+    best = BestPolicy(policy, tokenizer, cfg)
+    state = {"inputs": inputs, "kl_coef": cfg.kl_coef, "watched": [], "skips": stepper.skips} | best.state
     checkpoints = Checkpoints(cfg, cfg.out, policy, [optimizer], state, ranks, best.write)
     state = best.state = checkpoints.state
     stepper.skips = state["skips"]

@@ -915,9 +915,7 @@ def metrics_of(objective, kl=0.0):
 
 def best_policy(tmp_path, save_every):
     """BestPolicy of a policy whose value head's bias says which rollout it is of."""
-    policy = tiny_policy()
-    state = {"best": None, "rollouts": []}
-    return BestPolicy(policy, None, state, config(save_every=save_every, out=str(tmp_path)))
+    return BestPolicy(tiny_policy(), None, config(save_every=save_every, out=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -969,7 +967,7 @@ def test_the_best_policy_is_written_as_it_was_and_the_policy_goes_on_unchanged(t
     """Twice: the folder is there already then. Catches weights of the moment, and a value head that is shared."""
     folder, gpt2_config, tokenizer = open_gpt2(str(gpt2_folder))
     policy = load_policy(folder, gpt2_config, tokenizer)
-    best = BestPolicy(policy, tokenizer, {"best": None, "rollouts": []}, config(save_every=1, out=str(tmp_path)))
+    best = BestPolicy(policy, tokenizer, config(save_every=1, out=str(tmp_path)))
     for number in (1.0, 2.0):
         policy.value_head.bias.data.fill_(number)
         policy.gpt2.ln_f.bias.data.fill_(number)
@@ -1033,6 +1031,15 @@ def test_a_run_checks_its_policy_against_a_copy_on_its_first_prompts(train):
         checks = calls_of(patch, "check_policy")
         train("unchecked", steps=1, self_check=False)
         assert not checks
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_compiles_its_policy_and_its_reference_where_it_is_asked_to(train, compiled):
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "compile_passes", lambda *models: calls.append(models))
+        run = train(f"compiled {compiled}", steps=1, compile=compiled)
+    assert calls == [(run.policy, run.ref_policy)] * compiled
 
 
 def test_a_run_computes_in_the_dtype_of_its_config(train):
