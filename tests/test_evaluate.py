@@ -2,20 +2,25 @@
 
 import copy
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import LogitsMemory, message, nan_after_the_end, reviews_csv, write_opinion, write_tuned
+from conftest import ROOT, LogitsMemory, message, nan_after_the_end, reviews_csv, write_opinion, write_tuned
 
+import config
 import evaluate
 import hub
-from config import BadInput, EvaluateConfig, PPOConfig
-from data import load_splits, prompt_pool
-from evaluate import micro_batches, pieces, prompt_groups, respond, sample_answers, token_numbers, viewer
+from checkpoint import CARD_MARK
+from config import BadInput, EvaluateConfig, FrontierConfig, PPOConfig
+from data import CONTROLS, load_splits, prompt_pool
+from evaluate import check_results, micro_batches, pieces, prompt_groups, respond, sample_answers, token_numbers, viewer
 from hub import load_policy, open_gpt2
 from log import side_by_side
 from metrics import kl_text, table_text
@@ -382,6 +387,7 @@ def test_viewer_json_tells_each_token_of_both_answers(opened, answered):
             assert (told["score"], told["judge"]) == (values[side]["score"][i], round(values[side]["judge"][i], 4))
             assert told["ratio"] == pytest.approx(np.exp(told["kl"]), rel=1e-3, abs=2e-4)
             assert set(told["value"]) == {0.5}
+            assert all(x == round(x, 4) for x in told["kl"])  # digits that nobody reads would double the file
             kl, mask = torch.tensor([told["kl"]]), torch.ones(1, len(tokens), dtype=torch.bool)
             rewards = token_rewards(torch.tensor([told["score"]]), kl, mask, 0.3)
             advantages, _ = gae(rewards, torch.tensor([told["value"]]), mask, 0.9, 0.8)
@@ -434,7 +440,8 @@ def test_a_model_compared_with_itself_differs_in_nothing(run, capsys, gpt2_folde
     assert ("positive_by_reward" in results["before"]) == (by == "classifier")
     assert results["before"]["kl"] == {"value": 0, "low": 0, "high": 0, "std": 0, "below_0": 0}
     assert results["before"]["bits_per_character"]["value"] > 0
-    assert len((out / "samples.md").read_text().splitlines()) == 2 + 2 + 3
+    caption, *shown = (out / "samples.md").read_text().splitlines()
+    assert caption.startswith("Samples at temperature 0.7") and len(shown) == 1 + 2 + 3
     assert [set(sample) for sample in results["samples"]] == 3 * [{"prompt", "before", "after"}]
     assert results["samples"][0]["before"] == results["samples"][0]["after"]
     assert set(results["samples"][0]["before"]) == {"text", "judge"}
@@ -449,15 +456,39 @@ def test_a_model_compared_with_itself_differs_in_nothing(run, capsys, gpt2_folde
     assert "kl_coef" not in told and len(told["samples"]) == 5  # a policy without a run
 
 
-def test_the_kl_coefficient_of_the_viewer_is_that_of_the_run_and_the_card_tells_of_it(run, tmp_path):
+def test_the_kl_coefficient_of_the_viewer_is_that_of_the_run_and_the_card_tells_of_it(run, tmp_path, capsys):
     ppo = PPOConfig(kl_coef=0.75, policy="gpt2-medium", steps=3)
     (tmp_path / "after" / "run_config.json").write_text(json.dumps(vars(ppo)))
+    log = shutil.copy(ROOT / "asset" / "log.jsonl", tmp_path / "after")
     out = run()
     card = (out / "README.md").read_text()
+    assert "  after/learning_curves.png\n" in capsys.readouterr().out and (out / "learning_curves.png").is_file()
+    assert f"| last rollout | number {len(Path(log).read_text().splitlines())} after " in card
     assert json.loads((out / "viewer.json").read_text())["kl_coef"] == 0.75
     assert "base_model: gpt2-medium" in card
     assert "384: 3 rollouts of 128" in card
     assert "--kl_coef 0.75" in card
+
+
+def test_the_task_and_the_columns_of_the_dataset_are_those_that_were_asked_for(run, tmp_path):
+    """The prompts of the controlled task are a control and the beginning of a review each."""
+    csv = reviews_csv(tmp_path / "toy.csv").read_text().replace("text,label", "words,mood", 1)
+    (tmp_path / "columns.csv").write_text(csv)
+    dataset = {"dataset": "columns.csv", "text_column": "words", "label_column": "mood"}
+    out = run(task="controlled", **dataset, viewer_samples=16)
+    prompts = [sample["prompt"] for sample in json.loads((out / "viewer.json").read_text())["samples"]]
+    assert len(prompts) == 16
+    assert all(prompt.startswith(f"{CONTROLS[i % 2]} R") for i, prompt in enumerate(prompts))
+
+
+@pytest.mark.parametrize(("dtype", "bf16"), [("bf16", True), ("fp32", False)])
+def test_both_models_compute_in_the_dtype_that_was_asked_for(run, monkeypatch, dtype, bf16):
+    used = []
+    monkeypatch.setattr(evaluate, "load_policy", lambda *args: used.append(load_policy(*args)) or used[-1])
+    monkeypatch.setattr(evaluate, "prompt_groups", None)  # the run ends here
+    with pytest.raises(TypeError):
+        run(dtype=dtype, device="cpu")
+    assert [policy.gpt2.bf16 for policy in used] == [bf16, bf16]
 
 
 def share(odds):
@@ -532,6 +563,43 @@ def test_another_seed_gives_other_responses_samples_and_intervals(run):
 
 
 OUTPUTS = ("results.json", "samples.md", "viewer.json", "README.md", "example_results.png", "report.html")
+
+
+@pytest.mark.parametrize("name", [*OUTPUTS, "MODEL_CARD.md"])
+def test_each_file_of_an_earlier_evaluation_is_enough_to_refuse_another(tmp_path, monkeypatch, name):
+    """But not where it is in the current folder."""
+    after, elsewhere = tmp_path / "after", tmp_path / "elsewhere"
+    for folder in (after, elsewhere):
+        folder.mkdir()
+    text = {"results.json": '{"difference": {}}'}.get(name, f"\n{CARD_MARK}\n")
+    (elsewhere / name).write_text(text)
+    monkeypatch.chdir(elsewhere)
+    cfg = EvaluateConfig(after=str(after))
+    assert check_results(cfg) is None
+    (after / name).write_text(text)
+    assert message(check_results, cfg).startswith(f"{after / name} is there already, ")
+    assert check_results(replace(cfg, force=True)) is None
+
+
+def test_results_of_another_script_are_not_replaced_even_by_force(tmp_path):
+    (tmp_path / "results.json").write_text('{"accuracy": 0.9}')
+    text = message(check_results, EvaluateConfig(after=str(tmp_path), force=True))
+    assert text.startswith(f"{tmp_path / 'results.json'} is not of evaluate.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--preset", "mini"], ("__main__", EvaluateConfig, ["--preset", "mini"])),
+        (["frontier", "--preset", "mini"], ("frontier", FrontierConfig, ["--preset", "mini"])),
+    ],
+)
+def test_the_word_frontier_starts_frontier_py_with_the_flags_after_it(monkeypatch, arguments, expected):
+    started = []
+    monkeypatch.setattr(config, "run", lambda main, cls: started.append((main.__module__, cls, sys.argv[1:])))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    assert started == [expected]
 
 
 def test_finished_results_are_replaced_only_by_force(run, monkeypatch):
