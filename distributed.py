@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import first_line
 from config import BadInput
 from device import OneProcess
-from reward import as_scores
+from reward import scored
 
 
 class Processes(OneProcess):
@@ -63,12 +63,10 @@ class Processes(OneProcess):
     def learner(self, model):
         return DistributedDataParallel(model)
 
-    def spread(self, policy, ref_policy, reward_fn):
-        def score(texts):
-            return as_scores(reward_fn(texts), texts).to(self.device)
-
+    def spread(self, policy, ref_policy, reward_fn, judge):
         shared = (SharedPolicy(model, self.by_shares) for model in (policy, ref_policy))
-        return self.learner(policy), *shared, self.by_shares(score)
+        rewards = (some and SharedReward(some, self.by_shares, self.device) for some in (reward_fn, judge))
+        return self.learner(policy), *shared, *rewards
 
     def by_shares(self, function):
         """function(rows, ...) -> tensors by row: each process calls it for its share of rows and gets those of all."""
@@ -92,3 +90,19 @@ class SharedPolicy:
 
     def __call__(self, *args):
         return self.evaluate(*args)
+
+
+class SharedReward:
+    """A reward or a judge as reward.scored calls it, each process scoring its share of the texts."""
+
+    def __init__(self, reward_fn, by_shares, device):
+        def columns(texts):
+            scores, positive = scored(reward_fn, texts)
+            self.is_classifier = positive is not None
+            return torch.stack([scores, positive] if self.is_classifier else [scores], dim=1).to(device)  # (B, 2 or 1)
+
+        self.columns = by_shares(columns)
+
+    def scored(self, texts):
+        scores, *positive = self.columns(texts).cpu().unbind(1)
+        return scores, positive[0] if self.is_classifier else None

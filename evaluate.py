@@ -2,11 +2,12 @@
 
     python evaluate.py
     python evaluate.py --preset mini
-    python evaluate.py --second_lm gpt2          # another language model reads the answers too
-    python evaluate.py frontier --preset mini    # hours: many policies instead of two, see frontier.py
+    python evaluate.py --force True --second_lm gpt2    # again, and another language model reads the responses too
+    python evaluate.py frontier --preset mini           # hours: many policies instead of two, see frontier.py
 
 Writes README.md (the card), results.json, samples.md, viewer.json, report.html and figures into the folder of the
-policy, ppo_checkpoints/<preset>/. The measures are in metrics.py, the card in card.py.
+policy, ppo_checkpoints/<preset>/. Results that are there already are replaced only with --force True. The measures are
+in metrics.py, the card in card.py.
 """
 
 import json
@@ -22,17 +23,17 @@ from tqdm import tqdm
 
 import report
 from card import card_text, ppo_run, samples_markdown, write_card
-from checkpoint import RESULTS, VIEWER, read_json, write_text
-from config import BadInput, EvaluateConfig, FrontierConfig, PPOConfig, run
-from data import load_splits, prompt_pool
-from device import pick_device, random_generator
-from hub import check_context, load_policy, open_pair
+from checkpoint import CARD, OTHER_CARD, RESULTS, VIEWER, is_our_card, read_json, write_text
+from config import BadInput, EvaluateConfig, FrontierConfig, run
+from data import check_context, load_splits, prompt_pool
+from device import pick_device, random_generator, rows_that_fit
+from hub import load_policy, open_pair
 from log import side_by_side
 from metrics import KL_NOTE, difference, kl_text, kl_three_ways, measure, open_second_lm, second_nll, table_text
 from model import token_logprobs
 from plot import example_results, learning_curves, save
 from ppo import gae, response_mask, token_rewards
-from reward import CLASSIFIERS, check_reward, load_reward
+from reward import check_reward, load_judge, load_reward
 
 DECODE = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
@@ -63,16 +64,36 @@ def respond(policy, ref_policy, tokenizer, groups, cfg, device, name):
         sequences = policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator)
         responses = sequences[:, prompt_len:]
         mask = response_mask(responses, eos_id)
-        logits = policy.gpt2(sequences[:, :-1], first=prompt_len - 1)  # (B, T, V)
-        ref_logits = logits if policy is ref_policy else ref_policy.gpt2(sequences[:, :-1], first=prompt_len - 1)
-        kls = kl_three_ways(logits / cfg.temperature, ref_logits / cfg.temperature, responses, mask)
-        for estimator, values in kls.items():
-            out[estimator] += values.tolist()
-        out["ref_nll"] += (-token_logprobs(ref_logits, responses)).where(mask, 0).sum(1).tolist()
+        for part in micro_batches(policy, sequences):
+            for estimate, values in likelihoods(policy, ref_policy, sequences[part], mask[part], cfg).items():
+                out[estimate] += values.tolist()
         out["tokens"] += [row[keep].tolist() for row, keep in zip(responses, mask)]
         out["prompts"] += tokenizer.batch_decode(prompts, **DECODE)
         out["texts"] += tokenizer.batch_decode(sequences, **DECODE)
     return out
+
+
+def micro_batches(policy, sequences):
+    """Slices of the rows of sequences (B, L), each as many rows as training would take in a pass, or one."""
+    gpt2, (rows, tokens) = policy.gpt2, sequences.shape
+    fit = rows_that_fit(tokens, gpt2.config.n_embd, gpt2.config.n_layer, gpt2.n_tokens, sequences.device)
+    return [slice(start, start + max(1, fit)) for start in range(0, rows, max(1, fit))]
+
+
+@torch.no_grad()
+def likelihoods(policy, ref_policy, sequences, mask, cfg):
+    """{"kl", "kl_k3", "kl_exact", "ref_nll"} of some responses, (B,) nats each: see respond.
+
+    sequences: (B, P + T). mask: (B, T). Never has more than four tensors of the logits' size.
+    """
+    prompt_len = sequences.shape[1] - mask.shape[1]
+    responses = sequences[:, prompt_len:]
+    logits = policy.gpt2(sequences[:, :-1], first=prompt_len - 1)  # (B, T, V)
+    ref_logits = logits if policy is ref_policy else ref_policy.gpt2(sequences[:, :-1], first=prompt_len - 1)
+    ref_nll = (-token_logprobs(ref_logits, responses)).where(mask, 0).sum(1)
+    for some in {logits, ref_logits}:  # one tensor where the two policies are one
+        some.div_(cfg.temperature)
+    return kl_three_ways(logits, ref_logits, responses, mask) | {"ref_nll": ref_nll}
 
 
 def sample_answers(policies, tokenizer, judge, groups, cfg, device):
@@ -109,23 +130,31 @@ def pieces(tokenizer, prompt, tokens):
     return added + [tokenizer.eos_token] * (len(tokens) - len(words))
 
 
+def trained_with_gae(ppo):
+    """Whether a policy has a trained value head. ppo: the config of its run, None where it is of no run."""
+    return ppo is not None and ppo.advantage == "gae"
+
+
 @torch.no_grad()
 def token_numbers(policies, sequences, prompt_len, scores, ppo, temperature, eos_id):
     """What each token of some responses, whoever sampled them, is to the policy after PPO: ({name: (B, T)}, mask).
 
-    kl: its log-probability there less that before PPO, nats; ratio: e^kl. value: of the value head, 0 where the folder
-    has none. advantage: from the rewards of PPO, whose config is ppo, with the coefficient that it began with; not
-    whitened.
+    kl: its log-probability there less that before PPO, nats; ratio: e^kl. Where ppo, the config of the run, is of GAE:
+    value, of the value head; advantage, from the rewards of PPO with the coefficient that it began with, not whitened.
+    RLOO and GRPO train no value head, and an advantage needs the other responses of a group.
     """
     responses = sequences[:, prompt_len:]
     mask = response_mask(responses, eos_id)
     logprobs, values = policies["after"](sequences, prompt_len, temperature)  # (B, T) each
     kl = (logprobs - policies["before"](sequences, prompt_len, temperature)[0]).where(mask, 0)
+    numbers = {"kl": kl, "ratio": kl.clamp(max=20).exp()}
+    if not trained_with_gae(ppo):
+        return numbers, mask
     scores = scores.to(kl)
     scores = scores.clamp(-ppo.score_clip, ppo.score_clip) if ppo.score_clip else scores
     scores = scores - ppo.missing_eos_penalty * ~(responses == eos_id).any(1)
     advantages, _ = gae(token_rewards(scores, kl, mask, ppo.kl_coef), values, mask, ppo.gamma, ppo.lam)
-    return {"kl": kl, "ratio": kl.clamp(-20, 20).exp(), "value": values, "advantage": advantages}, mask
+    return numbers | {"value": values, "advantage": advantages}, mask
 
 
 def by_token(policies, tokenizer, prompts, tokens, values, ppo, cfg):
@@ -136,7 +165,12 @@ def by_token(policies, tokenizer, prompts, tokens, values, ppo, cfg):
     eos_id, prompt_len = tokenizer.eos_token_id, prompts.shape[1]
     responses = pad_sequence([torch.tensor(ids) for ids in tokens], True, eos_id).to(prompts.device)
     sequences, scores = torch.cat([prompts, responses], dim=1), torch.from_numpy(values["score"])  # (B, P + T), (B,)
-    numbers, mask = token_numbers(policies, sequences, prompt_len, scores, ppo, cfg.temperature, eos_id)
+    found = [
+        token_numbers(policies, sequences[part], prompt_len, scores[part], ppo, cfg.temperature, eos_id)
+        for part in micro_batches(policies["after"], sequences)
+    ]
+    numbers = {name: torch.cat([table[name] for table, _ in found]) for name in found[0][0]}
+    mask = torch.cat([real for _, real in found])
     told = []
     for i, (prompt, ids) in enumerate(zip(prompts.tolist(), tokens)):
         lists = {name: [round(x, 4) for x in table[i][mask[i]].tolist()] for name, table in numbers.items()}
@@ -148,7 +182,8 @@ def by_token(policies, tokenizer, prompts, tokens, values, ppo, cfg):
 def viewer(policies, tokenizer, groups, answers, values, ppo, cfg, device):
     """viewer.json: answers token by token to cfg.viewer_samples prompts, evenly spread, so that all lengths are there.
 
-    answers, values: {"before", "after"}, as respond and measure return them of all prompts.
+    answers, values: {"before", "after"}, as respond and measure return them of all prompts. ppo: the config of the run,
+    None where the policy is of no run.
     """
     chosen = np.linspace(0, cfg.prompts - 1, min(cfg.viewer_samples, cfg.prompts)).astype(int)
     samples, start = {i: {"prompt": answers["before"]["prompts"][i]} for i in chosen}, 0
@@ -161,7 +196,20 @@ def viewer(policies, tokenizer, groups, answers, values, ppo, cfg, device):
             for i, response in zip(rows, told):
                 samples[i][name] = response
         start += len(prompts)
-    return {"kl_coef": ppo.kl_coef, "samples": list(samples.values())}
+    coefficient = {"kl_coef": ppo.kl_coef} if trained_with_gae(ppo) else {}  # that of the advantages
+    return coefficient | {"samples": list(samples.values())}
+
+
+def check_results(cfg):
+    """BadInput where cfg.after holds results of another script, or those of evaluate.py and cfg.force is not set."""
+    old = Path(cfg.after, RESULTS)
+    if old.is_file() and "difference" not in read_json(old):
+        raise BadInput(f"{old} is not of evaluate.py, which would replace it: evaluate a copy of {cfg.after}")
+    files = [Path(cfg.after, name) for name in (RESULTS, VIEWER, "samples.md", "example_results.png", report.PAGE)]
+    cards = [file for file in (Path(cfg.after, CARD), Path(cfg.after, OTHER_CARD)) if is_our_card(file)]
+    found = [file for file in files if file.exists()] + cards
+    if found and not cfg.force:
+        raise BadInput(f"{found[0]} is there already, of an earlier evaluation: --force True replaces its results")
 
 
 def write(out, results, samples, tokens, card):
@@ -177,20 +225,17 @@ def write(out, results, samples, tokens, card):
 
 
 def main(cfg):
+    check_results(cfg)
     device, bf16 = pick_device(cfg)
     opened = open_pair(cfg.before, cfg.after)
     _, config, tokenizer = opened["before"]
     check_context(cfg, config, tokenizer)
     if not Path(cfg.after).is_dir():
         raise BadInput(f"after is {cfg.after!r}, no folder here: results are written beside the policy, so download it")
-    old = Path(cfg.after, RESULTS)
-    if old.is_file() and "difference" not in read_json(old):
-        raise BadInput(f"{old} is not of evaluate.py, which would replace it: evaluate a copy of {cfg.after}")
     ppo, log = ppo_run(cfg.after)
     second = open_second_lm(cfg.second_lm, device) if cfg.second_lm else None
-    judge = CLASSIFIERS[cfg.task].load(cfg.judge, device=device)
-    reward_fn = load_reward(cfg, device)
-    reviews = load_splits(cfg.dataset)["evaluation"].texts
+    judge, reward_fn = load_judge(cfg, device), load_reward(cfg, device)
+    reviews = load_splits(cfg.dataset, cfg.text_column, cfg.label_column)["evaluation"].texts
     pool = prompt_pool(reviews, tokenizer, cfg.max_prompt_len, cfg.prompts, cfg.task)
     if len(pool) < cfg.prompts:
         raise BadInput(f"prompts is {cfg.prompts}, and the held-out reviews give {len(pool)}")
@@ -215,7 +260,7 @@ def main(cfg):
         for prompt, sides in samples
     ]
 
-    tokens = viewer(policies, tokenizer, groups, answers, values, ppo or PPOConfig(), cfg, device)
+    tokens = viewer(policies, tokenizer, groups, answers, values, ppo, cfg, device)
     card = card_text(results, samples, cfg, ppo, log)
 
     caption = f"Samples at temperature {cfg.sample_temperature}, beside each the judge's probability of POSITIVE"

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import RESULTS, Checkpoints, check_run, delete_checkpoints, write_text
+from checkpoint import RESULTS, BestWeights, Checkpoints, check_run, delete_checkpoints, fingerprint, write_text
 from config import BadInput, FinetuneConfig, run
 from data import block_order, digest, language_model_texts, load_splits, pack, texts_of, train_bpe
 from device import ONE_PROCESS, join, micro_batch_size, pick_device, to_device
@@ -134,14 +134,14 @@ def write_results(cfg, model, before, after, facts):
 
 
 def main(cfg):
-    check_run(cfg)
+    check_run(cfg, "model.safetensors")
     device, bf16 = pick_device(cfg)
     ranks = join(device, cfg, "micro_batch_size")
     opened = None if cfg.init_from == "scratch" else open_gpt2(cfg.init_from)
     if opened and cfg.block_size > opened[1].n_positions:
         raise BadInput(f"block_size {cfg.block_size} is over the {opened[1].n_positions} positions of {cfg.init_from}")
 
-    splits = load_splits(cfg.dataset)
+    splits = load_splits(cfg.dataset, cfg.text_column, cfg.label_column)
     texts = language_model_texts(splits, cfg.reviews)
     model, tokenizer = start_model(cfg, opened, texts, bf16)
     model.to(device)
@@ -158,8 +158,11 @@ def main(cfg):
     matrices = [p for p in model.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     optimizers = make_optimizers(model, matrices, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), muon_lr=cfg.muon_lr)
     stepper = Stepper(model, optimizers, cfg.grad_clip)
-    state = {"data": data, "start": None, "best": None, "skips": stepper.skips}
-    checkpoints = Checkpoints(cfg, cfg.out, model, optimizers, state, ranks)
+    inputs = {"texts": data, "tokenizer": fingerprint(tokenizer.backend_tokenizer.to_str())}
+    state = {"inputs": inputs, "start": None, "best": None, "skips": stepper.skips}
+    dtype = SAVE_DTYPES[cfg.save_dtype]
+    best_weights = BestWeights(model, lambda w: save_gpt2(model, tokenizer, cfg.out, dtype=dtype, weights=w))
+    checkpoints = Checkpoints(cfg, cfg.out, model, optimizers, state, ranks, best_weights.write)
     state, stepper.skips = checkpoints.state, checkpoints.state["skips"]
     log = RunLog(cfg, model, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
@@ -178,7 +181,7 @@ def main(cfg):
             best = state["best"] is None or now[0] < state["best"][0] or cfg.weights == "last"
             if best and ranks.rank == 0:
                 state["best"] = now
-                save_gpt2(model, tokenizer, cfg.out, dtype=SAVE_DTYPES[cfg.save_dtype])
+                best_weights.keep()
         if step < steps:
             clock = time.time()
             numbers = block_order(step, n_blocks, cfg.batch_size, trained_blocks, cfg.seed)
@@ -193,6 +196,7 @@ def main(cfg):
         log.write(step, tokens=step * cfg.batch_size * cfg.block_size, **metrics)
     seconds = log.close()
     if ranks.rank == 0:
+        best_weights.write()
         stored = load_gpt2(Path(cfg.out), model.config, len(tokenizer), bf16).to(device)  # as it was rounded
         facts = {"data": data, "tokens": trained_blocks * cfg.block_size, "validation_tokens": len(validation)}
         write_results(cfg, stored, state["start"], look(stored), facts | {"seconds": seconds})

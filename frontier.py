@@ -35,7 +35,7 @@ from hub import load_policy, open_gpt2
 from metrics import measure
 from plot import frontier as draw
 from plot import half_width, save
-from reward import CLASSIFIERS, as_scores, load_reward
+from reward import as_scores, load_judge, load_reward
 
 ROOT = Path(__file__).parent
 METHODS = {"PPO": "gae", "RLOO": "rloo", "GRPO": "grpo"}
@@ -53,6 +53,9 @@ ABLATIONS = {  # a detail of the algorithm: the flags, or the patch in asset/abl
     "Adam's epsilon 1e-8": "--adam_eps 1e-8",
     "learning rate constant": "--lr_end 1",
 }
+# Of a KL: how far from it the nearest run may lie for a value at that KL. At a quarter GRPO's value at 8 nats would be
+# interpolated from 6.5 to 38 nats and be .1 too low, since the curve bends in between.
+NEAR = 1 / 8
 MEASURES = (
     "score", "positive_by_reward", "positive_by_judge", "kl", "kl_exact", "perplexity", "distinct_2", "response_length",
 )  # fmt: skip
@@ -135,8 +138,8 @@ class Examiner:
         opened = open_gpt2(self.cfg.before)
         self.tokenizer = opened[2]
         self.reward_fn = load_reward(self.cfg, self.device)
-        self.judge = CLASSIFIERS[self.cfg.task].load(self.cfg.judge, device=self.device)
-        reviews = load_splits(self.cfg.dataset)["evaluation"].texts
+        self.judge = load_judge(self.cfg, self.device)
+        reviews = load_splits(self.cfg.dataset, self.cfg.text_column, self.cfg.label_column)["evaluation"].texts
         pool = prompt_pool(reviews, self.tokenizer, self.cfg.max_prompt_len, cfg.prompts, self.cfg.task)
         if len(pool) < cfg.prompts:
             raise BadInput(f"prompts is {cfg.prompts}, and the held-out reviews give {len(pool)}")
@@ -222,21 +225,30 @@ def curve(rows, method, seed, measure):
     return [row["kl_exact"] for row in points], [row[measure] for row in points]
 
 
-def at_equal_kl(rows, measure, nats):
-    """A measure of each method where its frontier crosses so many nats: {method: [one a seed]}, linear in between.
+def value_at(rows, method, seed, measure, nats):
+    """A measure at a KL, interpolated linearly between the runs of a method and seed: a float or None.
 
-    A seed whose runs do not reach so far has none.
+    None unless one of these runs lies within NEAR of that KL, and beyond the last run.
     """
+    kl, values = curve(rows, method, seed, measure)
+    runs = [row["kl_exact"] for row in rows if (row["method"], row["seed"]) == (method, seed)]
+    near = any(abs(run - nats) <= NEAR * nats for run in runs)
+    return float(np.interp(nats, kl, values)) if near and nats <= kl[-1] else None
+
+
+def at_equal_kl(rows, measure, nats):
+    """A measure of each method at a KL: {method: [one value a seed]}, empty where a seed has none (see value_at)."""
     found = {}
     for method, seed in dict.fromkeys((row["method"], row["seed"]) for row in rows if row["method"] != START):
-        kl, values = curve(rows, method, seed, measure)
-        if nats <= kl[-1]:
-            found.setdefault(method, []).append(float(np.interp(nats, kl, values)))
-    return found
+        found.setdefault(method, []).append(value_at(rows, method, seed, measure, nats))
+    return {method: [] if None in values else values for method, values in found.items()}
 
 
 def cell(values):
-    return f"{statistics.mean(values):.3f} ± {half_width(values):.3f}" if len(values) > 1 else "-"
+    """Mean and 95 % interval of the values of some seeds; "-" without values."""
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values) or "-"
+    return f"{statistics.mean(values):.3f} ± {half_width(values):.3f}"
 
 
 def table(head, lines):
@@ -245,35 +257,60 @@ def table(head, lines):
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *body])
 
 
+def runs_table(frontier):
+    """What was measured: a line for each method and setting."""
+    names, lines = ("kl_exact", "score", "positive_by_judge", "perplexity", "distinct_2"), {}
+    for row in frontier:
+        name = START if row["method"] == START else f"{row['method']}, {row['setting']}"
+        columns = lines.setdefault(name, [[] for _ in names])
+        for column, name in zip(columns, names):
+            column.append(row[name])
+    return table(["method, setting", *names], lines)
+
+
 def methods_table(frontier, measure, nats=(1, 2, 4, 8, 16)):
     """A measure of all methods at equal KL."""
     columns = [at_equal_kl(frontier, measure, n) for n in nats]
-    methods = dict.fromkeys(method for column in columns for method in column)
-    lines = {method: [column.get(method, []) for column in columns] for method in methods}
+    lines = {method: [column[method] for column in columns] for method in columns[0]}
     return table([f"{measure} at a KL of", *(f"{n} nats" for n in nats)], lines)
 
 
 def ablation_table(frontier, ablation):
     """The preset's runs, and what each change adds to them: differences within a seed.
 
-    The last column holds the score less that of PPO's frontier at the run's own KL, since most changes move the KL too.
+    The last column holds the score less that of PPO's frontier at the run's own KL, since most changes move the KL too;
+    it is empty unless every run, with or without the change, has a value of the frontier (see value_at).
     """
     names = ("score", "positive_by_judge", "kl_exact", "perplexity", "distinct_2", "above")
     for row in ablation:
-        row["above"] = row["score"] - float(np.interp(row["kl_exact"], *curve(frontier, "PPO", row["seed"], "score")))
+        level = value_at(frontier, "PPO", row["seed"], "score", row["kl_exact"])
+        row["above"] = None if level is None else row["score"] - level
     base, lines = {row["seed"]: row for row in ablation if row["setting"] == PRESET}, {}
     for detail in dict.fromkeys(row["setting"] for row in ablation):
         rows = [row for row in ablation if row["setting"] == detail]
         less = {seed: dict.fromkeys(names, 0.0) for seed in base} if detail == PRESET else base
-        lines[detail] = [[row[name] - less[row["seed"]][name] for row in rows] for name in names]
+        pairs = [[(row[name], less[row["seed"]][name]) for row in rows] for name in names]
+        lines[detail] = [[] if None in sum(column, ()) else [x - y for x, y in column] for column in pairs]
     return table(["changed", *names[:-1], "score above PPO's frontier"], lines)
 
 
 def summary(frontier, ablation, cfg):
-    """What frontier.md says."""
-    parts = [f"Mean and 95 % interval over {cfg.seeds} seeds, {cfg.prompts} held-out prompts."]
-    parts += [methods_table(frontier, name) for name in ("score", "positive_by_judge", "perplexity")]
-    return "\n\n".join(parts + [ablation_table(frontier, ablation)] * bool(ablation)) + "\n"
+    """The text of frontier.md."""
+    parts = [
+        f"Means and 95 % intervals over {cfg.seeds} seeds, {cfg.prompts} held-out prompts. The setting of PPO, RLOO "
+        "and GRPO is the KL coefficient, that of best-of-n is n, that of fine-tuning the epochs.",
+        runs_table(frontier),
+        "At equal KL, linear between the runs of a seed. A value is given only where every seed has a run within "
+        f"{100 * NEAR:g} % of that KL; elsewhere the cell is -.",
+        *(methods_table(frontier, name) for name in ("score", "positive_by_judge", "perplexity")),
+    ]
+    if ablation:
+        parts += [
+            "One detail changed: differences to the preset's run of the same seed. The last column is the score less "
+            "that of PPO's frontier at the run's own KL, by the same rule.",
+            ablation_table(frontier, ablation),
+        ]
+    return "\n\n".join(parts) + "\n"
 
 
 def check_sweep(cfg):

@@ -22,7 +22,7 @@ from data import encode
 from device import pick_device, random_generator
 from hub import load_policy, open_pair
 from log import SIDES, column_width, columns, tint
-from reward import CLASSIFIERS, as_scores, check_finite, load_reward
+from reward import as_scores, check_finite, load_judge, load_reward
 
 
 def prompt_ids(prompt, tokenizer, config, cfg):
@@ -125,8 +125,7 @@ def main(cfg):
     _, config, tokenizer = opened["before"]
     if cfg.prompt:
         prompt_ids(cfg.prompt, tokenizer, config, cfg)  # refused before weights are read
-    judge = CLASSIFIERS[cfg.task].load(cfg.judge, device=device)
-    reward_fn = load_reward(cfg, device)
+    judge, reward_fn = load_judge(cfg, device), load_reward(cfg, device)
     policies = [load_policy(*parts, bf16).to(device).eval() for parts in opened.values()]
     print(f"Temperature {cfg.temperature}; under each answer its score and the judge's probability of POSITIVE.")
     for prompt in prompts(cfg):

@@ -10,17 +10,17 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_ETAG_TIMEOUT
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from checkpoint import first_line, match, read_file, read_json, replacing
+from checkpoint import REVISIONS, first_line, match, read_file, read_json, replacing
 from config import PRESETS, BadInput
-from data import controls_of
 from model import GPT2, GPT2Config, Policy
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "vocab.json with merges.txt", "vocab.txt", "*.model")  # one of them is enough
 HINTS = {  # first folder of a path: what to do when the model in it is missing
     "finetune_checkpoints": "make it with: python finetune_gpt2.py",
     "reward_checkpoints": "make it with: python reward.py",
@@ -29,6 +29,7 @@ HINTS = {  # first folder of a path: what to do when the model in it is missing
 }
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
 VALUE_HEAD = "value_head.safetensors"
+SENTENCE = "the movie was good"  # which any tokenizer of English can encode
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old releases stored among the weights
 SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # save_dtype: of stored weights
 
@@ -46,8 +47,9 @@ SUPPORTED = {
 def locate(name):
     """The local folder of a model: `name` itself if it is one, else the hub's copy, from its cache where there is one.
 
-    Raises BadInput when config.json or the weights are nowhere to be had; for a folder of this project it says what to
-    do. Only the files of a PyTorch checkpoint are fetched.
+    A hub name may end in a revision (branch, tag or commit): gpt2@main. Raises BadInput when config.json, the weights
+    or the tokenizer are missing; for a folder of this project it says what to do. Only the files of a PyTorch
+    checkpoint are downloaded.
     """
     folder = Path(name)
     hint = HINTS.get(folder.parts[0], "") if folder.parts else ""
@@ -58,26 +60,89 @@ def locate(name):
             hint += next((f" --preset {part}" for part in folder.parts if part in PRESETS), "")
         raise BadInput(f"{name} holds no model: looked for {folder / 'config.json'}{hint and '; '}{hint}")
     weight_file(folder)
+    if not has_tokenizer(folder):
+        raise BadInput(f"{folder} holds no tokenizer: looked for {', '.join(TOKENIZERS)}")
     return folder
 
 
 def _from_hub(name):
     small = ["config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
-    problem = None
+    small.append("*.model")  # SentencePiece
+    repo, _, revision = name.partition("@")
+    problem, missing = None, ""
     for local in (True, False):  # the cache first: no network where none is needed
         for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
             try:
-                folder = Path(snapshot_download(name, allow_patterns=[*small, weights], local_files_only=local))
-                if (folder / "config.json").is_file() and any((folder / file).is_file() for file in WEIGHTS):
-                    return folder
+                folder = snapshot(repo, local, patterns=[*small, weights], revision=revision or None)
             except HFValidationError:
                 raise BadInput(f"{name!r} is neither a folder here nor a name on the Hugging Face hub") from None
-            except (OSError, ValueError) as error:  # offline, no such name, gated
-                problem = first_line(error)
+            except OSError as error:  # offline, no such name, gated
+                problem = error
+                if not local:
+                    break  # the other format of weights would fail in the same way
+                continue
+            found = {
+                "config.json": (folder / "config.json").is_file(),
+                f"weights ({', '.join(WEIGHTS)})": any((folder / file).is_file() for file in WEIGHTS),
+                f"a tokenizer ({', '.join(TOKENIZERS)})": has_tokenizer(folder),
+            }
+            if all(found.values()):
+                REVISIONS[name] = folder.name  # the cache's folders are named after the commit
+                return folder
+            problem, missing = None, " and ".join(what for what, there in found.items() if not there)
+    if not problem:
+        raise BadInput(f"model {name!r} on the Hugging Face hub lacks {missing}")
+    cached = f"its copy in the Hugging Face cache ({HF_HUB_CACHE}) lacks {missing}"
+    if not missing:
+        cached = f"not in the Hugging Face cache ({HF_HUB_CACHE})"
     raise BadInput(
-        f"model {name!r}: no such folder, not in the Hugging Face cache ({HF_HUB_CACHE}), and the hub did not give it "
-        f"({problem}). Use --preset mini, which needs no network, or give a local folder"
+        f"model {name!r}: no such folder, {cached}, and the hub did not give it ({problem}). Use --preset mini, which "
+        "needs no network, or give a local folder"
     )
+
+
+def has_tokenizer(folder):
+    """Whether a folder holds the files of a tokenizer: without them transformers builds an empty one."""
+    names = {file.name for file in folder.iterdir()}
+    return (
+        not names.isdisjoint(("tokenizer.json", "vocab.txt"))
+        or {"vocab.json", "merges.txt"} <= names
+        or any(name.endswith(".model") for name in names)
+    )
+
+
+def snapshot(name, local, kind="model", patterns=None, revision=None):
+    """Return the folder of a hub repository in the Hugging Face cache; without `local`, download what is missing there.
+
+    kind: "model" or "dataset". patterns: of the files to download; None: all. Raises OSError with the reason in one
+    line, or HFValidationError if no repository can have this name.
+    """
+    try:
+        if not local:  # snapshot_download starts with the same request, but without a time limit
+            HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
+        return Path(
+            snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, local_files_only=local)
+        )
+    except HFValidationError:
+        raise
+    except Exception as error:  # not only OSError: the HTTP library and hf_xet raise their own
+        raise OSError(hub_problem(error)) from None
+
+
+def hub_problem(error):
+    """Why a download from the hub failed, in one line."""
+    if isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error
+    if isinstance(error, GatedRepoError):
+        return "access is restricted: accept the terms on its page, then log in with: hf auth login"
+    response = getattr(error, "response", None)
+    if response is None:
+        return first_line(error)
+    hints = {
+        401: ": no such repository, or a private one that needs a login: hf auth login",
+        404: ": no such repository or revision",
+    }
+    return f"{response.status_code} {response.reason_phrase}{hints.get(response.status_code, '')}"
 
 
 def weight_file(folder):
@@ -126,17 +191,28 @@ def read_config(folder):
 
 
 def load_tokenizer(folder, config=None):
-    """The tokenizer of a folder; BadInput if it has no end-of-text token, or more ids than config.vocab_size."""
+    """The tokenizer of a folder. BadInput if it cannot encode a sentence.
+
+    With config, the tokenizer of a GPT-2: BadInput also if it decodes the sentence to another one, has no end-of-text
+    token, or more ids than config.vocab_size.
+    """
     from transformers import AutoTokenizer  # takes seconds to import
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+        ids = tokenizer.encode(SENTENCE, add_special_tokens=False)
+        decoded = tokenizer.decode(ids)
     except Exception as error:  # transformers raises whatever its readers do
         raise BadInput(f"{folder}: no tokenizer can be read ({first_line(error)})") from None
     if config and len(tokenizer) > config.vocab_size:
         raise BadInput(f"{folder}: the tokenizer has {len(tokenizer)} ids, the embedding {config.vocab_size} rows")
     if config and tokenizer.eos_token_id is None:
         raise BadInput(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
+    if set(ids) <= {tokenizer.unk_token_id} or config and decoded.split() != SENTENCE.split():
+        raise BadInput(
+            f"{folder}: the tokenizer encodes {SENTENCE!r} as {ids}, which it decodes as {decoded!r}: are its files "
+            "complete?"
+        )
     return tokenizer
 
 
@@ -161,17 +237,6 @@ def open_pair(before, after):
     if tokenizer.get_vocab() != after_tokenizer.get_vocab():
         raise BadInput(f"{before} and {after} have different tokenizers: the comparison needs one vocabulary")
     return opened
-
-
-def check_context(cfg, config, tokenizer):
-    """BadInput unless the longest prompt, with its control, and response of cfg fit the model."""
-    control_len = max(map(len, controls_of(cfg.task, tokenizer)))
-    if control_len + cfg.max_prompt_len + cfg.response_len > config.n_positions:
-        control = f"a control of {control_len} tokens + " if control_len else ""
-        raise BadInput(
-            f"{control}max_prompt_len {cfg.max_prompt_len} + response_len {cfg.response_len} is over the model's "
-            f"{config.n_positions} positions"
-        )
 
 
 def load_gpt2(folder, config, n_tokens=None, bf16=False):
@@ -208,13 +273,13 @@ def load_policy(folder, config, tokenizer, bf16=False):
     return policy
 
 
-def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32):
+def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32, weights=None):
     """Write a plain Hugging Face GPT-2 folder into `out`: weights, config, tokenizer; the value head beside them.
 
-    dtype: of the stored weights; the value head stays as it is.
+    dtype: of the stored weights; the value head stays as it is. weights: a state dict to write instead of the model's.
     """
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (weights or model.state_dict()).items():
         tensor = tensor.detach().to("cpu", dtype)
         state["transformer." + name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
     config = dict(

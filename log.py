@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -16,8 +17,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import BEST, CHECKPOINTS, RUN_CONFIG, delete_checkpoints, delete_results, need_disk, sweep, write_text
-from config import BadInput, printable
+from checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    REVISIONS,
+    RUN_CONFIG,
+    delete_checkpoints,
+    delete_results,
+    need_disk,
+    sweep,
+    write_text,
+)
+from config import BadInput, printable, sources
 from device import peak_flops, warn
 from model import exact_kl
 
@@ -28,15 +39,15 @@ CPU_SHARE = 0.5  # of the speed of a large product, what a run on a CPU reaches 
 class RunLog:
     """The log of a run in cfg.out, or of a part of it in a folder there: a JSON line a step, the same to cfg.report_to.
 
-    Making one starts the run's folder: the config is written, log and checkpoints of an earlier run there are deleted;
-    where a run goes on with first_step, the log up to it stays and so do the checkpoints. BadInput when the folder
-    cannot be written or the disk has no room for the model, its heir and the checkpoints. Of several processes the one
-    with rank 0 does all this, the others nothing.
+    Making one starts the run's folder: the config is written, with the commits of what came from the hub; log and
+    checkpoints of an earlier run there are deleted; where a run is resumed at first_step, the log up to it stays and so
+    do the checkpoints. BadInput when the folder cannot be written or the disk has no room for the model, a second copy
+    of it and the checkpoints. Of several processes the one with rank 0 does all this, the others nothing.
     """
 
     def __init__(self, cfg, model, part="", first_step=0, rank=0):
         self.out, self.start, self.tensorboard, self.wandb = Path(cfg.out, part), time.time(), None, None
-        self.file = None
+        self.file = self.samples = None
         if rank:
             return
         if cfg.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
@@ -50,16 +61,15 @@ class RunLog:
             if not first_step:
                 delete_checkpoints(self.out)  # before the config: else a kill here could mix the two runs
                 (self.out / CHECKPOINTS).mkdir()
-            write_text(Path(cfg.out, RUN_CONFIG), json.dumps(asdict(cfg), indent=1))
-            file = self.out / "log.jsonl"
-            earlier = [line for line in read_lines(file) if line["step"] < first_step]
-            write_text(file, "".join(json.dumps(line) + "\n" for line in earlier))
-            self.file = open(file, "a", encoding="utf-8")
+            write_text(Path(cfg.out, RUN_CONFIG), json.dumps(asdict(cfg) | {"revisions": REVISIONS}, indent=1))
+            earlier = self.keep("log.jsonl", first_step)
+            self.file = open(self.out / "log.jsonl", "a", encoding="utf-8")
             if earlier:
                 self.start -= earlier[-1]["seconds"]
+            self.keep("samples.jsonl", first_step)
             if not first_step:
                 shutil.rmtree(self.out / BEST, ignore_errors=True)
-                delete_results(self.out)  # what was said of other weights than those to come
+                delete_results(self.out)  # of the earlier run's weights
         except OSError as error:
             raise BadInput(f"cannot write to {self.out}: {error}") from None
         if cfg.report_to == "tensorboard":
@@ -71,10 +81,25 @@ class RunLog:
         elif cfg.report_to == "wandb":
             import wandb
 
-            self.wandb = wandb.init(project="mini-rlhf", name=self.out.as_posix(), config=asdict(cfg))
+            file = self.out / "wandb_id"  # so that a resumed run goes on in the same W&B run
+            if not (first_step and file.is_file()):
+                write_text(file, wandb.util.generate_id())
+            self.wandb = wandb.init(
+                project="mini-rlhf", name=self.out.as_posix(), config=asdict(cfg), id=file.read_text(), resume="allow"
+            )
+
+    def keep(self, name, first_step):
+        """Cut a file of JSON lines down to the steps before first_step, and delete it if none is left; returns them."""
+        file = self.out / name
+        earlier = [line for line in read_lines(file) if line["step"] < first_step]
+        if earlier:
+            write_text(file, "".join(json.dumps(line) + "\n" for line in earlier))
+        else:
+            file.unlink(missing_ok=True)
+        return earlier
 
     def progress(self, checkpoints, steps, name, unit):
-        """The steps of a loop as a progress bar, from where it goes on."""
+        """The steps of a loop as a progress bar, from the one that is resumed at."""
         first, hidden = checkpoints.first_step, self.file is None
         return tqdm(checkpoints.steps(steps), name, initial=first, total=steps, unit=unit, disable=hidden)
 
@@ -82,17 +107,24 @@ class RunLog:
         """Record the metrics of a step: floats and ints by name."""
         if not self.file:
             return
-        line = dict(step=step, seconds=round(time.time() - self.start, 2), **metrics)
-        try:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise BadInput(f"{self.file.name} cannot be written: {error}; --resume True goes on") from None
+        self.write_line(self.file, dict(step=step, seconds=round(time.time() - self.start, 2), **metrics))
         if self.tensorboard:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(metrics, step=step)
+
+    def write_samples(self, step, samples):
+        """Record responses to the same prompts: a dict each, see ppo.sample."""
+        with open(self.out / "samples.jsonl", "a", encoding="utf-8") as file:
+            self.write_line(file, dict(step=step, samples=samples))
+
+    def write_line(self, file, line):
+        try:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+        except OSError as error:
+            raise BadInput(f"{file.name} cannot be written: {error}; --resume resumes the run") from None
 
     def close(self):
         """End the log; returns the seconds that the run took, its earlier parts included."""
@@ -115,10 +147,8 @@ def read_lines(file):
 
 
 @torch.no_grad()
-def rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg):
-    """What the log tells of a Rollout, as floats: see the README for what healthy values look like.
-
-    Where there is a judge, the share of texts that it finds positive is told beside the share by the reward.
+def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
+    """The metrics of a Rollout, as floats: see the README for what healthy values look like.
 
     kl is the one that is penalised (k1, summed over a response, mean over responses) with its standard error; kl_k3 is
     the estimator that is never negative, and kl_exact takes the whole vocabulary at each token, on 8 episodes.
@@ -130,8 +160,7 @@ def rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg):
     metrics = {
         "score": batch.scores.mean(),
         "score_std": batch.scores.std(unbiased=False),
-        # with the coefficient that the run began with, so that two rollouts can be compared
-        "objective": batch.scores.mean() - cfg.kl_coef * responses.mean(),
+        "objective": batch.objective.mean(),
         "kl": responses.mean(),
         "kl_stderr": responses.std(unbiased=False) / len(responses) ** 0.5,
         "kl_k3": ((-kl).exp() - 1 + kl).sum(1).mean(),
@@ -141,12 +170,10 @@ def rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg):
         - (returns - batch.values[mask]).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8),
         "response_length": mask.sum(1).float().mean(),
         "eos_frac": batch.ended.float().mean(),
-        "truncated_frac": getattr(reward_fn, "truncated_frac", 0.0),
+        "truncated_frac": truncated_frac,
     }
-    if judge:
-        for name, classifier in (("reward", reward_fn), ("judge", judge)):
-            if hasattr(classifier, "log_odds"):  # a user's function has no opinion on what is positive
-                metrics[f"positive_by_{name}"] = (classifier.log_odds(batch.texts) > 0).float().mean()
+    shares = {"positive_by_reward": batch.positive_by_reward, "positive_by_judge": batch.positive_by_judge}
+    metrics |= {name: positive.mean() for name, positive in shares.items() if positive is not None}
     return {k: float(v) for k, v in metrics.items()} | {f"seconds_{k}": v for k, v in batch.seconds.items()} | {
         "tokens_per_second": int(mask.sum()) / batch.seconds["generate"],
         "peak_memory_gb": peak_memory(mask.device),
@@ -266,6 +293,7 @@ def ppo_sheet(cfg, policy, reward_fn, n_prompts, device):
         "KL": f"coefficient {cfg.kl_coef}, " + (f"adaptive, target {cfg.kl_target} nats" if cfg.kl_target else "fixed"),
         "device": f"{device}, {'bf16' if policy.gpt2.bf16 else 'fp32'}, about {estimate / 1e9:.1f} GB",
         **time_on_cpu(ppo_flops(cfg, policy.gpt2, getattr(reward_fn, "model", None)), cfg, device, policy.gpt2.bf16),
+        "config": sources(cfg),
         "writes": cfg.out,
     }  # fmt: skip
     return sheet("PPO", rows)
@@ -282,13 +310,14 @@ def finetune_sheet(cfg, model, steps, n_reviews, n_tokens, n_held_out, n_validat
         "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
         "device": f"{device}, {'bf16' if model.bf16 else 'fp32'}",
         **time_on_cpu(flops, cfg, device, model.bf16),
+        "config": sources(cfg),
         "writes": cfg.out,
     }
     return sheet(f"fine-tuning {cfg.init_from} on {cfg.dataset}", rows)
 
 
-def show(progress, step, metrics, batch, cfg):
-    """The numbers that matter on the progress bar, and every cfg.sample_every rollouts a table of samples above it."""
+def show(progress, step, metrics, samples, cfg):
+    """The numbers that matter on the progress bar, and where there are samples a table of them above it."""
     progress.set_postfix(
         score=f"{metrics['score']:+.2f}",
         kl=f"{metrics['kl']:.2f}",
@@ -303,8 +332,11 @@ def show(progress, step, metrics, batch, cfg):
             f"kl {metrics['kl']:.2f} +- {metrics['kl_stderr']:.2f} nats | "
             f"clip {metrics['clip_frac']:.3f} | entropy {metrics['entropy']:.2f}"
         )
-        rows = zip(batch.scores[:3].tolist(), batch.texts)
-        progress.write("\n".join([line, *(f"  {score:+6.2f}  {one_line(text, 110)}" for score, text in rows)]))
+        rows = [
+            f"  {math.nan if s['score'] is None else s['score']:+6.2f}  {one_line(s['prompt'] + s['response'], 110)}"
+            for s in samples
+        ]
+        progress.write("\n".join([line, *rows]))
 
 
 def one_line(text, width):

@@ -16,10 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 from checkpoint import first_line
 from config import BadInput
 from data import CONTROLS
-from hub import locate
+from device import rows_that_fit
+from hub import load_tokenizer, locate
 from model import token_logprobs
 from plot import CAPTIONS, DIGITS
-from reward import SentimentReward, as_scores, check_finite, log_odds
+from reward import check_finite, scored
 
 KLS = ("kl", "kl_k3", "kl_exact")
 KL_NOTE = (
@@ -37,12 +38,12 @@ def kl_three_ways(logits, ref_logits, ids, mask):
 
     With d, a token's log-probability less the reference's: kl is k1, d; kl_k3 is k3, exp(-d) - 1 + d (Schulman,
     joschu.net/blog/kl-approx.html); kl_exact has no sampled token in it. logits, ref_logits: (B, T, V), divided by the
-    temperature. ids, mask: (B, T).
+    temperature. ids, mask: (B, T). Takes two more tensors of the logits' size.
     """
     logp = logits.log_softmax(-1)
-    diff = logp - ref_logits.log_softmax(-1)  # (B, T, V)
+    diff = ref_logits.log_softmax(-1).neg_().add_(logp)  # (B, T, V)
     d = diff.gather(-1, ids[..., None]).squeeze(-1).cpu().double()  # (B, T); in float32 a small k3 dips below 0
-    tokens = {"kl": d, "kl_k3": (-d).expm1() + d, "kl_exact": (logp.exp() * diff).sum(-1).cpu().double()}
+    tokens = {"kl": d, "kl_k3": (-d).expm1() + d, "kl_exact": logp.exp_().mul_(diff).sum(-1).cpu().double()}
     return {name: values.where(mask.cpu(), 0).sum(1) for name, values in tokens.items()}
 
 
@@ -113,9 +114,9 @@ def interval(values, cfg, statistic=None):
     return tuple(float(x) for x in np.quantile(draws, (0.025, 0.975)))
 
 
-def row(value, bounds=None):
+def row(value, bounds):
     """A number of the table as it stands in results.json."""
-    return {"value": float(value)} | ({"low": bounds[0], "high": bounds[1]} if bounds else {})
+    return {"value": float(value), "low": bounds[0], "high": bounds[1]}
 
 
 def measure(answers, reward_fn, judge, cfg):
@@ -125,7 +126,11 @@ def measure(answers, reward_fn, judge, cfg):
     too: the standard deviation over responses, and the share of them below 0. judge: its probability of POSITIVE.
     """
     texts, tokens, nll = answers["texts"], answers["tokens"], np.array(answers["ref_nll"])
-    values = scored(texts, reward_fn)
+    scores, positive = scored(reward_fn, texts)
+    check_finite("score", scores, texts)
+    values = {"score": scores.double().numpy()}
+    if positive is not None:
+        values["positive_by_reward"] = positive.double().numpy()
     odds = judge.log_odds(texts).double()
     values |= {"positive_by_judge": (odds > 0).double().numpy(), "judge": odds.sigmoid().numpy()}
     if cfg.task == "controlled":  # of the answers to each control, the share that the judge finds to agree
@@ -142,17 +147,6 @@ def measure(answers, reward_fn, judge, cfg):
     for name in KLS:
         table[name] |= {"std": float(values[name].std()), "below_0": float((values[name] < 0).mean())}
     return table, values
-
-
-def scored(texts, reward_fn):
-    """{"score": (M,)} by the reward; where it is a classifier "positive_by_reward" too, from the same logits."""
-    logits = reward_fn.logits(texts) if isinstance(reward_fn, SentimentReward) else None
-    scores = as_scores(reward_fn(texts) if logits is None else reward_fn.score(logits), texts).double()
-    check_finite("score", scores, texts)
-    values = {"score": scores.numpy()}
-    if logits is not None:
-        values["positive_by_reward"] = (log_odds(logits, reward_fn.positive) > 0).double().numpy()
-    return values
 
 
 def difference(before, after, cfg):
@@ -215,13 +209,15 @@ def markdown(cells):
 
 def open_second_lm(name, device):
     """(model, tokenizer) of any causal language model in Hugging Face's format; its weights from safetensors alone."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
     folder, safe = locate(name), dict(use_safetensors=True, trust_remote_code=False)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **safe).eval().to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
+    except BadInput:
+        raise
     except Exception as error:  # transformers raises whatever its readers do
         raise BadInput(f"second_lm {name} cannot be read: {first_line(error)}") from None
     if not tokenizer.is_fast or (tokenizer.bos_token_id is None and tokenizer.eos_token_id is None):
@@ -246,10 +242,12 @@ def second_nll(model, tokenizer, answers, cfg):
     longest, most = max(map(len, ids)), getattr(model.config, "max_position_embeddings", None) or math.inf
     if longest > most:
         raise BadInput(f"second_lm reads {most} tokens at most, and an answer has {longest} of its tokens")
-    nll = []
-    for i in range(0, len(ids), cfg.batch_size):
-        sequences = pad_sequence(ids[i : i + cfg.batch_size], True, start).to(model.device)  # behind: nothing sees it
-        mask = pad_sequence(counts[i : i + cfg.batch_size], True, False).to(model.device)
+    config = model.config.get_text_config()
+    fit = rows_that_fit(longest, config.hidden_size, config.num_hidden_layers, config.vocab_size, model.device)
+    nll, size = [], max(1, min(cfg.batch_size, fit))
+    for i in range(0, len(ids), size):
+        sequences = pad_sequence(ids[i : i + size], True, start).to(model.device)  # behind: nothing sees it
+        mask = pad_sequence(counts[i : i + size], True, False).to(model.device)
         logprobs = token_logprobs(model(sequences).logits[:, :-1].float(), sequences[:, 1:])
         nll += (-logprobs).where(mask, 0).sum(1).tolist()
     return nll

@@ -6,6 +6,7 @@
 Every figure is 10 inches wide. Drawings are measured in inches from the lower left, texts in points.
 """
 
+import contextlib
 import csv
 import json
 import statistics
@@ -77,10 +78,18 @@ CURVES = {  # metric of a panel with a legend: (colour, text)
 }
 
 
+def read_jsonl(file):
+    """The JSON values of a file's lines; a last line that a crash left half written is ignored."""
+    *lines, rest = Path(file).read_bytes().split(b"\n")
+    values = [json.loads(line) for line in lines]
+    with contextlib.suppress(ValueError):
+        values.append(json.loads(rest))
+    return values
+
+
 def read_metrics(folder):
     """The lines of log.jsonl as dicts."""
-    with open(Path(folder) / "log.jsonl", encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+    return read_jsonl(Path(folder) / "log.jsonl")
 
 
 def read_results(folder):
@@ -306,7 +315,10 @@ def half_width(values):
 
 
 def frontier(folder):
-    """Score and judge against KL, a curve a method: means over seeds with 95 % bands, of the folder's frontier.csv."""
+    """Score and judge against KL, from the folder's frontier.csv: a marker for each run.
+
+    No lines: between the markers nothing was measured.
+    """
     with open(Path(folder) / "frontier.csv", newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     start = next(row for row in rows if row["method"] not in METHOD_COLOURS)
@@ -323,21 +335,15 @@ def frontier(folder):
             clip_on=False,
         )
         for method, (colour, marker) in METHOD_COLOURS.items():
-            points = []
-            for setting in dict.fromkeys(row["setting"] for row in rows if row["method"] == method):
-                seeds = [row for row in rows if (row["method"], row["setting"]) == (method, setting)]
-                kl, values = ([float(row[n]) for row in seeds] for n in ("kl_exact", name))
-                points.append((statistics.mean(kl), statistics.mean(values), half_width(values)))
-            if points:
-                kl, mean, half = zip(*sorted(points))
-                axis.plot(kl, mean, color=colour, marker=marker, markersize=5, label=method)
-                low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
-                axis.fill_between(kl, low, high, color=colour, alpha=0.15, linewidth=0)
+            runs = [row for row in rows if row["method"] == method]
+            if runs:
+                kl, values = ([float(row[n]) for row in runs] for n in ("kl_exact", name))
+                axis.plot(kl, values, marker, color=colour, markersize=5, alpha=0.7, label=method)
         # the root, as Gao et al. 2022 draw it: most happens in the first nats
         axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
         axis.set_xticks((0, 1, 2, 4, 8, 16, 32, 64))
         axis.set(xlabel="KL, nats a response, root scale", ylabel=label, xlim=(0, 70))
-    axes[1].legend(loc="lower right")
+    axes[1].legend(loc="lower right", title="a marker for each run")
     return figure
 
 

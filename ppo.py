@@ -13,21 +13,23 @@ responses up to and with <|endoftext|>. An episode has one score; every token of
 """
 
 import copy
+import math
+import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from checkpoint import BEST, Checkpoints, check_run, delete_checkpoints
-from config import PPOConfig, run
-from data import digest, load_splits, prompt_batch, prompt_pool
+from checkpoint import BEST, BestWeights, Checkpoints, check_run, delete_checkpoints, fingerprint
+from config import BadInput, PPOConfig, run
+from data import check_context, load_splits, prompt_batch, prompt_pool
 from device import ONE_PROCESS, join, micro_batch_size, pick_device, random_generator, to_device
-from hub import check_context, load_policy, open_gpt2, save_gpt2
+from hub import load_policy, open_gpt2, save_gpt2
 from log import RunLog, Watch, average, ppo_sheet, rollout_metrics, show
 from model import check_policy
 from optimizer import Stepper
-from reward import CLASSIFIERS, NotFinite, as_scores, check_finite, check_reward, load_reward
+from reward import NotFinite, check_finite, check_reward, load_judge, load_reward, reward_fingerprint, scored
 
 # ---- the arithmetic: tensors in, tensors out. A mask is applied by where: nan times False is nan
 
@@ -102,7 +104,7 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, cf
     detached metrics.
     """
     log_ratio = logprobs - old_logprobs  # nats; 0 before the first step
-    ratio = log_ratio.clamp(-20, 20).exp()  # e^20 is far outside the clip range, and finite
+    ratio = log_ratio.clamp(max=20).exp()  # e^20 is far outside the clip range, and finite
     clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
     pg_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
 
@@ -151,16 +153,20 @@ class Rollout:
     returns: torch.Tensor  # in units of the rewards
     kl: torch.Tensor  # k1, nats a token
     scores: torch.Tensor  # (B,), as the reward gave them
+    objective: torch.Tensor  # (B,), what PPO maximises: the score, clipped and penalised, less kl_coef times the KL
+    positive_by_reward: torch.Tensor | None  # (B,), 1 where the classifier finds the text positive; not of a function
+    positive_by_judge: torch.Tensor | None  # (B,), where there is a judge
     ended: torch.Tensor  # (B,), True where the response has its <|endoftext|>
     texts: list  # B prompts with their responses
     seconds: dict  # of each phase
 
 
 @torch.no_grad()
-def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, generator=None):
-    """Answer each prompt, score it, and say how much better each token was than expected: a Rollout.
+def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, generator=None, judge=None):
+    """Generate a response to each prompt, score it, and compute the advantage of each token: a Rollout.
 
-    prompts: (B, P) ids, all of P tokens, so nothing is padded. reward_fn: list of B texts -> (B,) scores.
+    prompts: (B, P) ids, all of P tokens, so nothing is padded. reward_fn, judge: list of B texts -> (B,) scores; the
+    judge's are not trained on.
     """
     clock, prompt_len, eos_id = [time.time()], prompts.shape[1], tokenizer.eos_token_id
     sequences = policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator)
@@ -171,11 +177,14 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
 
     # whole texts, decoded at once: a letter may begin in the prompt's last token and end in the response's first
     texts = tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    scores = as_scores(reward_fn(texts), texts).to(mask.device)  # (B,)
+    scores, positive_by_reward = scored(reward_fn, texts)  # (B,) each
     check_finite("score", scores, texts)
+    scores = scores.to(mask.device)
     ended = (sequences[:, prompt_len:] == eos_id).any(1)
     penalised = scores.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else scores
     penalised = penalised - cfg.missing_eos_penalty * ~ended
+    clock.append(time.time())
+    positive_by_judge = scored(judge, texts)[1] if judge else None
     clock.append(time.time())
 
     # By the update's own forward and micro-batches, so that its first ratio is 1. Under torch.compile, a pass without
@@ -192,6 +201,7 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
 
     kl = (logprobs - ref_logprobs).where(mask, 0)
     rewards = token_rewards(penalised.to(kl.dtype), kl, mask, kl_coef)
+    objective = rewards.sum(1)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     if cfg.advantage == "gae":
@@ -199,10 +209,12 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, gen
     else:  # a response is one action, and each of its tokens has its advantage
         advantages = returns = group_advantages(rewards.sum(1), cfg)[:, None].where(mask, 0)
     advantages = whiten(advantages, mask)  # over the whole rollout; the returns keep the scale of the rewards
-    seconds = dict(zip(("generate", "score", "logprobs", "reference"), (b - a for a, b in zip(clock, clock[1:]))))
+    phases = ("generate", "score", "judge", "logprobs", "reference")
+    seconds = dict(zip(phases, (b - a for a, b in zip(clock, clock[1:]))))
     return Rollout(
-        sequences, prompt_len, mask, logprobs, values, advantages, returns, kl, scores, ended, texts, seconds
-    )
+        sequences, prompt_len, mask, logprobs, values, advantages, returns, kl, scores, objective, positive_by_reward,
+        positive_by_judge, ended, texts, seconds,
+    )  # fmt: skip
 
 
 def update(policy, stepper, batch, cfg, generator=None, ranks=ONE_PROCESS):
@@ -234,15 +246,49 @@ def update(policy, stepper, batch, cfg, generator=None, ranks=ONE_PROCESS):
     return ranks.mean({name: float(value) for name, value in metrics.items()}) | {"skipped_steps": stepper.skipped}
 
 
-def keep_best(policy, tokenizer, step, objective, state, cfg):
-    """Every cfg.save_every rollouts: the policy that sampled goes to <out>/best if its objective is the highest yet.
+@torch.no_grad()
+def sample(policy, tokenizer, reward_fn, prompts, cfg):
+    """Responses to a few prompts (B, P), with the same random numbers in each call: a dict each, for samples.jsonl."""
+    generator = random_generator(prompts.device, cfg.seed)
+    eos_id, decode = tokenizer.eos_token_id, dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    sequences = policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, generator)
+    starts, texts = (tokenizer.batch_decode(ids, **decode) for ids in (prompts, sequences))
+    scores = scored(reward_fn, texts)[0].tolist()
+    return [
+        {"prompt": start, "response": text[len(start) :], "score": round(score, 4) if math.isfinite(score) else None}
+        for start, text, score in zip(starts, texts, scores)
+    ]
 
-    The first one goes there in any step, since the rollout of step 0 may have been skipped.
+
+class BestPolicy(BestWeights):
+    """The policy with the highest objective, by means over cfg.save_every rollouts; the first of a run until then.
+
+    Scores and KLs are compared at one KL coefficient, the latest. state: its part of a checkpoint's state.
     """
-    if state["best"] is None or (step % cfg.save_every == 0 and objective > state["best"]):
-        state["best"], folder = objective, Path(cfg.out, BEST)
+
+    def __init__(self, policy, tokenizer, cfg):
+        super().__init__(policy, self.save_policy)
+        self.tokenizer, self.cfg, self.state = tokenizer, cfg, {"best": None, "rollouts": []}
+
+    def update(self, metrics, kl_coef):
+        """After each rollout and before its update: the policy is still the one that sampled."""
+        rollouts, best = self.state["rollouts"], self.state["best"]
+        rollouts.append([metrics["objective"] + kl_coef * metrics["kl"], metrics["kl"]])  # (score, KL)
+        complete = len(rollouts) == self.cfg.save_every
+        if complete or not best:
+            score, kl = (statistics.fmean(values) for values in zip(*rollouts))
+            if not best or best["rollouts"] < len(rollouts) or score - best["score"] > kl_coef * (kl - best["kl"]):
+                self.state["best"] = {"score": score, "kl": kl, "rollouts": len(rollouts)}
+                self.keep()
+        if complete:
+            rollouts.clear()
+
+    def save_policy(self, weights):
+        folder, head = Path(self.cfg.out, BEST), copy.deepcopy(self.model.value_head).cpu()
+        head.load_state_dict({name: weights.pop(f"value_head.{name}") for name in head.state_dict()})
+        gpt2 = {name.removeprefix("gpt2."): tensor for name, tensor in weights.items()}
         folder.mkdir(exist_ok=True)
-        save_gpt2(policy.gpt2, tokenizer, folder, policy.value_head)
+        save_gpt2(self.model.gpt2, self.tokenizer, folder, head, weights=gpt2)
 
 
 def compile_passes(policy, ref_policy):
@@ -256,9 +302,13 @@ def load(cfg, device, bf16):
     """What a run starts from, checked before anything is written: policy, tokenizer, reward, judge, pool of prompts."""
     folder, gpt2_config, tokenizer = open_gpt2(cfg.policy)
     check_context(cfg, gpt2_config, tokenizer)
-    reward_fn = load_reward(cfg, device)
-    judge = CLASSIFIERS[cfg.task].load(cfg.judge, device=device) if cfg.judge else None  # only watches
-    pool = prompt_pool(load_splits(cfg.dataset)["prompts"].texts, tokenizer, cfg.max_prompt_len, task=cfg.task)
+    reward_fn, judge = load_reward(cfg, device), load_judge(cfg, device)
+    pool = prompt_pool(
+        load_splits(cfg.dataset, cfg.text_column, cfg.label_column)["prompts"].texts,
+        tokenizer,
+        cfg.max_prompt_len,
+        task=cfg.task,
+    )
     prompts = prompt_batch(pool, 0, cfg)
     policy = load_policy(folder, gpt2_config, tokenizer, bf16).to(device)
     if cfg.self_check:
@@ -270,7 +320,7 @@ def load(cfg, device, bf16):
 
 
 def main(cfg):
-    check_run(cfg, finished="model.safetensors")
+    check_run(cfg, "model.safetensors")
     device, bf16 = pick_device(cfg)
     ranks = join(device, cfg, "micro_batch_size")
     policy, tokenizer, reward_fn, judge, pool = load(cfg, device, bf16)
@@ -282,15 +332,23 @@ def main(cfg):
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps, fused=device.type != "mps")
     stepper = Stepper(policy, [optimizer], cfg.grad_clip)
 
-    data = digest(str(prompt) for prompt in pool.tolist())
-    state = {"data": data, "kl_coef": cfg.kl_coef, "best": None, "watched": [], "skips": stepper.skips}
-    checkpoints = Checkpoints(cfg, cfg.out, policy, [optimizer], state, ranks)
-    state, stepper.skips = checkpoints.state, checkpoints.state["skips"]
+    inputs = {
+        "prompts": fingerprint(*(str(prompt) for prompt in pool.tolist())),
+        "policy": fingerprint(policy, tokenizer.backend_tokenizer.to_str()),
+        "reward": reward_fingerprint(reward_fn),
+        "judge": reward_fingerprint(judge),
+    }
+    best = BestPolicy(policy, tokenizer, cfg)
+    state = {"inputs": inputs, "kl_coef": cfg.kl_coef, "watched": [], "skips": stepper.skips} | best.state
+    checkpoints = Checkpoints(cfg, cfg.out, policy, [optimizer], state, ranks, best.write)
+    state = best.state = checkpoints.state
+    stepper.skips = state["skips"]
     controller, watch = AdaptiveKL(state["kl_coef"], cfg.kl_target, cfg.kl_horizon), Watch(cfg, state["watched"])
     log = RunLog(cfg, policy, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
         compile_passes(policy, ref_policy)
-    learner, actor, ref_actor, shared_reward = ranks.spread(policy, ref_policy, reward_fn)
+    learner, actor, ref_actor, shared_reward, shared_judge = ranks.spread(policy, ref_policy, reward_fn, judge)
+    few = torch.from_numpy(pool[: cfg.sample_prompts]).to(device)
     stopped = False
 
     # Algorithm 1 of Schulman et al. 2017: an actor is a prompt, a timestep is a token
@@ -298,24 +356,32 @@ def main(cfg):
     for step in progress:
         stepper.set_lr(1 - (1 - cfg.lr_end) * step / cfg.steps)
         prompts = to_device(prompt_batch(pool, step, cfg), device)
-        generator = random_generator(device, cfg.seed, step, ranks.rank)
+        generator, samples = random_generator(device, cfg.seed, step, ranks.rank), []
         try:
-            batch = rollout(actor, ref_actor, tokenizer, shared_reward, prompts, controller.coef, cfg, generator)
+            batch = rollout(
+                actor, ref_actor, tokenizer, shared_reward, prompts, controller.coef, cfg, generator, shared_judge
+            )
+            truncated_frac = getattr(reward_fn, "truncated_frac", 0.0)
+            if ranks.rank == 0 and len(few) and (step % cfg.sample_every == 0 or step == cfg.steps - 1):
+                samples = sample(policy, tokenizer, reward_fn, few, cfg)
+                log.write_samples(step, samples)
         except NotFinite as problem:
             stepper.skip(f"what a rollout found was not finite: {problem}")
             progress.write(f"step {step} is skipped: {problem}")
             log.write(step, skipped_steps=stepper.skipped)
             continue
-        metrics = rollout_metrics(batch, policy, ref_policy, reward_fn, judge, cfg) | {"kl_coef": controller.coef}
-        if ranks.rank == 0:
-            keep_best(policy, tokenizer, step, metrics["objective"], state, cfg)
+        except BadInput as error:  # the user's reward raised, say: nothing of this step has changed the policy yet
+            checkpoints.save()
+            raise BadInput(f"{error}. The run is saved: --resume resumes it at step {step}") from error
+        metrics = rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg) | {"kl_coef": controller.coef}
+        best.update(metrics, controller.coef)
         start = time.time()
         metrics |= update(learner, stepper, batch, cfg, random_generator("cpu", cfg.seed, step), ranks)
         controller.update(metrics["kl"], cfg.batch_size)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "seconds_update": time.time() - start}
         state["kl_coef"] = controller.coef
         log.write(step, **metrics)
-        show(progress, step, metrics, batch, cfg)
+        show(progress, step, metrics, samples, cfg)
         if alarm := watch(metrics):
             progress.write(f"alarm at step {step}: {alarm}")
         stopped = cfg.on_alarm == "stop" and ranks.any(bool(alarm))
@@ -323,6 +389,7 @@ def main(cfg):
             break
     log.close()
     if ranks.rank == 0:
+        best.write()
         if stopped:
             policy = load_policy(*open_gpt2(f"{cfg.out}/{BEST}"))
         save_gpt2(policy.gpt2, tokenizer, cfg.out, policy.value_head)

@@ -2,8 +2,9 @@
 
     python report.py ppo_checkpoints/mini
 
-Reads results.json, viewer.json and, where there is one, log.jsonl of the folder and writes report.html there: one file
-that needs no network. No torch here, so a page can be written anywhere. The page itself is report.html.jinja.
+Reads results.json, viewer.json and, where there are, log.jsonl and samples.jsonl of the folder and writes report.html
+there: one file that needs no network. No torch here, so a page can be written anywhere. The page itself is
+report.html.jinja.
 """
 
 import base64
@@ -19,15 +20,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.ticker import MaxNLocator
 
 from config import BadInput, printable
-from plot import CAPTIONS, CURVES, DIGITS, kl_target, panels, read_metrics, read_results
+from plot import CAPTIONS, CURVES, DIGITS, kl_target, panels, read_jsonl, read_metrics, read_results
 
 PAGE = "report.html"
+TRAINING = "samples.jsonl"  # of ppo.py: responses to the same few prompts every sample_every rollouts
 MEASURES = {  # of a token: (text of the switch, the number that has no colour)
     "kl": ("KL, nats", 0),
     "value": ("value", 0),
     "advantage": ("advantage", 0),
     "ratio": ("ratio", 1),
 }
+ALWAYS = ("kl", "ratio")  # of MEASURES; a policy that was trained without a value head has no others
 SIDES = ("before", "after")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 230, 54, 10, 12, 40  # of a chart and its margins, in SVG units
 
@@ -114,6 +117,31 @@ def chart(names, label, lines, target):
     }
 
 
+# ---- the samples during training
+
+
+def training_samples(lines):
+    """The lines of samples.jsonl by prompt: {prompt: [(step, score, response) by rising step]}, scores as text.
+
+    Of a step that is there twice, as after a crash, the later line counts.
+    """
+    steps, prompts = {}, {}
+    for line in lines:
+        if not isinstance(line["step"], int):
+            raise TypeError(f"step {line['step']!r} is not an int")
+        steps[line["step"]] = line["samples"]
+    for step in sorted(steps):
+        for sample in steps[step]:
+            prompt, response = sample["prompt"] + "", sample["response"] + ""  # TypeError unless they are texts
+            prompts.setdefault(prompt, []).append((step, score_text(sample["score"]), response))
+    return prompts
+
+
+def score_text(score):
+    """A score as text; ppo.py writes null for one that is not finite."""
+    return "not finite" if score is None else f"{number(score):z.2f}"
+
+
 # ---- the tokens
 
 
@@ -124,12 +152,12 @@ def number(x):
     return round(x, 4)
 
 
-def response(answer):
-    """One side of a sample in viewer.json, checked: its tokens, a list of numbers for each of MEASURES, two scores."""
+def response(answer, measures):
+    """One side of a sample in viewer.json, checked: its tokens, a list of numbers for each measure, two scores."""
     tokens = answer["tokens"]
     "".join(tokens)  # TypeError unless all are texts
     checked = {"tokens": tokens, "score": number(answer["score"]), "judge": number(answer["judge"])}
-    for name in MEASURES:
+    for name in measures:
         checked[name] = [number(x) for x in answer[name]]
         if len(checked[name]) != len(tokens):
             raise ValueError(f"{len(tokens)} tokens, {len(checked[name])} numbers of {name}")
@@ -147,15 +175,22 @@ def scale(values, centre):
 
 
 def tokens(viewer):
-    """viewer.json as the page's script reads it: samples, and by measure the range of its colours."""
+    """viewer.json as the page's script reads it: samples, and by measure the range of its colours.
+
+    The measures are those of MEASURES that the file has. kl_coef is that of the advantages, None without them.
+    """
+    sides = [sample[side] for sample in viewer["samples"] for side in SIDES]
+    measures = [name for name in MEASURES if name in ALWAYS or any(name in side for side in sides)]
     samples = []
     for sample in viewer["samples"]:
         prompt = sample["prompt"] + ""  # TypeError unless it is a text
-        samples.append({"prompt": prompt} | {side: response(sample[side]) for side in SIDES})
+        samples.append({"prompt": prompt} | {side: response(sample[side], measures) for side in SIDES})
     scales = {}
-    for name, (_, centre) in MEASURES.items():
-        scales[name] = scale([x for sample in samples for side in SIDES for x in sample[side][name]], centre)
-    return {"kl_coef": number(viewer["kl_coef"]), "scales": scales, "samples": samples}
+    for name in measures:
+        numbers = [x for sample in samples for side in SIDES for x in sample[side][name]]
+        scales[name] = scale(numbers, MEASURES[name][1])
+    coefficient = number(viewer["kl_coef"]) if "advantage" in measures else None
+    return {"kl_coef": coefficient, "scales": scales, "samples": samples}
 
 
 # ---- the page
@@ -170,9 +205,10 @@ def sha256(template, block):
 def write(folder):
     """Write the page of a run into its folder; returns its path. BadInput names a file that is missing or damaged.
 
-    A policy without a log, best/ or somebody else's, has no learning curves.
+    A policy without a log, best/ or somebody else's, has no learning curves, and one without samples.jsonl no samples
+    during training.
     """
-    drawn = []
+    drawn, training = [], {}
     with reading(folder, "results.json"):
         results = read_results(folder)
         rows, config, prompts = table(results), dict(results.get("config", {})), results.get("prompts")
@@ -183,11 +219,15 @@ def write(folder):
     if Path(folder, "log.jsonl").is_file():
         with reading(folder, "log.jsonl"):
             drawn = charts(read_metrics(folder), target)
+    if Path(folder, TRAINING).is_file():
+        with reading(folder, TRAINING):
+            training = training_samples(read_jsonl(Path(folder, TRAINING)))
     loader = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(f"{PAGE}.jinja")
     page = template.render(
         folder=Path(folder).as_posix(), rows=rows, config=config, prompts=prompts, charts=drawn, viewer=viewer,
-        measures=MEASURES, box=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
+        training=training,
+        measures={name: MEASURES[name][0] for name in viewer["scales"]}, box=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
         script_hash=sha256(template, "script"), style_hash=sha256(template, "style"),
     )  # fmt: skip
     path = Path(folder, PAGE)

@@ -17,17 +17,29 @@ with the labels NEGATIVE and POSITIVE, log.jsonl and results.json to reward_chec
 import importlib.util
 import json
 import math
+import os
+import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import RESULTS, Checkpoints, check_run, delete_checkpoints, first_line, replacing, write_text
-from config import BadInput, RewardConfig, run
+from checkpoint import (
+    RESULTS,
+    Checkpoints,
+    check_run,
+    delete_checkpoints,
+    fingerprint,
+    first_line,
+    replacing,
+    write_text,
+)
+from config import BadInput, RewardConfig, run, sources
 from data import CONTROLS, Reviews, digest, load_splits, train_wordpiece
 from device import pick_device, seed_of, to_device
-from hub import SAVE_DTYPES, locate
+from hub import SAVE_DTYPES, load_tokenizer, locate
 from log import RunLog, classifier_flops, sheet, time_on_cpu
 from optimizer import Stepper, make_optimizers, warm_up_and_decay
 
@@ -38,6 +50,7 @@ PROBES = (  # (positive, negative): what any sentiment classifier tells apart
     ("Brilliant and moving, I recommend it to everyone.", "Stupid and dull, a waste of everyone's time and money."),
 )
 POSITIVE_NAMES = ("positive", "pos")
+KNOWN_LABELS = {"lvwerra/bert-imdb": "LABEL_1"}  # positive labels of hub models whose labels have no names
 LABELS = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})  # of what we train
 
 
@@ -61,16 +74,20 @@ class SentimentReward:
             model.config.pad_token_id = tokenizer.pad_token_id
 
     @classmethod
-    def load(cls, name, positive_label="", kind="logit", device="cpu"):
-        """From a folder or hub name. BadInput when its labels do not say which is positive, before weights are read."""
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, logging
+    def load(cls, name, positive_label="", kind="logit", device="cpu", flag="positive_label"):
+        """From a folder or hub name. BadInput when its labels do not say which is positive, before weights are read.
+
+        flag: the one that can give positive_label, for the error.
+        """
+        from transformers import AutoConfig, AutoModelForSequenceClassification, logging
 
         logging.disable_progress_bar()
         folder = locate(name)
         try:
-            labels = positive_index(AutoConfig.from_pretrained(folder).id2label, positive_label, name)
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            labels = positive_index(config.id2label, positive_label, name, flag)
+            model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+            tokenizer = load_tokenizer(folder)
         except BadInput:
             raise
         except Exception as error:  # transformers raises whatever its readers do
@@ -100,6 +117,11 @@ class SentimentReward:
     def __call__(self, texts):
         """Scores (len(texts),) float32 on the CPU."""
         return self.score(self.logits(texts))
+
+    def scored(self, texts):
+        """(scores, 1 where the text is positive and else 0), (len(texts),) each, from one forward pass."""
+        logits = self.logits(texts)
+        return self.score(logits), (log_odds(logits, self.positive) > 0).float()
 
     def score(self, logits):
         """The scores (B,) of logits (B, labels), by self.kind."""
@@ -137,16 +159,24 @@ def log_odds(logits, positive):
     return logits[:, positive] - others.logsumexp(1)
 
 
-def positive_index(id2label, positive_label, name):
-    """The index of the positive label, by its name and never by its place: positive_label, or else POSITIVE or POS."""
-    wanted = (positive_label.lower(),) if positive_label else POSITIVE_NAMES
-    found = [int(index) for index, label in id2label.items() if str(label).lower() in wanted]
-    if len(id2label) < 2 or len(found) != 1 or not 0 <= found[0] < len(id2label):
-        hint = "it needs two labels at least" if len(id2label) < 2 else "name the positive one by --positive_label"
-        raise BadInput(
-            f"classifier {name} has the labels {dict(id2label)}, none of them {' or '.join(wanted)!r}: {hint}"
-        )
-    return found[0]
+def positive_index(id2label, positive_label, name, flag="positive_label"):
+    """The index of the positive label, found by its name and never by its place.
+
+    Its name is positive_label; where that is empty POSITIVE or POS, or else the one of KNOWN_LABELS for the model
+    `name`. BadInput, which names the flag that gives positive_label, unless exactly one label has it.
+    """
+    known = KNOWN_LABELS.get(name.partition("@")[0], "")
+    for wanted in ((positive_label,),) if positive_label else (POSITIVE_NAMES, (known,)):
+        names = [label.lower() for label in wanted if label]
+        found = [int(index) for index, label in id2label.items() if str(label).lower() in names]
+        if len(found) == 1 and len(id2label) > 1 and 0 <= found[0] < len(id2label):
+            return found[0]
+    wanted = (positive_label,) if positive_label else POSITIVE_NAMES
+    hint = "it needs at least two labels" if len(id2label) < 2 else f"name the positive one by --{flag}"
+    raise BadInput(
+        f"classifier {name} has the labels {dict(id2label)}: not exactly one is {' or '.join(map(repr, wanted))}: "
+        f"{hint}"
+    )
 
 
 def token_limit(config, tokenizer):
@@ -163,6 +193,14 @@ def tokenize(tokenizer, texts, max_length):
     return tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False, verbose=False)
 
 
+def load_judge(cfg, device):
+    """cfg.judge, a classifier of the texts that only watches; None where it is empty."""
+    if not cfg.judge:
+        return None
+    classifier = CLASSIFIERS[cfg.task]
+    return classifier.load(cfg.judge, cfg.judge_positive_label, device=device, flag="judge_positive_label")
+
+
 def load_reward(cfg, device):
     """cfg.reward as reward_fn(list of B texts) -> (B,) scores: a classifier, or the user's file.py:function."""
     file, _, function = cfg.reward.rpartition(":")
@@ -170,14 +208,56 @@ def load_reward(cfg, device):
         raise BadInput(f"reward {cfg.reward}: name the function too, {cfg.reward}:function")
     if not file.endswith(".py"):
         return CLASSIFIERS[cfg.task].load(cfg.reward, cfg.positive_label, cfg.reward_kind, device)
-    if not Path(file).is_file():
-        raise BadInput(f"reward {cfg.reward}: no file {file}")
-    spec = importlib.util.spec_from_file_location("user_reward", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        raise BadInput(f"reward {cfg.reward}: {file} has no function {function!r}")
-    return getattr(module, function)
+    return FunctionReward(file, function)
+
+
+class FunctionReward:
+    """A user's function as a reward: list of B texts -> B scores. BadInput, with its name, when it raises."""
+
+    def __init__(self, file, function):
+        self.file, self.name = os.path.abspath(file), f"{file}:{function}"
+        if not Path(file).is_file():
+            raise BadInput(f"reward {self.name}: no file {file}")
+        spec = importlib.util.spec_from_file_location("user_reward", file)
+        module = importlib.util.module_from_spec(spec)
+        with self.errors("importing it"):
+            spec.loader.exec_module(module)
+        self.function = getattr(module, function, None)
+        if not callable(self.function):
+            raise BadInput(f"reward {self.name}: {file} has no function {function!r}")
+
+    def __call__(self, texts):
+        with self.errors(f"scoring {len(texts)} texts"):
+            return self.function(texts)
+
+    @contextmanager
+    def errors(self, doing):
+        """Turn what the user's code raises into BadInput with its kind, its message and its line in the user's file."""
+        try:
+            yield
+        except Exception as error:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
+            where = f", line {lines[-1]}" if lines else ""
+            raise BadInput(
+                f"reward {self.name} raised {type(error).__name__} while {doing}{where}: {first_line(error)}"
+            ) from error
+
+
+def scored(reward_fn, texts):
+    """(scores, positive) of texts, (B,) float32 on the CPU each; positive, 1 or 0, is what a classifier finds.
+
+    It is None where the reward is a user's function, which has no opinion on it.
+    """
+    if hasattr(reward_fn, "scored"):  # a classifier, or several processes' shares of one
+        return reward_fn.scored(texts)
+    return as_scores(reward_fn(texts), texts), None
+
+
+def reward_fingerprint(reward_fn):
+    """The fingerprint of a classifier with its tokenizer, or of the file of a user's function; "" for none."""
+    if isinstance(reward_fn, SentimentReward):
+        return fingerprint(reward_fn.model, reward_fn.tokenizer.backend_tokenizer.to_str())
+    return fingerprint(Path(reward_fn.file).read_text(encoding="utf-8")) if hasattr(reward_fn, "file") else ""
 
 
 class NotFinite(BadInput):
@@ -244,15 +324,17 @@ def training_texts(texts, epoch, cfg):
 
 def open_classifier(name, dropout):
     """(classifier, tokenizer) of a folder or hub name, labels NEGATIVE and POSITIVE; an encoder gets a new head."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, logging
+    from transformers import AutoConfig, AutoModelForSequenceClassification, logging
 
     logging.set_verbosity_error()  # that the head of an encoder is new is what is wanted here
     folder = locate(name)
     try:
-        config = AutoConfig.from_pretrained(folder, **LABELS)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **LABELS)
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
         model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(folder)
+        return model, load_tokenizer(folder)
+    except BadInput:
+        raise
     except Exception as error:  # transformers raises whatever its readers do
         raise BadInput(f"encoder {name} cannot be read: {first_line(error)}") from None
 
@@ -288,7 +370,12 @@ def train(name, classifier, reviews, cfg, bf16, teacher=None):
     model, tokenizer, device = classifier.model.train(), classifier.tokenizer, classifier.device
     optimizers = make_optimizers(model, [], cfg.lr, cfg.weight_decay)
     stepper = Stepper(model, optimizers, cfg.grad_clip)
-    checkpoints = Checkpoints(cfg, out, model, optimizers, {"data": digest(reviews.texts), "skips": stepper.skips})
+    inputs = {
+        "texts": digest(reviews.texts),
+        "tokenizer": fingerprint(tokenizer.backend_tokenizer.to_str()),
+        "teacher": reward_fingerprint(teacher),
+    }
+    checkpoints = Checkpoints(cfg, out, model, optimizers, {"inputs": inputs, "skips": stepper.skips})
     stepper.skips = checkpoints.state["skips"]
     log = RunLog(cfg, model, part=name, first_step=checkpoints.first_step)
     per_epoch = math.ceil(len(reviews.texts) / cfg.batch_size)
@@ -396,13 +483,13 @@ def each(folder):
 
 
 def main(cfg):
-    check_run(cfg, finished=f"judge/{RESULTS}")
+    check_run(cfg, f"reward/{RESULTS}", f"judge/{RESULTS}")
     device, bf16 = pick_device(cfg)
     starts, teachers = each(cfg.init_from), each(cfg.teacher)
     for name in (*starts.values(), *teachers.values()):
         if name not in ("scratch", ""):
             locate(name)
-    splits = load_splits(cfg.dataset)
+    splits = load_splits(cfg.dataset, cfg.text_column, cfg.label_column)
     held_out = Reviews(*(rows[: cfg.eval_reviews] for rows in splits["evaluation"]))
     if not cfg.resume:  # so that a judge of an earlier run is not taken for one of this run
         for name in starts:
@@ -418,6 +505,7 @@ def main(cfg):
             "teacher": teachers[name] or "none: the labels",
             "reviews": f"{len(reviews.texts):,} of its own",
             "device": device,
+            "config": sources(cfg),
         }
         torch.manual_seed(cfg.seed + (name == "judge"))  # of new weights: not twice the same
         made = small_classifier(reviews.texts, cfg) if start == "scratch" else open_classifier(start, cfg.dropout)

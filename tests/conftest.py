@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import weakref
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -56,8 +59,24 @@ def gpt2_folder(tmp_path_factory, tokenizer):
     return folder
 
 
-def write_bert(folder, labels=("NEGATIVE", "POSITIVE"), **changes):
-    """Write a tiny BERT classifier with these labels and a WordPiece tokenizer into folder; returns the model."""
+def write_tuned(gpt2_folder, folder, seed=0):
+    """Write a policy into folder that differs from the one in gpt2_folder in a bias, another one for each seed."""
+    from hub import load_policy, open_gpt2, save_gpt2
+
+    path, config, tokenizer = open_gpt2(str(gpt2_folder))
+    policy = load_policy(path, config, tokenizer)
+    with torch.no_grad():
+        policy.gpt2.ln_f.bias += 0.5 * torch.randn(64, generator=torch.Generator().manual_seed(seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_gpt2(policy.gpt2, tokenizer, folder, policy.value_head)
+    return folder
+
+
+def write_bert(folder, labels=("NEGATIVE", "POSITIVE"), seed=0, **changes):
+    """Write a tiny BERT classifier with these labels and a WordPiece tokenizer into folder; returns the model.
+
+    seed: of its weights. A reward and a judge need two, else no test can tell one from the other.
+    """
     from transformers import BertConfig, BertForSequenceClassification
 
     wordpiece = train_wordpiece(TEXTS, 200)
@@ -65,7 +84,7 @@ def write_bert(folder, labels=("NEGATIVE", "POSITIVE"), **changes):
         vocab_size=len(wordpiece), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = BertForSequenceClassification(BertConfig(**(shape | names | changes)))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -75,10 +94,32 @@ def write_bert(folder, labels=("NEGATIVE", "POSITIVE"), **changes):
     return model.eval()
 
 
+def write_opinion(folder, texts, seed):
+    """Write a tiny classifier that finds half of these texts positive; which half depends on the seed."""
+    from reward import SentimentReward
+
+    model = write_bert(folder, seed=seed)
+    odds = SentimentReward.load(str(folder)).log_odds(texts)
+    with torch.no_grad():  # log-odds of standard deviation 1 and median 0
+        model.classifier.bias[1] -= odds.median()
+        model.classifier.weight /= odds.std()
+        model.classifier.bias /= odds.std()
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     write_bert(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judge_folder(tmp_path_factory):
+    """A second classifier, of another opinion than the one in bert_folder."""
+    folder = tmp_path_factory.mktemp("judge")
+    write_bert(folder, seed=1)
     return folder
 
 
@@ -93,6 +134,24 @@ def reviews_csv(path, rows=400):
         lines.append(f'"{text}",{label}')
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+class LogitsMemory(TorchDispatchMode):
+    """Numbers in tensors of logits, of a vocabulary's width, inside the block: `largest` of one, `most` at a time."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.alive, self.largest, self.most = vocabulary, [], 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        found = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.shape[-1:] == (self.vocabulary,)]
+        self.alive = [ref for ref in self.alive if ref() is not None] + [weakref.ref(tensor) for tensor in found]
+        tensors = [tensor for ref in self.alive if (tensor := ref()) is not None]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in tensors}
+        self.largest = max([self.largest, *storages.values()])
+        self.most = max(self.most, sum(storages.values()))
+        return result
 
 
 def nan_after_the_end(logits, ids, first, eos_id):

@@ -39,7 +39,7 @@ import torch
 def letters(texts):
     return torch.tensor([float(text.count("e")) for text in texts])
 def late(texts, calls=[]):
-    calls.append(0)
+    calls += [0] * (len(texts) == 8)
     return letters(texts) * (1 if len(calls) == 1 else float("nan"))
 """
 
@@ -92,7 +92,7 @@ def ppo_flags(home, out, **changes):
         dataset=home / "reviews.csv", policy=home / "gpt2", reward=f"{home}/rewards.py:letters", judge=home / "bert",
         self_check=False, out=out, steps=6, batch_size=8, minibatch_size=4, micro_batch_size=2, response_len=6,
         max_prompt_len=4, kl_target=0.5, kl_horizon=100, lr=1e-3, lr_end=0.0, alarm_window=4, save_every=2,
-        device="cpu", report_to="none",
+        save_share=1, device="cpu", report_to="none",
     )  # fmt: skip
     return to_flags(flags | changes)
 
@@ -107,7 +107,7 @@ def outcome(out):
     log, weights = {}, {}
     for file in sorted(Path(out).rglob("*")):
         name = file.relative_to(out).as_posix()
-        if name.endswith("log.jsonl"):
+        if file.suffix == ".jsonl":
             lines = [json.loads(line) for line in file.read_text().splitlines()]
             log[name] = [
                 {key: value for key, value in line.items() if key not in clocks and not key.startswith("seconds")}
@@ -181,7 +181,7 @@ def _save_on_and_on(out):
     latest = latest_checkpoint(out)
     for step in itertools.count(int(latest.name) + 1 if latest else 1):
         model, optimizer = toy(step)
-        save_checkpoint(out, model, [optimizer], {"step": step, "data": ""})
+        save_checkpoint(out, model, [optimizer], {"step": step, "inputs": {}})
 
 
 def kill_saves(out, kills, rng):
@@ -196,7 +196,7 @@ def kill_saves(out, kills, rng):
         process.join()
         check_whole(out)
         model, optimizer = toy(-1)
-        step = load_checkpoint(latest_checkpoint(out), model, [optimizer], "")["step"]
+        step = load_checkpoint(latest_checkpoint(out), model, [optimizer], {})["step"]
         assert all((tensor == step).all() for tensor in numbers(model, optimizer)) and step > done
         done = step
         yield f"save {number}: killed, {step} is whole"

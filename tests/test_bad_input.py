@@ -24,11 +24,11 @@ SMALL = "--vocab_size 300 --n_layer 1 --n_head 1 --n_embd 8 --report_to none --d
 FINETUNE = f"--preset mini --init_from scratch --dataset {{csv}} --out out {SMALL}"
 FROM_FOLDER = "--dataset {csv} --out out --init_from {gpt2} --report_to none --device cpu"
 REWARD = "--preset mini --init_from {bert} --dataset {csv} --out out --report_to none --device cpu"
-MODELS = "--policy {gpt2} --reward {bert} --judge {bert}"
+MODELS = "--policy {gpt2} --reward {bert} --judge {judge}"
 PPO = f"--preset mini --dataset {{csv}} {MODELS} --out out --report_to none --device cpu"
 PPO_16 = PPO + " --batch_size 16 --minibatch_size 16 --micro_batch_size 16"
-EVALUATE = "--preset mini --dataset {csv} --before {gpt2} --after {gpt2} --reward {bert} --judge {bert} --device cpu"
-GENERATE = "--preset mini --before {gpt2} --after {gpt2} --reward {bert} --judge {bert} --device cpu --prompt I"
+EVALUATE = "--preset mini --dataset {csv} --before {gpt2} --after {gpt2} --reward {bert} --judge {judge} --device cpu"
+GENERATE = "--preset mini --before {gpt2} --after {gpt2} --reward {bert} --judge {judge} --device cpu --prompt I"
 
 CASES = {  # name: (script, flags, what the message names); of a flag that comes twice the last one counts
     # models
@@ -74,15 +74,22 @@ CASES = {  # name: (script, flags, what the message names); of a flag that comes
     "no W&B": ("finetune_gpt2", f"{FINETUNE} --report_to wandb", ["wandb", "pip install wandb"]),
     "a folder that cannot be written": ("finetune_gpt2", f"{FINETUNE} --out {{csv}}/out", ["toy.csv/out"]),
     "results that are not its own": ("evaluate", f"{EVALUATE} --after {{tuned}}", ["tuned/results.json", "copy"]),
+    "the same by force": ("evaluate", f"{EVALUATE} --after {{tuned}} --force True", ["tuned/results.json", "copy"]),
+    "results that are there": ("evaluate", f"{EVALUATE} --after {{evaluated}}", ["evaluated/viewer.json", "--force"]),
     # what the first look at the reward shows
     "an untrained reward": ("ppo", PPO_16, ["probe sentences", "POSITIVE"]),
-    "an untrained judge": ("evaluate", f"{EVALUATE} --prompts 16", ["probe sentences", "POSITIVE"]),
+    "the same when evaluating it": ("evaluate", f"{EVALUATE} --prompts 16", ["the reward ranks probe sentences"]),
+    "an untrained judge": (
+        "evaluate",
+        f"{EVALUATE} --prompts 16 --reward {{nan}}:length",
+        ["the judge ranks probe sentences", "POSITIVE"],
+    ),
     "a function that gives nan": ("ppo", f"{PPO_16} --reward {{nan}}:f", ["score", "nan"]),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory, gpt2_folder, bert_folder, tokenizer):
+def paths(tmp_path_factory, gpt2_folder, bert_folder, judge_folder, tokenizer):
     """What the flags in CASES name, by its name in braces."""
     folder = tmp_path_factory.mktemp("inputs")
     generic, hollow, long = (folder / name for name in ("generic", "hollow", "long"))
@@ -93,11 +100,17 @@ def paths(tmp_path_factory, gpt2_folder, bert_folder, tokenizer):
     tokenizer.save_pretrained(long)
     tuned = shutil.copytree(gpt2_folder, folder / "tuned")
     (tuned / "results.json").write_text('{"perplexity": 30.0}')  # as finetune_gpt2.py writes it
+    evaluated = shutil.copytree(gpt2_folder, folder / "evaluated")
+    (evaluated / "viewer.json").write_text("{}")
     (folder / "empty.csv").write_text("text,label\n")
-    (folder / "nan.py").write_text("def f(texts):\n    return [float('nan')] * len(texts)\n")
+    functions = (
+        "def f(texts):\n    return [float('nan')] * len(texts)\n\n\ndef length(texts):\n    return [*map(len, texts)]"
+    )
+    (folder / "nan.py").write_text(functions)
     return dict(
         gpt2=gpt2_folder, bert=bert_folder, csv=reviews_csv(folder / "toy.csv"), empty=folder / "empty.csv",
-        generic=generic, hollow=hollow, long=long, tuned=tuned, nan=folder / "nan.py",
+        generic=generic, hollow=hollow, long=long, tuned=tuned, nan=folder / "nan.py", evaluated=evaluated,
+        judge=judge_folder,
     )  # fmt: skip
 
 

@@ -19,8 +19,9 @@ NASTY = "<script>alert('a')</script> | `code` **bold** [x](y) ![i](j) $m$ a\nb\r
 SPREAD = {"std": 2.5, "below_0": 0.125}
 SIDE = {name: {"value": i + 0.5, "low": i, "high": i + 1} for i, name in enumerate(CAPTIONS)}
 SIDE |= {name: SIDE[name] | SPREAD for name in KLS}
+AFTER = {name: row | {"value": row["value"] + 100} for name, row in SIDE.items()}
 RESULTS = {
-    "before": SIDE, "after": SIDE, "difference": SIDE | {"perplexity_ratio": {"value": 0.9, "low": 0.8, "high": 1.1}},
+    "before": SIDE, "after": AFTER, "difference": SIDE | {"perplexity_ratio": {"value": 0.9, "low": 0.8, "high": 1.1}},
     "prompts": 1024,
 }  # fmt: skip
 LOG = [{"step": 39, "seconds": 170.0, "score": 1.0, "kl": 4.1, "kl_coef": 0.05}]
@@ -47,9 +48,16 @@ def test_the_card_has_what_the_hub_reads_and_what_was_measured(write):
     (result,) = index["results"]
     measured = {metric["type"]: metric["value"] for metric in result["metrics"]}
     assert index["name"] == "gpt2"
-    assert measured == {name: entry["value"] for name, entry in SIDE.items()}
+    assert measured == {name: entry["value"] for name, entry in AFTER.items()}  # of the policy, not of its start
     assert table_text(RESULTS) in card.text
     assert "25,600: 200 rollouts of 128" in card.text
+
+
+def test_the_card_tells_the_reward_from_the_judge_in_training_and_in_the_evaluation(write):
+    run, cfg = PPOConfig(reward="a/b", judge="c/d"), EvaluateConfig(reward="e/f", judge="g/h")
+    text = write(cfg, run).text
+    assert "| reward | a/b, logit |" in text and "| judge in training | c/d |" in text
+    assert "the score is by e/f, the judge is g/h." in " ".join(text.split())
 
 
 def test_nothing_untrusted_becomes_markup(write):
@@ -144,3 +152,18 @@ def test_the_card_of_a_broken_config_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "run_config.json").write_text("{")
     with pytest.raises(BadInput, match=r"run_config\.json"):
         ppo_run(tmp_path)
+
+
+def test_the_card_names_the_commits_of_what_came_from_the_hub(tmp_path, write, monkeypatch):
+    """Those that the run recorded, and those that evaluate.py reads now; of a local folder there is none."""
+    run = PPOConfig(policy="made", reward="lvwerra/bert-imdb", judge="", dataset="stanfordnlp/imdb@v1")
+    (tmp_path / "run_config.json").write_text(
+        json.dumps(asdict(run) | {"revisions": {"lvwerra/bert-imdb": "abc123", "stanfordnlp/imdb@v1": "def456"}})
+    )
+    monkeypatch.setattr("card.REVISIONS", {"some/judge": "789aaa"})
+    for after in (tmp_path, tmp_path / "best"):
+        text = write(EvaluateConfig(after=str(after), judge="some/judge", reward="lvwerra/bert-imdb"), run).text
+        rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", text, re.MULTILINE))
+        assert rows["reward"].startswith("lvwerra/bert-imdb (commit abc123)") and rows["judge in training"] == "none"
+        assert "imdb&#64;v1 (commit def456)" in rows["prompts"] and rows["start and reference"] == "made"
+        assert "the judge is some/judge (commit 789aaa)" in " ".join(text.split())

@@ -22,6 +22,7 @@ from config import (
     differing,
     fields,
     parse,
+    sources,
 )
 
 SHARED = ("checkpoint", "data", "device", "log", "model")
@@ -154,6 +155,10 @@ def test_a_config_cannot_be_changed_after_it_was_checked():
         (RewardConfig, "--crop_share 1.5", ["crop_share", "1.5"]),
         (RewardConfig, "--seed -1", ["seed", "-1"]),
         (EvaluateConfig, "--prompts 0", ["prompts"]),
+        (EvaluateConfig, "--judge=", ["judge is empty"]),
+        (GenerateConfig, "--judge=", ["judge is empty"]),
+        (PPOConfig, "--save_share 0", ["save_share"]),
+        (PPOConfig, "--sample_prompts -1", ["sample_prompts"]),
         (GenerateConfig, "--response_len 0", ["response_len"]),
     ],
 )
@@ -178,3 +183,33 @@ def test_differing_names_what_changed_and_only_what_changes_the_result():
     assert differing(same, saved) == []
     assert differing(PPOConfig(steps=7), saved) == ["steps 200 -> 7"]
     assert differing(PPOConfig(), {k: v for k, v in saved.items() if k != "lam"}) == ["lam None -> 0.95"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--resume"], (True, False, True)),
+        (["--resume", "--steps", "3"], (True, False, True)),
+        (["--resume", "True", "--force"], (True, True, True)),
+        (["--resume", "False"], (False, False, True)),
+        (["--self_check", "False", "--force"], (False, True, False)),
+        (["--self-check", "False", "--resume"], (True, False, False)),
+        (["--self_check=False"], (False, False, False)),
+    ],
+)
+def test_a_boolean_flag_needs_no_value(argv, expected):
+    cfg = parse(PPOConfig, argv)
+    assert (cfg.resume, cfg.force, cfg.self_check) == expected
+
+
+def test_sources_names_the_fields_that_the_preset_and_the_flags_set():
+    """Someone who edits a default sees why preset mini does not follow."""
+    text = sources(parse(PPOConfig, ["--preset", "mini", "--gamma", "0.9", "--resume"]))
+    preset, flags = text.split("; ")
+    assert preset.startswith("preset mini sets ") and set(preset[17:].split(", ")) == set(
+        PRESETS["mini"][PPOConfig]
+    ) - {"out"}
+    assert flags == "flags set gamma"  # --resume changes no result
+    scratch = sources(parse(FinetuneConfig, ["--preset", "mini", "--init_from", "scratch"]))
+    assert "muon_lr" in scratch and "flags set init_from" in scratch
+    assert sources(PPOConfig()) == "all defaults"

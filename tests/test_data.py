@@ -39,7 +39,7 @@ def source(monkeypatch):
     """A function that makes load_splits read these rows: source(train, test)."""
 
     def replace(train, test=()):
-        monkeypatch.setattr(data, "read_source", lambda _: (list(train), list(test)))
+        monkeypatch.setattr(data, "read_source", lambda *_: (list(train), list(test)))
         return load_splits("fake")
 
     return replace
@@ -181,7 +181,7 @@ def test_a_hub_dataset_is_read_from_its_snapshot_by_the_parts_its_card_names(tmp
     for part, count in parts.items():
         rows = {"text": [f"{part} review {i}<br />end" for i in range(count)], "label": [i % 2 for i in range(count)]}
         pandas.DataFrame(rows).to_parquet(tmp_path / "plain_text" / f"{part}-00000-of-00001.parquet")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    monkeypatch.setattr("hub.snapshot_download", lambda *args, **kwargs: str(tmp_path))
     splits = load_splits("stanfordnlp/imdb")
     assert sorted(splits["evaluation"].texts) == sorted(f"test review {i}\nend" for i in range(40))
     assert sum(len(splits[name].texts) for name in ("reward", "judge", "prompts")) == 300
@@ -201,8 +201,8 @@ def test_a_jsonl_line_that_is_not_utf8_is_left_out(tmp_path, capsys):
         (None, ["no such file"]),
         ("", ["r.csv"]),
         ("text,label\n", ["r.csv"]),
-        ("review,label\ngood,1\n", ["no column text", "review, label"]),
-        ("text,stars\ngood,1\n", ["no column label", "text, stars"]),
+        ("title,label\ngood,1\n", ["no column text or review", "title, label", "--text_column"]),
+        ("text,stars\ngood,1\n", ["no column label or sentiment", "text, stars", "--label_column"]),
         ("text,label\ngood,5\nbad,x\n", ["none of its 2 rows"]),
         ("text,label\n" + "".join(f"film {i},1\n" for i in range(200)), ["both labels", "prompts"]),
     ],
@@ -216,6 +216,64 @@ def test_a_file_without_useful_reviews_is_refused_by_name(tmp_path, content, nam
         load_splits(str(path))
     assert all(word in str(error.value) for word in named), error.value
     assert "r.csv" in str(error.value)
+
+
+def labelled(splits):
+    return sorted((text, int(label)) for part in splits.values() for text, label in zip(part.texts, part.labels))
+
+
+def test_kaggles_file_of_imdb_reviews_is_read_as_it_is(tmp_path):
+    """Columns `review` and `sentiment`, with the labels positive and negative."""
+    lines = [f'"{text}",{"positive" if label else "negative"}' for text, label in ROWS]
+    (tmp_path / "IMDB Dataset.csv").write_text("\n".join(["review,sentiment", *lines]))
+    assert labelled(load_splits(str(tmp_path / "IMDB Dataset.csv"))) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_columns_of_other_names_are_named_by_flags(tmp_path, suffix):
+    """Also where columns of the usual names are there too: the named ones win."""
+    from datasets import Dataset
+
+    texts, labels = ([row[i] for row in ROWS] for i in (0, 1))
+    rows = Dataset.from_dict({"text": ["x"] * len(ROWS), "label": [0] * len(ROWS), "body": texts, "stars": labels})
+    file = str(tmp_path / f"r.{suffix}")
+    getattr(rows, {"csv": "to_csv", "jsonl": "to_json", "parquet": "to_parquet"}[suffix])(file)
+    assert labelled(load_splits(file, "body", "stars")) == sorted(ROWS)
+    with pytest.raises(BadInput, match="no column title, found text, label, body, stars: name it by --text_column"):
+        load_splits(file, "title", "stars")
+    with pytest.raises(BadInput, match="no column mood, .*: name it by --label_column"):
+        load_splits(file, "body", "mood")
+
+
+def acl_imdb(folder, rows, part="train"):
+    for i, (text, label) in enumerate(rows):
+        file = folder / part / ("pos" if label else "neg") / f"{i}_{7 if label else 3}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_the_original_folder_of_imdb_is_read_with_its_test_part(tmp_path, capsys):
+    """The unlabelled reviews and the bags of words in it are left alone; a file that is not UTF-8 is counted."""
+    folder = acl_imdb(tmp_path / "aclImdb", ROWS[:300])
+    acl_imdb(folder, [(f"Test {text}", label) for text, label in ROWS[300:]], "test")
+    (folder / "train/unsup").mkdir()
+    (folder / "train/unsup/0_0.txt").write_text("Nobody knows.")
+    (folder / "train/labeledBow.feat").write_text("9 0:9 1:1")
+    (folder / "train/pos/999_9.txt").write_bytes(b"caf\xe9")
+    splits = load_splits(str(folder))
+    assert labelled({"e": splits.pop("evaluation")}) == sorted((f"Test {text}", label) for text, label in ROWS[300:])
+    assert labelled(splits) == sorted(ROWS[:300])
+    assert "kept 300 of 301 rows; left out 1 not UTF-8" in capsys.readouterr().err
+
+
+def test_without_a_test_part_the_folder_is_split_as_a_file_is(tmp_path):
+    assert labelled(load_splits(str(acl_imdb(tmp_path / "a", ROWS)))) == sorted(ROWS)
+
+
+def test_a_folder_without_reviews_is_refused_with_what_was_looked_for(tmp_path):
+    with pytest.raises(BadInput, match=r"the folder holds no train/pos/\*.txt and train/neg/\*.txt"):
+        load_splits(str(tmp_path))
 
 
 # ---- tokens

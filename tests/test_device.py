@@ -13,7 +13,7 @@ from conftest import ROOT, message
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import BadInput, FinetuneConfig, PPOConfig
-from device import ONE_PROCESS, micro_batch_size, peak_flops, pick_device
+from device import ONE_PROCESS, micro_batch_size, peak_flops, pick_device, rows_that_fit
 from model import GPT2, GPT2Config
 
 # ---- where
@@ -198,6 +198,17 @@ def test_the_micro_batch_is_the_largest_divisor_that_the_memory_of_a_gpu_holds(
     ranks = type("Ranks", (), {"size": processes, "any": staticmethod(lambda n: n)})
     found = micro_batch_size(PPOConfig(), 128, 24, gpt2, 4, torch.device("cuda"), ranks)
     assert found == expected
+
+
+def test_memory_that_torch_keeps_for_tensors_to_come_is_free(monkeypatch):
+    """Else each pass of an evaluation would have fewer rows than the one before it, whose memory torch has kept."""
+    found = []
+    for free, reserved, allocated in ((10, 0, 0), (4, 8, 2), (4, 8, 8)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free * 1e9), int(80e9)))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, bytes=reserved: int(bytes * 1e9))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _, bytes=allocated: int(bytes * 1e9))
+        found.append(rows_that_fit(24, 768, 12, 50257, torch.device("cuda")))
+    assert found == [336, 336, 134]  # 8 and 3.2 GB, 23.8 MB a row
 
 
 def test_the_process_with_the_least_memory_decides(monkeypatch):

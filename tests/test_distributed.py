@@ -29,8 +29,9 @@ from model import GPT2
 
 CFG = config(ppo_epochs=2, vf_coef=1.0, micro_batch_size=2)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-COMMON = "--report_to none --device cpu --lr 1e-3 --batch_size 8 --micro_batch_size 2"
-PPO = f"{COMMON} --minibatch_size 4 --response_len 6 --min_prompt_len 12 --max_prompt_len 12 --save_every 1"
+COMMON = "--report_to none --save_share 1 --device cpu --lr 1e-3 --batch_size 8 --micro_batch_size 2"
+PPO = f"{COMMON} --judge= --sample_prompts 0 --minibatch_size 4 --response_len 6 --save_every 1"
+PPO += " --min_prompt_len 12 --max_prompt_len 12"
 FINETUNE = f"{COMMON} --block_size 40 --epochs 0.15 --warmup_steps 2 --eval_every 5 --eval_tokens 500"
 
 # ---- what both processes do, and one for comparison
@@ -57,9 +58,9 @@ def fine_tuned(ranks):
 
 def played(ranks):
     policy, ref_policy, generator = moved_policy(), tiny_policy(1), random_generator("cpu", 1, ranks.rank)
-    _, actor, ref_actor, reward_fn = ranks.spread(policy, ref_policy, sevens)
+    _, actor, ref_actor, reward_fn, _ = ranks.spread(policy, ref_policy, sevens, None)
     batch = ppo.rollout(actor, ref_actor, Words(), reward_fn, some_prompts(), CFG.kl_coef, CFG, generator)
-    return vars(batch) | {"metrics": rollout_metrics(batch, policy, ref_policy, sevens, None, CFG)}
+    return vars(batch) | {"metrics": rollout_metrics(batch, policy, ref_policy, 0.0, CFG)}
 
 
 def observe(owner, name):
@@ -191,7 +192,7 @@ def test_a_rollout_of_two_processes_is_what_one_finds_for_all_its_episodes(one, 
     policy = moved_policy()
     policy.gpt2.generate = lambda *_: first["sequences"]
     batch = play(CFG, policy)
-    expected = vars(batch) | {"metrics": rollout_metrics(batch, policy, tiny_policy(1), sevens, None, CFG)}
+    expected = vars(batch) | {"metrics": rollout_metrics(batch, policy, tiny_policy(1), 0.0, CFG)}
     for name in ("mask", "logprobs", "values", "advantages", "returns", "kl", "scores", "ended"):
         assert torch.equal(first[name], second[name]) and close(first[name], expected[name], 1e-12), name
     for name in set(expected["metrics"]) - CLOCKS:
@@ -257,12 +258,12 @@ def test_a_stopped_run_of_two_processes_goes_on_in_one_that_never_imports_distri
         time.sleep(0.1)
     process.terminate()
     stderr = process.communicate(timeout=60)[1]
-    assert process.returncode and stderr.count("stopped; --resume True goes on") == 2, stderr
+    assert process.returncode and stderr.count("stopped; --resume resumes the run") == 2, stderr
     done = steps(out)
     assert done == list(range(len(done))) and 2 <= len(done) < 400
     sys.modules.pop("distributed", None)
     ppo.main(parse(PPOConfig, [*flags, str(len(done) + 1), "--resume", "True", "--force", "True"]))
-    assert f"going on from {out / 'checkpoints'}" in capsys.readouterr().out and steps(out) == [*done, len(done)]
+    assert f"resuming from {out / 'checkpoints'}" in capsys.readouterr().out and steps(out) == [*done, len(done)]
     assert "distributed" not in sys.modules
 
 
@@ -276,8 +277,8 @@ def test_rows_that_the_processes_cannot_share_evenly_are_one_line(monkeypatch):
 def test_a_process_without_the_checkpoint_that_another_goes_on_from_ends_the_run(tmp_path):
     """Folders of two machines that are not one: catches loops of different lengths, which wait for each other."""
     ranks = SimpleNamespace(any=lambda step: max(step, 3))
-    said = message(checkpoint.Checkpoints, config(resume=True), tmp_path, None, [], {}, ranks)
-    assert said == f"another process goes on from a checkpoint that is not in {tmp_path}: share that folder"
+    said = message(checkpoint.Checkpoints, config(resume=True), tmp_path, None, [], {"inputs": {}}, ranks)
+    assert said == f"another process resumes from a checkpoint that is not in {tmp_path}: share that folder"
 
 
 def test_several_processes_are_on_a_twentieth_of_the_lines_of_ppo_at_most():

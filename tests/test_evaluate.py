@@ -4,28 +4,32 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import nan_after_the_end, reviews_csv
+from conftest import LogitsMemory, message, nan_after_the_end, reviews_csv, write_opinion, write_tuned
 
 import evaluate
 import hub
 from config import BadInput, EvaluateConfig, PPOConfig
-from evaluate import pieces, prompt_groups, respond, sample_answers, token_numbers, viewer
+from data import load_splits, prompt_pool
+from evaluate import micro_batches, pieces, prompt_groups, respond, sample_answers, token_numbers, viewer
 from hub import load_policy, open_gpt2
 from log import side_by_side
 from metrics import kl_text, table_text
 from model import GPT2
 from ppo import gae, token_rewards
+from reward import SentimentReward
 
 CFG = EvaluateConfig(prompts=16, max_prompt_len=4, response_len=12, batch_size=3, resamples=200, samples=3)
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("prompts", [16, 3, 1])
+@pytest.mark.parametrize("prompts", [25, 16, 3, 1])
 def test_every_prompt_is_in_one_group_and_a_group_has_one_length(prompts):
+    """The lengths share the prompts evenly, and all groups of a length but the last one are full."""
     cfg = EvaluateConfig(prompts=prompts, min_prompt_len=2, max_prompt_len=6, batch_size=3)
     pool = np.arange(prompts)[:, None] * 100 + np.arange(6)
     groups = list(prompt_groups(pool, cfg))
@@ -33,7 +37,9 @@ def test_every_prompt_is_in_one_group_and_a_group_has_one_length(prompts):
     assert rows.tolist() == list(range(prompts))
     assert max(len(group) for group in groups) <= 3
     assert all(np.array_equal(g, pool[(g[:, 0] // 100).tolist(), : g.shape[1]]) for g in groups)
-    assert len({group.shape[1] for group in groups}) == min(5, prompts)
+    sizes = [[len(g) for g in groups if g.shape[1] == length] for length in range(2, 7)]
+    assert sorted(map(sum, sizes)) == sorted(len(rows) for rows in np.array_split(range(prompts), 5))
+    assert all(size == 3 for some in sizes for size in some[:-1])
 
 
 # ---- samples
@@ -119,6 +125,97 @@ def test_tokens_end_with_the_end_of_text_and_ref_nll_is_of_these_tokens_at_tempe
         assert kl == pytest.approx(mine - ref, abs=1e-3)
 
 
+def test_each_batch_has_its_own_random_numbers(opened):
+    policy, _, tokenizer = opened
+    texts = respond(policy, policy, tokenizer, [GROUPS[0], GROUPS[0]], CFG, CPU, "m")["texts"]
+    assert len(set(texts)) == 6
+
+
+def test_texts_are_read_exactly_as_the_tokens_spell_them(opened):
+    """Also where a tokenizer would take the spaces out of "film , it 's" by itself, from a text but not its prompt."""
+    policy, other, tokenizer = opened[0], opened[1], copy.deepcopy(opened[2])
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    text = "A film , it 's not good ."
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) != text
+    answers = respond(other, policy, tokenizer, [torch.tensor([ids])], CFG, CPU, "m")
+    assert answers["prompts"] == [text] and answers["texts"][0].startswith(text)
+    assert "".join(pieces(tokenizer, ids[:2], ids[2:])) == text[len(tokenizer.decode(ids[:2])) :]
+
+
+def test_an_evaluation_takes_as_many_rows_in_a_pass_as_the_memory_of_the_gpu_holds(monkeypatch):
+    """10 tokens x (16 x 64 x 2 + 2 x 500) x 4 bytes are 121,920 a row, and 0.8 of 1 MB has room for 6."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000_000, 8_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    gpt2 = SimpleNamespace(config=SimpleNamespace(n_embd=64, n_layer=2), n_tokens=500)
+    sequences = SimpleNamespace(shape=(20, 10), device=torch.device("cuda"))
+    assert [(part.start, part.stop) for part in micro_batches(SimpleNamespace(gpt2=gpt2), sequences)] == [
+        (0, 6),
+        (6, 12),
+        (12, 18),
+        (18, 24),
+    ]
+
+
+LONG = replace(CFG, prompts=200, min_prompt_len=4, response_len=30)
+FIT = 2048 // (4 + 30)  # rows of a pass that training would take on a CPU
+
+
+def many_groups(cfg):
+    return list(prompt_groups(np.random.default_rng(0).integers(1, 250, (cfg.prompts, 4)), cfg))
+
+
+@pytest.mark.parametrize("batch_size", [200, 64, 7])
+def test_the_logits_of_an_evaluation_are_those_of_a_micro_batch_whatever_the_batch_size(opened, batch_size):
+    """At most four tensors at a time, of at most as many rows as training takes in a pass; 13 GB at GPT-2's sizes."""
+    policy, other, tokenizer = opened
+    cfg = replace(LONG, batch_size=batch_size)
+    vocabulary = policy.gpt2.n_tokens
+    with LogitsMemory(vocabulary) as memory:
+        respond(other, policy, tokenizer, many_groups(cfg), cfg, CPU, "m")
+    rows = min(FIT, batch_size)
+    assert memory.largest == rows * 30 * vocabulary
+    assert memory.most <= 4 * rows * 30 * vocabulary
+
+
+def test_the_viewer_s_passes_have_the_logits_of_a_micro_batch(opened):
+    policy, other, tokenizer = opened
+    cfg = replace(LONG, batch_size=200, viewer_samples=200)
+    groups = many_groups(cfg)
+    answers = {"before": respond(other, policy, tokenizer, groups, cfg, CPU, "m")}
+    values = {"before": {"score": np.zeros(200), "judge": np.zeros(200)}}
+    with LogitsMemory(policy.gpt2.n_tokens) as memory:
+        viewer({"before": policy, "after": other}, tokenizer, groups, answers, values, PPOConfig(), cfg, CPU)
+    assert 0 < memory.largest <= FIT * 30 * policy.gpt2.n_tokens
+    assert memory.most <= 3 * FIT * 30 * policy.gpt2.n_tokens
+
+
+@pytest.mark.parametrize("fit", [0, 1, 3])
+def test_the_micro_batch_of_an_evaluation_changes_no_sample_and_no_number(opened, monkeypatch, fit):
+    """Against one pass over all rows of a batch. A fit of 0: not even one row, so one is tried."""
+    policy, other, tokenizer = opened
+    cfg, found = replace(LONG, prompts=8, batch_size=8, viewer_samples=8), []
+    groups = many_groups(cfg)
+    for rows in (10**9, fit):
+        monkeypatch.setattr(evaluate, "rows_that_fit", lambda *_, rows=rows: rows)
+        answers = {name: respond(other, policy, tokenizer, groups, cfg, CPU, "m") for name in ("before", "after")}
+        values = dict.fromkeys(answers, {"score": np.arange(8.0), "judge": np.zeros(8)})
+        shown = viewer({"before": policy, "after": other}, tokenizer, groups, answers, values, PPOConfig(), cfg, CPU)
+        found.append((answers["after"], shown["samples"]))
+    (whole, whole_shown), (parts, parts_shown) = found
+    assert [parts[name] for name in ("texts", "tokens", "prompts")] == [
+        whole[name] for name in ("texts", "tokens", "prompts")
+    ]
+    for name in ("kl", "kl_k3", "kl_exact", "ref_nll"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-4)
+    for one, other in zip(parts_shown, whole_shown, strict=True):
+        for name in ("kl", "ratio", "value", "advantage"):
+            assert one["after"][name] == pytest.approx(other["after"][name], abs=1e-3)
+        assert one["after"]["tokens"] == other["after"]["tokens"]
+
+
 def test_nan_after_the_end_of_a_response_is_in_none_of_its_numbers(opened, monkeypatch):
     policy, other, tokenizer = (copy.deepcopy(part) for part in opened)
     end, forward, seen = tokenizer.eos_token_id, GPT2.forward, []
@@ -160,6 +257,20 @@ def test_the_samples_are_as_many_as_wanted_at_their_own_temperature_with_the_pro
             assert probability == pytest.approx(len(texts[i]) / (len(texts[i]) + 1), rel=1e-4)
 
 
+def test_the_prompts_of_the_samples_are_drawn_by_the_seed(opened):
+    policy, other, tokenizer = opened
+    judge, groups = SimpleNamespace(log_odds=lambda texts: torch.zeros(len(texts))), many_groups(LONG)
+    cfg = replace(LONG, response_len=1, samples=5)
+
+    def prompts(seed):
+        found = sample_answers(
+            {"before": policy, "after": other}, tokenizer, judge, groups, replace(cfg, seed=seed), CPU
+        )
+        return [prompt for prompt, _ in found]
+
+    assert prompts(0) == prompts(0) != prompts(1)
+
+
 # ---- token by token
 
 
@@ -181,18 +292,56 @@ def test_the_pieces_of_a_response_join_to_its_text_even_where_letters_have_sever
 
 
 def test_the_numbers_of_each_token_are_those_that_ppo_would_have_learned_from():
-    """Two responses of 2 tokens worked out by hand; the second one has no end, and its score is cut to 2.5."""
-    logprobs, ref_logprobs = torch.tensor([[-1.0, -2], [-1, -1]]), torch.tensor([[-1.5, -1], [-1, -1]])
-    values, scores = torch.tensor([[0.5, 0.25], [0, 0]]), torch.tensor([2.0, 3.0])
+    """Three responses of 2 tokens worked out by hand; two have no end, and their scores are cut to 2.5 and -2.5."""
+    logprobs, ref_logprobs = (
+        torch.tensor([[-1.0, -2], [-1, -1], [-1, -1]]),
+        torch.tensor([[-1.5, -1], [-1, -1], [-1, -1]]),
+    )
+    values, scores = torch.tensor([[0.5, 0.25], [0, 0], [0, 0]]), torch.tensor([2.0, 3.0, -9.0])
     policies = {"after": lambda *_: (logprobs, values), "before": lambda *_: (ref_logprobs, None)}
     ppo = PPOConfig(kl_coef=0.1, lam=0.5, gamma=1.0, score_clip=2.5, missing_eos_penalty=0.5)
-    sequences = torch.tensor([[9, 5, 0], [9, 5, 6]])
+    sequences = torch.tensor([[9, 5, 0], [9, 5, 6], [9, 5, 6]])
     found, mask = token_numbers(policies, sequences, 1, scores, ppo, 1.0, eos_id=0)
     assert mask.all()
-    torch.testing.assert_close(found["kl"], torch.tensor([[0.5, -1], [0, 0]]))
-    torch.testing.assert_close(found["ratio"], torch.tensor([[0.5, -1], [0, 0]]).exp())
-    torch.testing.assert_close(found["advantage"], torch.tensor([[0.625, 1.85], [1, 2]]))
+    torch.testing.assert_close(found["kl"], torch.tensor([[0.5, -1], [0, 0], [0, 0]]))
+    torch.testing.assert_close(found["ratio"], torch.tensor([[0.5, -1], [0, 0], [0, 0]]).exp())
+    torch.testing.assert_close(found["advantage"], torch.tensor([[0.625, 1.85], [1, 2], [-1.5, -3]]))
     assert found["value"] is values
+
+
+def test_the_ratio_of_a_token_that_the_reference_all_but_excludes_is_cut_to_a_number_that_json_has():
+    policies = {
+        "after": lambda *_: (torch.tensor([[-1.0]]), None),
+        "before": lambda *_: (torch.tensor([[-999.0]]), None),
+    }
+    found, _ = token_numbers(policies, torch.tensor([[9, 5]]), 1, None, None, 1.0, eos_id=0)
+    assert found["kl"].item() == 998 and found["ratio"].item() == pytest.approx(np.exp(20))
+
+
+def test_the_kl_of_each_token_is_at_the_temperature_of_the_responses(opened):
+    policy, other, tokenizer = opened
+    cfg = replace(CFG, temperature=2.0, viewer_samples=4, prompts=4)
+    answers = {"after": respond(other, policy, tokenizer, GROUPS, cfg, CPU, "m")}
+    answers["before"] = answers["after"]
+    values = dict.fromkeys(answers, {"score": np.zeros(4), "judge": np.zeros(4)})
+    found = viewer({"before": policy, "after": other}, tokenizer, GROUPS, answers, values, None, cfg, CPU)
+    kls = [sum(sample["after"]["kl"]) for sample in found["samples"]]
+    assert kls == pytest.approx(answers["after"]["kl"], abs=2e-3)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", None])
+def test_a_policy_trained_without_a_value_head_has_no_value_and_no_advantage(opened, answered, advantage):
+    """RLOO's and GRPO's advantages need the other responses of a group; of a policy without a run nothing is known."""
+    policies, groups, answers, values = answered
+    ppo = PPOConfig(advantage=advantage, kl_coef=0.3) if advantage else None
+    found = viewer(policies, opened[2], groups, answers, values, ppo, CFG, CPU)
+    gae_found = viewer(policies, opened[2], groups, answers, values, PPOConfig(), CFG, CPU)
+    assert set(found) == {"samples"} and len(found["samples"]) == 16
+    for sample, full in zip(found["samples"], gae_found["samples"]):
+        for side in ("before", "after"):
+            assert set(sample[side]) == {"tokens", "kl", "ratio", "score", "judge"}
+            assert set(full[side]) == set(sample[side]) | {"value", "advantage"}
+            assert sample[side].items() <= full[side].items()
 
 
 def test_the_numbers_of_each_token_ignore_nan_after_the_end():
@@ -254,7 +403,7 @@ def test_the_prompts_of_the_viewer_are_spread_over_all_lengths(opened, answered)
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, gpt2_folder, bert_folder):
+def run(tmp_path, monkeypatch, gpt2_folder, bert_folder, judge_folder):
     """Compare a model with itself in an empty folder, with some fields changed; returns the folder of the policy."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(gpt2_folder, "after")
@@ -263,7 +412,7 @@ def run(tmp_path, monkeypatch, gpt2_folder, bert_folder):
     def compare(**changes):
         cfg = EvaluateConfig(
             dataset=str(reviews_csv(tmp_path / "toy.csv")), before=str(gpt2_folder), after="after", positive_label="",
-            reward=str(bert_folder), judge=str(bert_folder), prompts=16, max_prompt_len=4, batch_size=8, resamples=50,
+            reward=str(bert_folder), judge=str(judge_folder), prompts=16, max_prompt_len=4, batch_size=8, resamples=50,
             samples=3, viewer_samples=5, self_check=False,
         )  # fmt: skip
         evaluate.main(replace(cfg, **changes))
@@ -297,7 +446,7 @@ def test_a_model_compared_with_itself_differs_in_nothing(run, capsys, gpt2_folde
     assert written == [f"after/{file}" for file in files]
     assert all((out / file).stat().st_size > 0 for file in files)
     told = json.loads((out / "viewer.json").read_text())
-    assert (told["kl_coef"], len(told["samples"])) == (PPOConfig().kl_coef, 5)
+    assert "kl_coef" not in told and len(told["samples"]) == 5  # a policy without a run
 
 
 def test_the_kl_coefficient_of_the_viewer_is_that_of_the_run_and_the_card_tells_of_it(run, tmp_path):
@@ -309,6 +458,110 @@ def test_the_kl_coefficient_of_the_viewer_is_that_of_the_run_and_the_card_tells_
     assert "base_model: gpt2-medium" in card
     assert "384: 3 rollouts of 128" in card
     assert "--kl_coef 0.75" in card
+
+
+def share(odds):
+    return (odds > 0).double().mean().item()
+
+
+def test_each_number_is_of_its_own_model_and_classifier(run, tmp_path, gpt2_folder):
+    """Two models and two classifiers that differ: catches any two of them exchanged, and a difference of other sign."""
+    folders = {"before": gpt2_folder, "after": write_tuned(gpt2_folder, tmp_path / "after")}
+    opened = {name: open_gpt2(str(folder)) for name, folder in folders.items()}
+    policies, tokenizer = {name: load_policy(*parts).eval() for name, parts in opened.items()}, opened["before"][2]
+    cfg = EvaluateConfig(prompts=16, max_prompt_len=4, batch_size=8)
+    reviews = load_splits(str(reviews_csv(tmp_path / "toy.csv")))["evaluation"].texts
+    groups = list(prompt_groups(prompt_pool(reviews, tokenizer, 4, 16), cfg))
+    found = {name: respond(p, policies["before"], tokenizer, groups, cfg, CPU, name) for name, p in policies.items()}
+    texts = found["before"]["texts"] + found["after"]["texts"]
+    classifiers = [str(write_opinion(tmp_path / f"bert{seed}", texts, seed)) for seed in (0, 2)]
+    reward, judge = map(SentimentReward.load, classifiers)
+
+    out = run(reward=classifiers[0], judge=classifiers[1], viewer_samples=16)
+    results, shown = (json.loads((out / name).read_text()) for name in ("results.json", "viewer.json"))
+    expected = {
+        name: {
+            "score": reward(some["texts"]).double().mean().item(),
+            "positive_by_reward": share(reward.log_odds(some["texts"])),
+            "positive_by_judge": share(judge.log_odds(some["texts"])),
+            "judge": judge.log_odds(some["texts"]).sigmoid().mean().item(),
+            "kl_exact": np.mean(some["kl_exact"]),
+            "perplexity": np.exp(sum(some["ref_nll"]) / sum(map(len, some["tokens"]))),
+        }
+        for name, some in found.items()
+    }
+    before, after = expected["before"], expected["after"]
+    expected["difference"] = {measure: after[measure] - before[measure] for measure in before}
+    for side, measures in expected.items():
+        values = {measure: results[side][measure]["value"] for measure in measures}
+        assert values == pytest.approx(measures, rel=1e-4, abs=1e-5), side
+    for name, some in found.items():
+        for i, sample in enumerate(shown["samples"]):
+            assert (sample["prompt"], sample[name]["score"], sample[name]["judge"]) == (
+                some["prompts"][i],
+                pytest.approx(reward(some["texts"][i : i + 1]).item(), abs=1e-3),
+                pytest.approx(judge.log_odds(some["texts"][i : i + 1]).sigmoid().item(), abs=1e-3),
+            )
+        for sample in results["samples"]:
+            p = judge.log_odds([sample["prompt"] + sample[name]["text"]]).sigmoid().item()
+            assert sample[name]["judge"] == pytest.approx(p, abs=1e-4)
+    assert [results["config"][name] for name in ("reward", "judge")] == classifiers
+    # an exchange can only be seen where the two differ
+    assert all(abs(expected["difference"][name]) > 1e-3 for name in ("score", "judge", "kl_exact", "perplexity"))
+    assert any(side["positive_by_reward"] != side["positive_by_judge"] for side in (before, after))
+
+
+def test_the_prompts_are_of_the_evaluation_split_which_no_stage_learns_from(run):
+    """14 tokens tell the reviews apart; those of the prompts split gave PPO its prompts."""
+    out = run(min_prompt_len=14, max_prompt_len=14, viewer_samples=16)
+    prompts = [sample["prompt"] for sample in json.loads((out / "viewer.json").read_text())["samples"]]
+    splits = load_splits("toy.csv")
+    begun = {
+        name: [[t.startswith(p) for t in part.texts].count(True) for p in prompts] for name, part in splits.items()
+    }
+    assert begun == {name: [name == "evaluation"] * 16 for name in splits}
+
+
+def test_another_seed_gives_other_responses_samples_and_intervals(run):
+    found = [json.loads((run(seed=seed, force=True) / "results.json").read_text()) for seed in (0, 0, 1)]
+    assert found[0] == found[1]
+    assert found[0]["before"]["kl"] == found[2]["before"]["kl"]  # a model against itself: 0
+    for name in ("score", "perplexity"):
+        assert found[0]["before"][name] != found[2]["before"][name]
+    assert [s["prompt"] for s in found[0]["samples"]] != [s["prompt"] for s in found[2]["samples"]]
+
+
+OUTPUTS = ("results.json", "samples.md", "viewer.json", "README.md", "example_results.png", "report.html")
+
+
+def test_finished_results_are_replaced_only_by_force(run, monkeypatch):
+    """Refused before anything is loaded; every one of the files is enough."""
+    out = run()
+    texts = {name: (out / name).read_bytes() for name in OUTPUTS}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "pick_device", None)
+        for name in OUTPUTS:
+            for other in OUTPUTS:
+                (out / other).unlink(missing_ok=True)
+            (out / name).write_bytes(texts[name])
+            found = message(run, seed=1)
+            assert f"after/{name} is there already" in found and "--force True" in found
+            assert (out / name).read_bytes() == texts[name]
+    run(seed=1, force=True)
+    assert all((out / name).is_file() for name in OUTPUTS)
+    assert json.loads((out / "results.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_readme_by_other_hands_is_no_earlier_result(run, tmp_path):
+    (tmp_path / "after" / "README.md").write_text("mine")
+    out = run()
+    (out / "results.json").unlink()
+    for name in set(OUTPUTS) - {"README.md"}:
+        (out / name).unlink(missing_ok=True)
+    assert "MODEL_CARD.md is there already" in message(run)  # the card, which evaluate.py wrote beside it
+    (out / "MODEL_CARD.md").unlink()
+    run()
+    assert (out / "README.md").read_text() == "mine"
 
 
 def test_results_need_a_folder_to_be_written_to(run, monkeypatch):

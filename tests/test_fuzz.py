@@ -128,7 +128,7 @@ def run_folder(tmp_path_factory):
     model(torch.ones(3)).sum().backward()
     optimizer.step()
     for step in (1, 2):
-        save_checkpoint(out, model, [optimizer], {"step": step, "data": "abc"})
+        save_checkpoint(out, model, [optimizer], {"step": step, "inputs": {"texts": "abc"}})
     return out
 
 
@@ -151,10 +151,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_stays(run_folder,
     latest = latest_checkpoint(out)
     damage(data.draw(st.sampled_from(sorted(latest.iterdir()))), data)
     model = small()
-    error = refused(load_checkpoint, latest, model, [torch.optim.Adam(model.parameters())], "abc")
+    error = refused(load_checkpoint, latest, model, [torch.optim.Adam(model.parameters())], {"texts": "abc"})
     assert error is None or str(latest) in str(error)
     shutil.rmtree(latest)
-    assert load_checkpoint(latest_checkpoint(out), model, [torch.optim.Adam(model.parameters())], "abc")["step"] == 1
+    assert (
+        load_checkpoint(latest_checkpoint(out), model, [torch.optim.Adam(model.parameters())], {"texts": "abc"})["step"]
+        == 1
+    )
 
 
 @fuzz(40)
@@ -187,12 +190,12 @@ def test_any_config_json_is_read_or_refused(tmp_path, values):
 @fuzz(100)
 @given(st.dictionaries(st.sampled_from([field.name for field in fields(PPOConfig)]), JSON, min_size=1) | JSON)
 def test_a_run_of_another_config_stays_whatever_its_config_says(tmp_path, changes):
-    """Only a folder whose config is this one's, field by field, may be written over."""
+    """Only an unfinished run whose config is this one's, field by field, may be replaced."""
     cfg = PPOConfig(out=str(tmp_path))
     said = asdict(cfg) | changes if isinstance(changes, dict) else changes
     (tmp_path / RUN_CONFIG).write_text(json.dumps(said))
     (tmp_path / "model.safetensors").write_text("hours of work")
-    error = refused(check_run, cfg)
+    error = refused(check_run, cfg, "results.json")
     ours = {name: value for name, value in asdict(cfg).items() if name not in SAME_RESULT}
     same = isinstance(said, dict) and {name: said[name] for name in ours} == ours
     assert (error is None) == same

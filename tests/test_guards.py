@@ -13,7 +13,7 @@ from test_resume import ends, lines, play
 from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from config import BadInput, PPOConfig, parse
 from hub import save_gpt2
-from log import RunLog, Watch
+from log import RunLog, Watch, peak_memory
 from model import GPT2, GPT2Config, Policy
 from optimizer import Muon, Stepper
 
@@ -39,7 +39,7 @@ def test_three_rollouts_of_nan_in_a_row_end_a_run_with_what_was_seen(home, tmp_p
 def test_a_weight_that_is_no_number_is_never_saved(tmp_path, tokenizer, number):
     """In a checkpoint, nor the value head beside a policy; what was saved before stays."""
     model, optimizer = toy(1)
-    save_checkpoint(tmp_path, model, [optimizer], {"step": 1, "data": ""})
+    save_checkpoint(tmp_path, model, [optimizer], {"step": 1, "inputs": {}})
     model.bias.data[0] = number
     assert "model.bias holds a number that is not finite" in message(
         save_checkpoint, tmp_path, model, [optimizer], {"step": 2}
@@ -79,11 +79,11 @@ def test_going_on_needs_no_room_for_the_checkpoints_that_are_there(tmp_path, mon
 def test_moments_of_another_optimizer_are_refused(tmp_path):
     """--force True --optimizer muon: moments go by number, and would meet other weights."""
     model, adam = toy(1)
-    save_checkpoint(tmp_path, model, [adam], {"step": 1, "data": ""})
+    save_checkpoint(tmp_path, model, [adam], {"step": 1, "inputs": {}})
     rest, muon = torch.optim.Adam([model.bias]), Muon([model.weight], 0.1)
-    text = message(load_checkpoint, latest_checkpoint(tmp_path), model, [rest, muon], "")
+    text = message(load_checkpoint, latest_checkpoint(tmp_path), model, [rest, muon], {})
     assert "00000001 does not fit: " in text and "optimizer" in text
-    assert "optimizer" in message(load_checkpoint, latest_checkpoint(tmp_path), model, [], "")
+    assert "optimizer" in message(load_checkpoint, latest_checkpoint(tmp_path), model, [], {})
 
 
 # ---- alarms
@@ -107,6 +107,19 @@ def test_the_alarm_goes_off_when_the_judge_falls_while_the_score_rises(score, ju
     told = alarms(rollouts, alarm_window=8)
     assert [i for i, text in enumerate(told) if text] == ([7] if goes_off else [])
     assert not any(alarms(rollouts, alarm_window=0))
+
+
+@pytest.mark.parametrize(("score", "judge", "goes_off"), [(2.1, -2.1, True), (1.9, -2.1, False), (2.1, -1.9, False)])
+def test_an_alarm_needs_changes_of_two_standard_errors(score, judge, goes_off):
+    """Numbers of +-1 around their mean, four in each half: the standard error of a change is sqrt(1/2)."""
+    rise = [i // 4 / 2**0.5 for i in range(8)]
+    rollouts = [(0, score * x + (-1) ** i, judge * x + (-1) ** i) for i, x in enumerate(rise)]
+    assert any(alarms(rollouts, alarm_window=8)) == goes_off
+
+
+def test_the_peak_memory_is_in_gigabytes():
+    """Of a process with PyTorch in it: .2 GB or more, and far from a thousand times that."""
+    assert 0.1 < peak_memory(torch.device("cpu")) < 50
 
 
 def test_an_alarm_counts_a_change_in_its_standard_errors():

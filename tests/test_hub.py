@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import time
 
 import pytest
 import torch
 from conftest import message
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordPiece
 
 import hub
-from hub import WEIGHTS, locate, read_tensors, weight_file
+from hub import WEIGHTS, locate, open_gpt2, read_tensors, weight_file
+from reward import SentimentReward, open_classifier
 
 # ---- finding a model
 
@@ -32,7 +36,7 @@ def test_a_folder_without_weights_is_refused_with_the_names_looked_for(tmp_path)
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere"])
 def test_a_path_that_is_not_there_is_no_hub_name(name, monkeypatch):
-    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "snapshot", lambda *args, **kwargs: pytest.fail("asked the hub"))
     assert f"{name} holds no model" in message(locate, name)
 
 
@@ -69,14 +73,14 @@ def test_the_hub_is_asked_only_for_what_its_cache_does_not_hold(gpt2_folder, tmp
     monkeypatch.chdir(tmp_path)
     calls = []
 
-    def from_cache(name, allow_patterns, local_files_only):
-        calls.append((local_files_only, allow_patterns[-1]))
+    def from_cache(name, local, patterns, revision=None):
+        calls.append((local, patterns[-1]))
         return gpt2_folder
 
-    monkeypatch.setattr(hub, "snapshot_download", from_cache)
+    monkeypatch.setattr(hub, "snapshot", from_cache)
     assert locate("gpt2") == gpt2_folder
     assert calls == [(True, "model*.safetensors*")]
-    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: from_cache(*args, **kwargs) and tmp_path)
+    monkeypatch.setattr(hub, "snapshot", lambda *args, **kwargs: from_cache(*args, **kwargs) and tmp_path)
     calls.clear()
     message(locate, "gpt2")
     patterns = ["model*.safetensors*", "pytorch_model*.bin*"]
@@ -150,3 +154,50 @@ def test_a_pickle_of_more_than_tensors_is_refused_with_its_path(tmp_path):
     file = tmp_path / "pytorch_model.bin"
     torch.save({"state_dict": {"w": torch.zeros(1)}, "epoch": 3}, file)
     assert str(file) in message(lambda: dict(read_tensors(tmp_path)))
+
+
+# ---- tokenizers
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("opens", [open_gpt2, SentimentReward.load, lambda name: open_classifier(name, dropout=0)])
+def test_a_folder_without_a_tokenizer_is_refused_with_the_names_looked_for(opens, gpt2_folder, bert_folder, tmp_path):
+    """transformers builds an empty tokenizer where there is none: every review would be one token."""
+    folder = shutil.copytree(gpt2_folder if opens is open_gpt2 else bert_folder, tmp_path / "model")
+    for file in TOKENIZER_FILES:
+        (folder / file).unlink()
+    text = message(opens, str(folder))
+    assert text == f"{folder} holds no tokenizer: looked for {', '.join(hub.TOKENIZERS)}"
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ("tokenizer.json", True),
+        ("vocab.txt", True),
+        ("vocab.json merges.txt", True),
+        ("spiece.model", True),
+        ("vocab.json", False),
+        ("merges.txt", False),
+        ("tokenizer_config.json special_tokens_map.json", False),
+    ],
+)
+def test_the_files_of_a_tokenizer_are_known(tmp_path, files, found):
+    for name in files.split():
+        (tmp_path / name).touch()
+    assert hub.has_tokenizer(tmp_path) == found
+
+
+def test_a_tokenizer_that_cannot_encode_a_sentence_is_refused(gpt2_folder, bert_folder, tmp_path):
+    """An empty vocabulary; one that knows no letter of it; one that decodes to other words."""
+    for name, kind in (("empty", BPE()), ("strange", WordPiece({"[UNK]": 0, "ξ": 1}, unk_token="[UNK]"))):
+        folder = shutil.copytree(bert_folder, tmp_path / name)
+        Tokenizer(kind).save(str(folder / "tokenizer.json"))
+        assert "are its files complete?" in message(SentimentReward.load, str(folder))
+    folder = shutil.copytree(gpt2_folder, tmp_path / "lossy")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "movie"}, "content": "film"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "which it decodes as 'the film was good'" in message(open_gpt2, str(folder))

@@ -36,7 +36,7 @@ def train(policy, reward, cfg, prompt=1, ref_policy=None):
         batch = rollout(policy, ref_policy, Words(), reward, prompts, cfg.kl_coef, cfg, generator)
         few = [ids[kept].tolist() for ids, kept in zip(batch.sequences[:32, batch.prompt_len :], batch.mask)]
         diversity = {"distinct_2": distinct(few, 2).mean()}  # of 32: 256 repeat all bigrams of 10 tokens anyway
-        logs.append(rollout_metrics(batch, policy, ref_policy, reward, None, cfg) | diversity)
+        logs.append(rollout_metrics(batch, policy, ref_policy, 0.0, cfg) | diversity)
         update(policy, stepper, batch, cfg, generator)
     return logs
 

@@ -4,13 +4,16 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import message
+from conftest import LogitsMemory, message
 
+import metrics
 from config import EvaluateConfig
+from data import train_wordpiece
 from hub import open_gpt2
 from metrics import (
     CAPTIONS,
@@ -103,6 +106,12 @@ def test_distinct_is_the_share_of_ngrams_that_differ():
     assert distinct([[1]], 2).tolist() == [0]
 
 
+def test_leaving_out_the_only_ngram_divides_by_no_0():
+    """1 of 1 is distinct. Of 1 and 2, 2 there are 2 of 3; without the first 1 of 2, without the second 1 of 1."""
+    assert distinct([[1]], 1).tolist() == [1]
+    assert distinct([[1], [2, 2]], 1) == pytest.approx([2 / 3 + 1 / 4, 2 / 3 - 1 / 4])
+
+
 def test_bits_per_character_count_the_response_alone():
     """8 and 2 bits for 4 and 1 characters behind their prompts."""
     values = bits_per_character(np.array([8.0, 2.0]) * math.log(2), ["ab cd", "abc!"], ["a", "abc"])
@@ -119,6 +128,22 @@ def test_an_interval_holds_the_mean_and_shrinks_with_more_data():
     assert narrow_low < values.mean() < narrow_high
     assert high - low == pytest.approx(2 * 1.96 * 2 / 10, rel=0.3)  # the normal approximation
     assert (high - low) / (narrow_high - narrow_low) == pytest.approx(4, rel=0.3)
+
+
+def test_an_interval_is_that_of_95_percent():
+    """1.96 standard errors to either side; quantiles of 5 and 95 % would be 1.64, and 90 %."""
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    error = values.std() / 20
+    low, high = interval(values, replace(CFG, resamples=20_000))
+    assert (values.mean() - low, high - values.mean()) == pytest.approx((1.96 * error, 1.96 * error), rel=0.05)
+
+
+def test_an_interval_depends_on_the_seed_and_not_on_the_model():
+    """The same rows for two models; another seed draws others."""
+    values = np.random.default_rng(0).normal(3, 2, 50)
+    low, high = interval(values, CFG)
+    assert interval(values + 1, CFG) == pytest.approx((low + 1, high + 1))
+    assert interval(values, replace(CFG, seed=1)) != (low, high)
 
 
 def test_an_interval_of_a_constant_has_no_width_and_it_takes_any_statistic():
@@ -202,12 +227,26 @@ def test_measure_tells_value_interval_and_spread():
     assert table["score"]["value"] == 3
     assert table["response_length"]["value"] == 7
     assert table["distinct_1"]["value"] == pytest.approx(4 / 21)
+    assert table["distinct_2"]["value"] == pytest.approx(2 / 18)
     assert table["repetition"]["value"] == pytest.approx((0 + 14 / 15 + 0) / 3)
     assert (table["kl"]["std"], table["kl"]["below_0"]) == pytest.approx((math.sqrt(8 / 3), 1 / 3))
     assert (table["kl_k3"]["std"], table["kl_k3"]["below_0"], table["kl_exact"]["below_0"]) == (0, 0, 0)
     assert "bits_per_character" not in table  # nobody else read them
     assert all(entry["low"] <= entry["value"] <= entry["high"] for entry in table.values())
     assert values["kl"].tolist() == kls["kl"]
+
+
+def test_a_text_is_positive_where_its_log_odds_are_above_0():
+    """Those of Judge are -1/4, 0 and 1/4 here."""
+    some = {"texts": ["x" * n for n in (19, 20, 21)], "prompts": [""] * 3, "tokens": [[1]] * 3, "ref_nll": [1.0] * 3}
+    _, values = measure(some | dict.fromkeys(KLS, [0.0] * 3), lambda texts: [0.0] * 3, Judge(), CFG)
+    assert values["positive_by_judge"].tolist() == [0, 0, 1]
+
+
+def test_a_score_that_is_not_finite_is_named_with_its_text():
+    some = {"texts": ["a", "bb"], "prompts": [""] * 2, "tokens": [[1]] * 2, "ref_nll": [1.0] * 2}
+    found = message(measure, some | dict.fromkeys(KLS, [0.0] * 2), lambda texts: [1.0, math.nan], Judge(), CFG)
+    assert re.match("score of text 1 is nan: 'bb'", found)
 
 
 def test_a_controlled_task_is_measured_behind_each_control():
@@ -248,6 +287,7 @@ def test_the_kl_table_has_a_row_an_estimator_of_the_policy_after_ppo():
     entry = {"value": 4, "low": 3, "high": 5, "std": 2.5, "below_0": 0.125}
     lines = kl_text({"after": dict.fromkeys(KLS, entry)}).splitlines()
     assert len({len(line) for line in lines}) == 1
+    assert re.fullmatch(r"\| nats a response +\| mean +\| standard deviation +\| share below 0 +\|", lines[0])
     assert [line.split()[1] for line in lines[2:]] == list(KLS)
     assert all(re.search(r"\| 4.00 \[3.00, 5.00\] +\| 2.50 +\| 0.12 +\|", line) for line in lines[2:])
 
@@ -275,33 +315,96 @@ def test_the_second_model_reads_each_response_as_transformers_does(gpt2_folder):
         assert found == pytest.approx(loss * (len(ids) - context), rel=1e-4)
 
 
+@pytest.mark.parametrize("batch_size", [100, 7])
+def test_the_second_model_s_logits_are_those_of_a_micro_batch(gpt2_folder, monkeypatch, batch_size):
+    """2,048 tokens on a CPU; how many rows a pass has changes no number."""
+    model, tokenizer = open_second_lm(str(gpt2_folder), CPU)
+    prompts = ["A film"] * 90
+    some = {"prompts": prompts, "texts": [f"{prompt} was {i % 9}, {'x' * 30}" for i, prompt in enumerate(prompts)]}
+    longest = 1 + max(len(tokenizer(text)["input_ids"]) for text in some["texts"])
+    cfg, vocabulary = replace(CFG, batch_size=batch_size), len(tokenizer)
+    with LogitsMemory(vocabulary) as memory:
+        found = second_nll(model, tokenizer, some, cfg)
+    rows = min(2048 // longest, batch_size)
+    assert rows < 90 and memory.largest == rows * longest * vocabulary
+    assert memory.most <= 2 * memory.largest
+    monkeypatch.setattr(metrics, "rows_that_fit", lambda *_: 0)
+    assert second_nll(model, tokenizer, some, cfg) == pytest.approx(found, rel=1e-5)
+
+
 def test_a_response_without_a_text_costs_the_second_model_nothing(gpt2_folder):
     some = {"prompts": ["A film", "A film"], "texts": ["A film", "A film."]}
     empty, full = second_nll(*open_second_lm(str(gpt2_folder), CPU), some, CFG)
     assert empty == 0 < full
 
 
-def test_nan_after_the_end_of_a_text_does_not_count(gpt2_folder, monkeypatch):
-    """The texts of a batch are padded to one length."""
-    model, tokenizer = open_second_lm(str(gpt2_folder), CPU)
-    some = {"prompts": [p for p, _ in TEXTS], "texts": [p + r for p, r in TEXTS]}
-    expected, forward, padded = second_nll(model, tokenizer, some, CFG), model.forward, []
+class Reader:
+    """A second model that gives every token the same probability, and keeps what it reads."""
 
-    def with_nan(sequences):
-        output = forward(sequences)
-        padding = sequences == tokenizer.bos_token_id
-        padding[:, 0] = False
-        padded.append(padding.any().item())
-        output.logits[padding] = torch.nan
-        return output
+    device = CPU
 
-    monkeypatch.setattr(model, "forward", with_nan)
-    assert second_nll(model, tokenizer, some, CFG) == expected and any(padded)
+    def __init__(self, **sizes):
+        shape = SimpleNamespace(hidden_size=8, num_hidden_layers=1, vocab_size=300)
+        self.config, self.read, self.rows = SimpleNamespace(get_text_config=lambda: shape, **sizes), [], []
+
+    def __call__(self, sequences):
+        self.read += sequences.tolist()
+        self.rows.append(len(sequences))
+        return SimpleNamespace(logits=torch.zeros(*sequences.shape, 300))
 
 
-def test_a_second_model_is_read_from_safetensors_alone_and_runs_no_code(gpt2_folder, tmp_path):
+@pytest.mark.parametrize(("bos", "eos", "start"), [(5, None, 5), (None, 6, 6), (5, 6, 5)])
+def test_the_second_model_reads_a_text_after_its_bos_token_or_else_its_eos_token(bos, eos, start):
+    """And no other special token, although this tokenizer puts [CLS] and [SEP] around a text by itself."""
+    model, tokenizer = Reader(), train_wordpiece([text for pair in TEXTS for text in pair], 200)
+    words = tokenizer.convert_ids_to_tokens
+    tokenizer.bos_token, tokenizer.eos_token = (id if id is None else words(id) for id in (bos, eos))
+    ids = tokenizer("A great film", add_special_tokens=False)["input_ids"]
+    assert ids != tokenizer("A great film")["input_ids"]
+    (nll,) = second_nll(model, tokenizer, {"prompts": ["A great"], "texts": ["A great film"]}, CFG)
+    assert model.read == [[start, *ids]]
+    assert nll == pytest.approx(math.log(300) * len(tokenizer(" film", add_special_tokens=False)["input_ids"]))
+
+
+@pytest.mark.parametrize(("fit", "rows"), [(0, [1, 1, 1]), (2, [2, 1]), (9, [2, 1])])
+def test_a_pass_of_the_second_model_has_the_rows_that_fit_of_a_batch(gpt2_folder, monkeypatch, fit, rows):
+    """And one where none does. What fits is asked of the model's own sizes."""
+    model, tokenizer, asked = Reader(), open_second_lm(str(gpt2_folder), CPU)[1], []
+    monkeypatch.setattr(metrics, "rows_that_fit", lambda *sizes: asked.append(sizes) or fit)
+    second_nll(model, tokenizer, {"prompts": ["A"] * 3, "texts": ["A film"] * 3}, replace(CFG, batch_size=2))
+    assert model.rows == rows
+    assert asked == [(len(model.read[0]), 8, 1, 300, CPU)]
+
+
+@pytest.mark.parametrize(
+    ("fast", "bos", "eos", "fits"),
+    [(True, 1, None, True), (True, None, 1, True), (True, 0, 0, True), (True, None, None, False), (False, 1, 1, False)],
+)
+def test_the_tokenizer_of_a_second_model_has_offsets_and_a_first_token(gpt2_folder, monkeypatch, fast, bos, eos, fits):
+    tokenizer = SimpleNamespace(is_fast=fast, bos_token_id=bos, eos_token_id=eos)
+    monkeypatch.setattr(metrics, "load_tokenizer", lambda folder: tokenizer)
+    if fits:
+        assert open_second_lm(str(gpt2_folder), CPU)[1] is tokenizer
+    else:
+        assert "offsets" in message(open_second_lm, str(gpt2_folder), CPU)
+
+
+def test_a_second_model_computes_in_float32_on_its_device_whatever_it_was_saved_in(gpt2_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.float16).save_pretrained(tmp_path)
+    open_gpt2(str(gpt2_folder))[2].save_pretrained(tmp_path)
+    for device in (CPU, torch.device("meta")):
+        parameters = list(open_second_lm(str(tmp_path), device)[0].parameters())
+        assert {(p.dtype, p.device) for p in parameters} == {(torch.float32, device)}
+
+
+def test_a_second_model_is_read_from_safetensors_alone_and_runs_no_code(gpt2_folder, tmp_path, monkeypatch):
+    """Nor does it ask on the terminal whether it may run some, as transformers does without trust_remote_code."""
     from transformers import AutoTokenizer
 
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "n")
     _, _, tokenizer = open_gpt2(str(gpt2_folder))
     marker, config = tmp_path / "ran", json.loads((gpt2_folder / "config.json").read_text())
     folder = tmp_path / "model"
@@ -316,6 +419,7 @@ def test_a_second_model_is_read_from_safetensors_alone_and_runs_no_code(gpt2_fol
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
     assert "second_lm" in message(open_second_lm, str(folder), CPU)
     assert not marker.exists()
+    assert not asked
 
 
 def test_an_answer_too_long_for_the_second_model_is_said(gpt2_folder):
@@ -323,3 +427,7 @@ def test_an_answer_too_long_for_the_second_model_is_said(gpt2_folder):
     found = message(second_nll, *open_second_lm(str(gpt2_folder), CPU), some, replace(CFG, batch_size=1))
     assert "48" in found
     assert "61" in found
+    _, tokenizer = open_second_lm(str(gpt2_folder), CPU)
+    cfg, limited, unlimited = replace(CFG, batch_size=1), Reader(max_position_embeddings=61), Reader()
+    for model in (limited, unlimited):  # not every architecture has a limit
+        assert second_nll(model, tokenizer, some, cfg)[0] > 0

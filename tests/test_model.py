@@ -10,7 +10,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, hf_gpt2, message, nan_after_the_end
+from conftest import ROOT, LogitsMemory, hf_gpt2, message
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,12 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from config import BadInput, PPOConfig
+from data import check_context
 from device import random_generator
 from hub import (
     SUPPORTED,
     TRANSPOSED,
     VALUE_HEAD,
-    check_context,
     load_gpt2,
     load_policy,
     load_tokenizer,
@@ -494,15 +494,13 @@ def test_exact_kl_is_the_sum_over_the_vocabulary_and_the_real_tokens():
     assert exact_kl(policy, deepcopy(policy), ids, mask, P, 0.7).abs().max() == 0
 
 
-def test_exact_kl_ignores_nan_after_the_end(monkeypatch):
-    policy, reference, P, eos_id = small_policy(0), small_policy(1), 3, 0
-    ids = torch.tensor([[3, 4, 5, 6, eos_id, 7, 8], [3, 4, 5, 6, 7, 8, 9]])
-    args = policy, reference, ids, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool(), P
-    expected, forward = exact_kl(*args), GPT2.forward
-    monkeypatch.setattr(
-        GPT2, "forward", lambda self, ids, first: nan_after_the_end(forward(self, ids, first), ids, first, eos_id)
-    )
-    assert policy.gpt2(ids[:, :-1], first=P - 1).isnan().any() and torch.equal(exact_kl(*args), expected)
+def test_exact_kl_has_the_logits_of_one_row_at_a_time():
+    policy, reference, ids, P = small_policy(0), small_policy(1), some_ids(8, 23), 3
+    vocabulary = policy.gpt2.n_tokens
+    with LogitsMemory(vocabulary) as memory:
+        exact_kl(policy, reference, ids, torch.ones(8, 20).bool(), P)
+    assert memory.largest == 20 * vocabulary
+    assert memory.most <= 5 * memory.largest
 
 
 def test_bf16_rounds_the_trunk_and_never_the_logits():

@@ -8,7 +8,7 @@ from torch import nn
 
 from config import BadInput
 from model import GPT2, GPT2Config
-from optimizer import Muon, Stepper, decay_groups, orthogonal
+from optimizer import Muon, Stepper, decay_groups, make_optimizers, orthogonal, warm_up_and_decay
 
 
 @pytest.fixture
@@ -65,6 +65,42 @@ def test_every_group_of_every_optimizer_follows_the_schedule_from_its_own_peak()
         ]
 
 
+def test_the_rate_rises_for_a_tenth_of_the_steps_and_falls_to_0_after_the_last():
+    """Linearly, at most to 1: with 20 steps two of them rise, and the last has a share of 1/18."""
+    shares = [warm_up_and_decay(step, 20) for step in range(20)]
+    assert shares == pytest.approx([0.5, 1] + [(20 - step) / 18 for step in range(2, 20)])
+    assert warm_up_and_decay(20, 20) == 0
+    assert warm_up_and_decay(0, 110) == pytest.approx(1 / 11)
+    assert [warm_up_and_decay(step, 15) for step in (0, 1, 2)] == pytest.approx([0.5, 1, 13 / 13.5])  # two of 15 too
+
+
+def test_muon_has_a_rate_of_its_own_and_adamw_leaves_its_matrices_out():
+    model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2))
+    adamw, muon = make_optimizers(model, [model[1].weight], 0.5, 0.1, betas=(0.8, 0.9), muon_lr=0.2)
+    decayed, spared = adamw.param_groups
+    assert [group["params"] for group in (decayed, spared)] == [[model[0].weight], [model[1].bias]]
+    assert [(group["lr"], group["weight_decay"]) for group in (decayed, spared)] == [(0.5, 0.1), (0.5, 0.0)]
+    assert decayed["betas"] == (0.8, 0.9)
+    (group,) = muon.param_groups
+    assert group["params"] == [model[1].weight]
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.2, 0.1, 0.95)
+
+
+@pytest.mark.parametrize(("kind", "fused"), [("cpu", True), ("cuda", True), ("mps", False)])
+def test_adamw_is_fused_except_on_mps(kind, fused, monkeypatch):
+    class Parameter:
+        device = torch.device(kind)
+
+        def dim(self):
+            return 2
+
+    model, settings = nn.Module(), {}
+    monkeypatch.setattr(model, "parameters", lambda: iter([Parameter()]), raising=False)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **options: settings.update(options))
+    make_optimizers(model, [], 0.5, 0.1)
+    assert settings["fused"] is fused
+
+
 def test_weight_decay_takes_matrices_and_leaves_biases_and_gains():
     with torch.device("meta"):
         gpt2 = GPT2(GPT2Config())
@@ -83,6 +119,25 @@ def test_orthogonal_keeps_the_directions_and_brings_all_singular_values_near_1()
         of, _, by = torch.linalg.svd(matrices, full_matrices=False)
         inner = of.mT @ orthogonal(matrices) @ by.mT  # diagonal: the singular vectors are those of the matrices
         assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 1e-9
+
+
+def test_orthogonal_of_a_tiny_gradient_keeps_its_sign():
+    """A norm below the 1e-7 that keeps 0 finite."""
+    matrices = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0)) * 1e-9
+    assert ((orthogonal(matrices) * matrices).sum(dim=(1, 2)) > 0).all()
+    assert orthogonal(torch.zeros(1, 8, 8)).abs().max() == 0
+
+
+def test_muon_stores_its_momentum_and_decays_only_if_told():
+    p = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+    before, p.grad = p.detach().clone(), torch.zeros(4, 4)
+    muon = Muon([p], lr=0.1)
+    muon.step()
+    assert torch.equal(p.detach(), before)
+    p.grad = torch.ones(4, 4)
+    muon.step()
+    assert list(muon.state[p]) == ["momentum"]  # its name in checkpoints
+    torch.testing.assert_close(muon.state[p]["momentum"], torch.full((4, 4), 0.05))
 
 
 def test_muon_steps_as_torch_does_up_to_its_bf16():

@@ -85,7 +85,7 @@ def play(step):
     eos_id, cfg = 0 if step.library == "trl" else -1, PPOConfig(**vars(step.config), micro_batch_size=4)
     words = SimpleNamespace(eos_token_id=eos_id, batch_decode=lambda ids, **_: ["text"] * len(ids))
     batch = rollout(POLICY, REF_POLICY, words, lambda _: IN.scores, IN.sequences[:, :P], cfg.kl_coef, cfg)
-    return batch, rollout_metrics(batch, POLICY, REF_POLICY, None, None, cfg)
+    return batch, rollout_metrics(batch, POLICY, REF_POLICY, 0.0, cfg)
 
 
 def loss_of(step, logprob_moves=IN.logprob_moves, value_moves=IN.value_moves):

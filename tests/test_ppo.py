@@ -5,14 +5,17 @@ Row 0 of most examples ends at its third token; what lies behind a response's en
 
 import copy
 import gc
+import importlib.util
 import json
 import math
+import sys
+import time
 import types
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import reviews_csv
+from conftest import reviews_csv, write_bert
 from torch import nn, tensor
 from torch._subclasses import FakeTensor  # torch.compile keeps some
 
@@ -27,6 +30,7 @@ from model import GPT2, GPT2Config, Policy
 from optimizer import Stepper
 from ppo import (
     AdaptiveKL,
+    BestPolicy,
     Rollout,
     gae,
     group_advantages,
@@ -37,7 +41,7 @@ from ppo import (
     update,
     whiten,
 )
-from reward import NotFinite
+from reward import NotFinite, SentimentReward
 
 EOS = 0
 VOCAB = 12
@@ -74,7 +78,7 @@ class Words:
     eos_token_id = EOS
 
     def batch_decode(self, sequences, skip_special_tokens, clean_up_tokenization_spaces):
-        assert skip_special_tokens and not clean_up_tokenization_spaces
+        assert skip_special_tokens and clean_up_tokenization_spaces is False  # None leaves it to the tokenizer
         return [" ".join(str(i) for i in row if i != EOS) for row in sequences.tolist()]
 
 
@@ -227,6 +231,12 @@ def test_grpo_of_equal_rewards_is_zero_and_not_nan():
     assert close(group_advantages(double([2, 2]), config(advantage="grpo", samples_per_prompt=2)), [0, 0])
 
 
+def test_grpo_does_not_magnify_differences_that_are_rounding():
+    """Divided by their standard deviation alone, the advantages of two equal float32 scores would be +-.7."""
+    found = group_advantages(double([2, 2 + 1e-7]), config(advantage="grpo", samples_per_prompt=2))
+    assert 0 < found[1] < 1e-3
+
+
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
 def test_every_token_of_a_response_has_the_advantage_of_its_whole_reward(advantage):
     """KL included: advantages of the score alone would ask for any drift. Values play no part."""
@@ -257,6 +267,12 @@ def test_whitening_rewards_keeps_their_mean_and_zeroes_what_is_outside():
     """A3. x / sd would give .6325 first; without masking again the padding would hold mu (1 - 1 / sd)."""
     x, mask = double([[1.0, 2, 3, 4, 5, 99]]), tensor([[1, 1, 1, 1, 1, 0]]).bool()
     assert close(whiten(x, mask, shift_mean=False), [[1.7351, 2.3675, 3, 3.6325, 4.2649, 0]], 5e-5)
+
+
+def test_two_tokens_are_whitened_to_half_the_root_of_two():
+    """Bessel's correction: their variance is 1. Catches two tokens that are taken for too few."""
+    whitened = whiten(double([[1.0, 5.0, 99.0]]), tensor([[True, True, False]]))
+    assert close(whitened, [[-(0.5**0.5), 0.5**0.5, 0.0]], 1e-8)
 
 
 @pytest.mark.parametrize("x, mask", [([[3.0, 7.0]], [[1, 0]]), ([[3.0, 3.0]], [[1, 1]])])
@@ -416,10 +432,13 @@ def test_penalty_is_for_a_response_without_eos_whatever_the_prompt_holds():
     assert torch.equal(batch.scores, sevens(batch.texts).float())
 
 
-def test_clip_is_for_the_score_and_not_for_the_kl():
-    batch = play(config(gamma=1, lam=1, kl_coef=20, score_clip=5), reward=lambda texts: 100 * torch.ones(len(texts)))
-    assert (batch.scores == 100).all() and (batch.kl.sum(1).abs() * 20 > 5).any()
-    assert close(batch.returns[:, 0], 5 - 20 * batch.kl.sum(1))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_clip_is_for_the_score_and_not_for_the_kl(sign):
+    """To either side."""
+    cfg = config(gamma=1, lam=1, kl_coef=20, score_clip=5)
+    batch = play(cfg, reward=lambda texts: sign * 100 * torch.ones(len(texts)))
+    assert (batch.scores == sign * 100).all() and (batch.kl.sum(1).abs() * 20 > 5).any()
+    assert close(batch.returns[:, 0], sign * 5 - 20 * batch.kl.sum(1))
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -468,6 +487,44 @@ def test_scores_of_the_wrong_shape_are_refused():
         play(config(), reward=lambda texts: torch.ones(len(texts), 1))
 
 
+def test_a_rollout_ends_with_its_longest_response():
+    """Padding that all rows have in common is cut off: nothing is computed for it."""
+    policy, ref = tiny_policy(0, values=0.5), tiny_policy(1)
+    sequences = torch.cat([some_prompts(), torch.full((8, 6), EOS)], dim=1)
+    sequences[2, 3:6] = tensor([4, 5, 6])  # with <|endoftext|> the longest response, 4 tokens
+    policy.gpt2.generate = lambda *_: sequences
+    batch = play(config(), policy, ref)
+    assert batch.sequences.shape == (8, 3 + 4) and batch.mask.shape == batch.logprobs.shape == (8, 4)
+    assert batch.mask.sum(1).tolist() == [1, 1, 4, 1, 1, 1, 1, 1]
+
+
+def test_the_objective_of_a_response_is_its_score_as_trained_less_kl_coef_times_its_kl():
+    """Clipped and with the penalty for a missing end: what is maximised, not what is reported."""
+    cfg = config(score_clip=0.5, missing_eos_penalty=2.0, kl_coef=0.3)
+    batch = play(cfg)
+    assert batch.ended.any() and not batch.ended.all() and batch.scores.max() > 0.5
+    expected = batch.scores.clamp(-0.5, 0.5) - 2.0 * ~batch.ended - 0.3 * batch.kl.sum(1)
+    assert batch.objective.shape == (8,) and close(batch.objective, expected)
+
+
+def test_a_generator_decides_what_a_rollout_samples():
+    """Catches random numbers of the process, which a resumed run would not draw again."""
+    cfg, policy, ref = config(), tiny_policy(0), tiny_policy(1)
+    torch.manual_seed(0)
+    one = play(cfg, policy, ref)
+    torch.manual_seed(1)
+    assert torch.equal(play(cfg, policy, ref).sequences, one.sequences)
+
+
+def test_the_seconds_of_a_rollout_are_those_of_its_phases():
+    start = time.time()
+    batch = play(config(), reward=lambda texts: time.sleep(0.1) or sevens(texts))
+    elapsed = time.time() - start
+    assert list(batch.seconds) == ["generate", "score", "judge", "logprobs", "reference"]
+    assert all(seconds >= 0 for seconds in batch.seconds.values()) and sum(batch.seconds.values()) <= elapsed
+    assert 0.1 <= batch.seconds["score"] < elapsed and batch.seconds["generate"] > 0
+
+
 # ---- rollout_metrics
 
 
@@ -478,35 +535,35 @@ def hand_made(values=0.0):
     logprobs = torch.where(mask, -2.0, 99.0)
     sequences, seconds = torch.ones(2, 8).long(), {"generate": 2.0, "score": 1.0, "logprobs": 1.0}
     kl, values = 0.1 * mask, torch.where(mask, values * returns, 99.0)
+    positive = tensor([1.0, 1.0]), tensor([1.0, 0.0])  # by the reward, by the judge
     return Rollout(
-        sequences, 3, mask, logprobs, values, returns, returns, kl, scores, ended, ["a", "b"], seconds
+        sequences, 3, mask, logprobs, values, returns, returns, kl, scores, scores - 0.5, *positive, ended, ["a", "b"],
+        seconds,
     )  # fmt: skip
 
 
 def test_metrics_sum_kl_over_a_response_and_average_over_responses():
     """K2, L7. A mean over tokens would say .1; a mean over the padded table .08; garbage behind the end is not seen."""
     policy = tiny_policy()
-    metrics = rollout_metrics(hand_made(), policy, policy, types.SimpleNamespace(truncated_frac=0.5), None, config())
+    metrics = rollout_metrics(hand_made(), policy, policy, 0.5, config())
     expected = dict(
         kl=0.4, kl_stderr=0.1 / math.sqrt(2), kl_k3=4 * (math.exp(-0.1) - 0.9), kl_exact=0, entropy=2, score=2,
-        score_std=1, response_length=4, eos_frac=0.5, truncated_frac=0.5, tokens_per_second=4, explained_variance=0,
+        score_std=1, objective=1.5, response_length=4, eos_frac=0.5, truncated_frac=0.5, tokens_per_second=4,
+        explained_variance=0,
     )  # fmt: skip
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-8)
 
 
-def test_the_shares_that_reward_and_judge_find_positive_are_logged_where_there_is_a_judge():
-    """The judge's own opinion: catches the reward's under both names. A user's function has none."""
-
-    def opinion(*odds):
-        return types.SimpleNamespace(log_odds=lambda texts: torch.tensor(odds))
-
+def test_the_shares_that_reward_and_judge_find_positive_are_logged_where_there_are_any():
+    """Each under its own name. A user's function finds nothing positive."""
     policy, batch = tiny_policy(), hand_made()
-    assert len(batch.texts) == 2
-    metrics = rollout_metrics(batch, policy, policy, opinion(1.0, 2.0), opinion(0.5, -3.0), config())
+    metrics = rollout_metrics(batch, policy, policy, 0.0, config())
     assert (metrics["positive_by_reward"], metrics["positive_by_judge"]) == (1.0, 0.5)
-    metrics = rollout_metrics(batch, policy, policy, len, opinion(0.5, -3.0), config())
+    batch = replace(batch, positive_by_reward=None)
+    metrics = rollout_metrics(batch, policy, policy, 0.0, config())
     assert "positive_by_reward" not in metrics and metrics["positive_by_judge"] == 0.5
-    assert "positive_by_judge" not in rollout_metrics(batch, policy, policy, opinion(1.0, 2.0), None, config())
+    metrics = rollout_metrics(replace(batch, positive_by_judge=None), policy, policy, 0.0, config())
+    assert "positive_by_judge" not in metrics
 
 
 @pytest.mark.parametrize("kl, warned", [(-0.9, False), (-1.1, True)])
@@ -514,14 +571,14 @@ def test_kl_far_below_0_is_a_warning(kl, warned):
     """K5: noise of k1 goes a little below 0, sampling from another distribution goes far."""
     said = []
     progress = types.SimpleNamespace(set_postfix=lambda **_: None, write=said.append)
-    show(progress, 1, dict(score=0.0, kl=kl, tokens_per_second=1.0), None, config())
+    show(progress, 1, dict(score=0.0, kl=kl, tokens_per_second=1.0), [], config())
     assert [line.startswith(f"warning: KL is {kl:.2f}") for line in said] == [True] * warned
 
 
 @pytest.mark.parametrize("share, expected", [(1.0, 1.0), (0.5, 0.75), (-1.0, -3.0)])
 def test_explained_variance_is_1_for_perfect_values_and_below_0_for_harmful_ones(share, expected):
     policy = tiny_policy()
-    metrics = rollout_metrics(hand_made(values=share), policy, policy, None, None, config())
+    metrics = rollout_metrics(hand_made(values=share), policy, policy, 0.0, config())
     assert metrics["explained_variance"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -529,7 +586,7 @@ def test_exact_kl_is_the_mean_of_k1_over_what_the_policy_would_say():
     """One token after one prompt: sum over the vocabulary of p (log p - log ref)."""
     policy, ref, prompts = tiny_policy(0), tiny_policy(1), torch.ones(8, 3).long()
     cfg = config(response_len=1, temperature=0.7)
-    metrics = rollout_metrics(play(cfg, policy, ref, prompts=prompts), policy, ref, None, None, cfg)
+    metrics = rollout_metrics(play(cfg, policy, ref, prompts=prompts), policy, ref, 0.0, cfg)
     p, q = ((model.gpt2(prompts)[0, -1] / 0.7).softmax(-1) for model in (policy, ref))
     assert metrics["kl_exact"] == pytest.approx((p * (p / q).log()).sum().item())
 
@@ -630,7 +687,7 @@ def test_what_lies_behind_the_end_changes_no_metric_and_no_step():
             assert behind.any()
             tables = {name: getattr(batch, name).masked_fill(~batch.mask, math.nan) for name in (*TABLES, "kl")}
             batch = replace(batch, sequences=torch.where(behind, 9, batch.sequences), **tables)
-        metrics = rollout_metrics(batch, policy, ref, None, None, cfg)
+        metrics = rollout_metrics(batch, policy, ref, 0.0, cfg)
         metrics |= update(policy, sgd(policy), batch, cfg, torch.Generator().manual_seed(0))
         found.append([v for k, v in metrics.items() if "second" not in k and "memory" not in k])
         found[-1].append(state(policy).tolist())
@@ -677,7 +734,7 @@ def test_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted():
 # ---- main
 
 CLOCKS = {
-    *(f"seconds{phase}" for phase in ("", "_generate", "_score", "_logprobs", "_reference", "_update")),
+    *(f"seconds{phase}" for phase in ("", "_generate", "_score", "_judge", "_logprobs", "_reference", "_update")),
     *("tokens_per_second", "peak_memory_gb"),
 }
 METRICS = {
@@ -715,10 +772,10 @@ def train(tmp_path_factory, gpt2_folder):
             **dict(
                 dataset=str(data), policy=str(gpt2_folder), reward=f"{home / 'my_reward.py'}:e", out=str(home / name),
                 steps=3, batch_size=8, minibatch_size=4, micro_batch_size=2, response_len=6, max_prompt_len=4,
-                lr=1e-3, lr_end=0.0, save_every=2, report_to="none", device="cpu",
+                lr=1e-3, lr_end=0.0, save_every=2, save_share=1.0, judge="", report_to="none", device="cpu",
             ) | changes
         )  # fmt: skip
-        kept = types.SimpleNamespace(cfg=cfg, out=home / name, saved_after=[], seeds=[])
+        kept = types.SimpleNamespace(cfg=cfg, out=home / name, saved_after=[], seeds=[], minibatch_seeds=[])
 
         def keep_stepper(*args):
             kept.stepper = Stepper(*args)
@@ -728,6 +785,10 @@ def train(tmp_path_factory, gpt2_folder):
             kept.policy, kept.ref_policy = args[:2]
             kept.seeds.append(args[7].initial_seed())
             return rollout(*args)
+
+        def keep_minibatches(*args):
+            kept.minibatch_seeds.append(args[4].initial_seed())
+            return update(*args)
 
         def keep_saves(out, *args):
             kept.saved_after.append(len((kept.out / "log.jsonl").read_text().splitlines()))
@@ -742,6 +803,7 @@ def train(tmp_path_factory, gpt2_folder):
             patch.setattr(ppo, "prompt_pool", keep_texts)
             patch.setattr(ppo, "Stepper", keep_stepper)
             patch.setattr(ppo, "rollout", keep_policies)
+            patch.setattr(ppo, "update", keep_minibatches)
             ppo.main(cfg)
         kept.metrics = [json.loads(line) for line in (kept.out / "log.jsonl").read_text().splitlines()]
         return kept
@@ -774,8 +836,13 @@ def test_memory_does_not_grow_with_the_number_of_steps(train):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "write", count)
-        train("longer", steps=6, min_prompt_len=4, missing_eos_penalty=100.0)
+        train("longer", steps=6, save_every=9, min_prompt_len=4, missing_eos_penalty=100.0)
     assert len(alive) == 6 and alive[1] == alive[3] == alive[5]  # behind the first the optimizer has its moments
+
+
+def test_every_rollout_has_minibatches_of_its_own(trained):
+    """A generator from the run's seed alone would put the same rows together in every rollout."""
+    assert len(set(trained.minibatch_seeds)) == len(trained.minibatch_seeds) == 3
 
 
 def test_every_rollout_draws_its_own_random_numbers(trained):
@@ -833,7 +900,8 @@ def test_transformers_opens_what_a_run_writes(trained):
     assert close(trained.policy.gpt2(ids).detach(), expected.detach(), 1e-4)
     assert AutoTokenizer.from_pretrained(trained.out).eos_token_id == EOS
     assert (trained.out / "value_head.safetensors").is_file()
-    assert json.loads((trained.out / "run_config.json").read_text()) == asdict(trained.cfg)
+    saved = json.loads((trained.out / "run_config.json").read_text())
+    assert {name: saved[name] for name in asdict(trained.cfg)} == asdict(trained.cfg)
 
 
 def test_a_checkpoint_is_written_along_the_way_and_none_is_left_at_the_end(trained):
@@ -841,13 +909,82 @@ def test_a_checkpoint_is_written_along_the_way_and_none_is_left_at_the_end(train
     assert latest_checkpoint(trained.out) is None
 
 
+def metrics_of(objective, kl=0.0):
+    return {"objective": objective, "kl": kl}
+
+
+def best_policy(tmp_path, save_every):
+    """BestPolicy of a policy whose value head's bias says which rollout it is of."""
+    return BestPolicy(tiny_policy(), None, config(save_every=save_every, out=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("objectives", "expected"),
+    [
+        ([5, 1, 2, 3, 9, 0], 3),  # the first rollout alone is lucky; means over pairs are 3, 2.5, 4.5: kept at 1, 3, 5
+        ([5, 1, 3, 2, 0, 0], 1),
+    ],
+)
+def test_the_best_policy_is_chosen_by_means_over_rollouts(tmp_path, objectives, expected):
+    """Catches a policy that is kept for one lucky rollout."""
+    best = best_policy(tmp_path, save_every=2)
+    for step, objective in enumerate(objectives):
+        best.model.value_head.bias.data.fill_(step)
+        best.update(metrics_of(objective), kl_coef=0.1)
+    expected = {3: 5, 1: 1}[expected]
+    assert best.weights["value_head.bias"].item() == expected
+    assert best.state["best"]["rollouts"] == 2 and best.state["rollouts"] == []
+
+
+def test_the_best_policy_before_the_first_mean_is_that_of_the_first_rollout(tmp_path):
+    best = best_policy(tmp_path, save_every=9)
+    for step in range(3):
+        best.model.value_head.bias.data.fill_(step + 1)
+        best.update(metrics_of(step), kl_coef=0.1)
+    assert best.weights["value_head.bias"].item() == 1
+
+
+@pytest.mark.parametrize(("kl_coef", "expected"), [(0.1, 1), (0.5, 0)])
+def test_policies_are_compared_at_the_latest_kl_coefficient(tmp_path, kl_coef, expected):
+    """Scores 1 and 3 at 2 and 7 nats: at .1 the second is better, at .5 the first, which was trained at .2."""
+    best = best_policy(tmp_path, save_every=1)
+    for step, (score, kl, coef) in enumerate([(1.0, 2.0, 0.2), (3.0, 7.0, kl_coef)]):
+        best.model.value_head.bias.data.fill_(step)
+        best.update(metrics_of(score - coef * kl, kl), coef)
+    assert best.weights["value_head.bias"].item() == expected
+    assert best.state["best"]["score"] == pytest.approx([1.0, 3.0][expected])
+
+
+def test_of_two_policies_that_are_equally_good_the_earlier_one_stays(tmp_path):
+    best = best_policy(tmp_path, save_every=1)
+    for step in range(2):
+        best.model.value_head.bias.data.fill_(step)
+        best.update(metrics_of(1.0, kl=2.0), kl_coef=0.1)
+    assert best.weights["value_head.bias"].item() == 0
+
+
+def test_the_best_policy_is_written_as_it_was_and_the_policy_goes_on_unchanged(tmp_path, gpt2_folder):
+    """Twice: the folder is there already then. Catches weights of the moment, and a value head that is shared."""
+    folder, gpt2_config, tokenizer = open_gpt2(str(gpt2_folder))
+    policy = load_policy(folder, gpt2_config, tokenizer)
+    best = BestPolicy(policy, tokenizer, config(save_every=1, out=str(tmp_path)))
+    for number in (1.0, 2.0):
+        policy.value_head.bias.data.fill_(number)
+        policy.gpt2.ln_f.bias.data.fill_(number)
+        best.update(metrics_of(number), kl_coef=0.1)
+        policy.value_head.bias.data.fill_(-1.0)
+        policy.gpt2.ln_f.bias.data.fill_(-1.0)
+        best.write()
+        assert policy.value_head.bias.item() == -1.0 and (policy.gpt2.ln_f.bias == -1.0).all()
+        kept = load_policy(*open_gpt2(str(tmp_path / "best")))
+        assert kept.value_head.bias.item() == number and (kept.gpt2.ln_f.bias == number).all()
+
+
 def test_the_best_policy_is_kept_beside_the_last(trained):
-    """By score less the first coefficient times KL, of the policies that sampled rollouts 0 and 2."""
-    objectives = [line["score"] - trained.cfg.kl_coef * line["kl"] for line in trained.metrics]
-    assert [line["objective"] for line in trained.metrics] == pytest.approx(objectives, abs=1e-6)
+    """The one that sampled rollout 1, since means are over two; or that of a run's first rollout."""
     best = load_policy(*open_gpt2(str(trained.out / "best")))
-    is_the_start = torch.equal(state(best), state(trained.ref_policy).float())
-    assert is_the_start == (objectives[0] >= objectives[2])
+    assert trained.cfg.save_every == 2
+    assert not torch.equal(state(best), state(trained.ref_policy).float())
     assert not torch.equal(state(best), state(trained.policy).float())
 
 
@@ -858,3 +995,198 @@ def test_a_seed_repeats_a_run_and_another_seed_does_not(trained, train):
     again, other = train("again"), train("other", seed=1)
     assert told(again) == told(trained) and torch.equal(state(again.policy), state(trained.policy))
     assert told(other) != told(trained)
+
+
+# ---- how main puts a run together
+
+
+def calls_of(patch, name):
+    """The arguments of each call of ppo's `name` from now on; the calls are made all the same."""
+    function, calls = getattr(ppo, name), []
+    patch.setattr(ppo, name, lambda *args, **kwargs: calls.append((*args, kwargs)) or function(*args, **kwargs))
+    return calls
+
+
+def test_a_run_takes_its_sizes_from_its_config(train):
+    """Catches a micro-batch made for other sizes than the run's, and processes that cannot share it."""
+    with pytest.MonkeyPatch.context() as patch:
+        sizes, joins = calls_of(patch, "micro_batch_size"), calls_of(patch, "join")
+        run = train("sizes", steps=1, micro_batch_size=0, batch_size=8, minibatch_size=4)
+    ((cfg, rows, tokens, gpt2, copies, device, _, _),) = sizes
+    assert (rows, tokens, copies, gpt2) == (4, 4 + 6, 4, run.policy.gpt2) and device.type == "cpu"
+    ((device, joined, names, _),) = joins
+    assert (joined, names) == (cfg, "micro_batch_size") and device.type == "cpu"
+
+
+def test_a_run_checks_its_policy_against_a_copy_on_its_first_prompts(train):
+    with pytest.MonkeyPatch.context() as patch:
+        checks, batches = calls_of(patch, "check_policy"), calls_of(patch, "prompt_batch")
+        train("checked", steps=1)
+        ((policy, reference, prompts, cfg, _),) = checks
+        pool = batches[0][0]
+    assert torch.equal(prompts, ppo.prompt_batch(pool, 0, cfg))
+    for ours, copied in zip(policy.parameters(), reference.parameters()):
+        assert ours.data_ptr() != copied.data_ptr()
+    with pytest.MonkeyPatch.context() as patch:
+        checks = calls_of(patch, "check_policy")
+        train("unchecked", steps=1, self_check=False)
+        assert not checks
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_compiles_its_policy_and_its_reference_where_it_is_asked_to(train, compiled):
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "compile_passes", lambda *models: calls.append(models))
+        run = train(f"compiled {compiled}", steps=1, compile=compiled)
+    assert calls == [(run.policy, run.ref_policy)] * compiled
+
+
+def test_a_run_computes_in_the_dtype_of_its_config(train):
+    assert train("bf16", steps=1, dtype="bf16").policy.gpt2.bf16
+    assert not train("fp32", steps=1, dtype="fp32").policy.gpt2.bf16
+
+
+def test_a_run_reads_the_columns_and_the_task_of_its_config(train, tmp_path):
+    """Two controls of 14 tokens at most, in a model of 48 positions: checked for the longest."""
+    file = reviews_csv(tmp_path / "reviews.csv")
+    (tmp_path / "named.csv").write_text(file.read_text().replace("text,label", "body,stars", 1))
+    columns = dict(dataset=str(tmp_path / "named.csv"), text_column="body", label_column="stars")
+    run = train("columns", steps=1, task="controlled", **columns)
+    assert run.texts == load_splits(str(file))["prompts"].texts
+    (line,) = samples_of(run)
+    assert [sample["prompt"].split("]")[0] for sample in line["samples"]] == ["[negative", "[positive"] * 2
+    with pytest.raises(BadInput, match="a control of .* tokens"):
+        train("long", steps=1, task="controlled", response_len=40, **columns)
+
+
+def test_compiled_passes_and_no_others_are_made_for_all_lengths(monkeypatch):
+    compiled, policies = [], [tiny_policy(), tiny_policy()]
+    for name, policy in zip(("policy", "reference"), policies):
+        monkeypatch.setattr(policy, "compile", lambda name=name, **how: compiled.append((name, how)))
+        monkeypatch.setattr(policy.gpt2, "compile_decoding", lambda name=name: compiled.append((name, "decoding")))
+    ppo.compile_passes(*policies)
+    how = {"dynamic": True}
+    assert compiled == [("policy", how), ("reference", how), ("policy", "decoding")]
+
+
+# ---- samples.jsonl
+
+
+def samples_of(run):
+    return [json.loads(line) for line in (run.out / "samples.jsonl").read_text().splitlines()]
+
+
+def test_samples_are_responses_to_the_same_prompts_along_the_way(train):
+    """Written to a file, not only shown: every sample_every rollouts and in the last one, with scores."""
+    run = train("samples", steps=4, sample_every=2, sample_prompts=3, lr=1e-2)
+    lines = samples_of(run)
+    assert [line["step"] for line in lines] == [0, 2, 3]
+    prompts = [[sample["prompt"] for sample in line["samples"]] for line in lines]
+    assert prompts[0] == prompts[1] == prompts[2] and len(prompts[0]) == 3
+    for line in lines:
+        for sample in line["samples"]:
+            assert sample["score"] == (sample["prompt"] + sample["response"]).count("e")
+    responses = [[sample["response"] for sample in line["samples"]] for line in lines]
+    assert responses[0] != responses[2]  # it learns
+
+
+def test_the_samples_of_a_policy_do_not_change_from_call_to_call(train):
+    """One seed for all rollouts: what differs between two lines is the policy."""
+    run = train("frozen", steps=3, sample_every=1, lr=1e-12)
+    first, second, third = (line["samples"] for line in samples_of(run))
+    assert first == second == third
+
+
+def test_samples_change_nothing_in_a_run_and_are_not_written_where_none_are_wanted(trained, train):
+    run = train("without", sample_prompts=0)
+    assert not (run.out / "samples.jsonl").exists() and torch.equal(state(run.policy), state(trained.policy))
+    assert [line["score"] for line in run.metrics] == [line["score"] for line in trained.metrics]
+
+
+def test_a_score_that_is_not_finite_is_null_in_the_samples_and_skips_no_rollout():
+    policy, words = tiny_policy(), Words()
+    found = ppo.sample(policy, words, lambda texts: [float("nan"), 1.0], torch.ones(2, 3).long(), config())
+    assert [sample["score"] for sample in found] == [None, 1.0] and "NaN" not in json.dumps(found)
+
+
+def test_another_seed_gives_other_samples_and_scores_have_four_decimals():
+    policy, words, prompts = tiny_policy(), Words(), torch.ones(4, 3).long()
+
+    def samples(seed):
+        return ppo.sample(policy, words, lambda texts: [1 / 3] * 4, prompts, config(seed=seed))
+
+    assert samples(0) == samples(0) != samples(1)
+    assert {sample["score"] for sample in samples(0)} == {0.3333}
+    assert all(sample["prompt"] == "1 1 1" for sample in samples(0))
+
+
+# ---- what a reward reads
+
+
+def test_reward_and_judge_read_each_text_of_a_rollout_once(train, tmp_path):
+    """For the score and for the shares positive: catches a second pass for the log."""
+    folders, passes = {}, []
+    for seed, name in enumerate(("reward", "judge")):
+        write_bert(tmp_path / name, seed=seed)
+        folders[name] = str(tmp_path / name)
+    logits = SentimentReward.logits
+
+    def count(classifier, texts):
+        passes.append((classifier, len(texts)))
+        return logits(classifier, texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SentimentReward, "logits", count)
+        run = train("classifiers", steps=2, sample_prompts=0, self_check=False, **folders)
+    assert [n for _, n in passes] == [8] * 4 and len({id(classifier) for classifier, _ in passes}) == 2
+    for line in run.metrics:
+        assert {"positive_by_reward", "positive_by_judge"} <= set(line) and line["seconds_judge"] > 0
+
+
+# ---- where else the metrics go
+
+
+class FakeWandb(types.ModuleType):
+    """What RunLog calls of wandb, written down."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.ids, self.inits, self.logged = iter(["first", "second"]), [], []
+        self.util = types.SimpleNamespace(generate_id=lambda: next(self.ids))
+        self.__spec__ = importlib.util.spec_from_loader("wandb", None)
+
+    def init(self, **settings):
+        self.inits.append(settings)
+        return types.SimpleNamespace(log=lambda metrics, step: self.logged.append((step, metrics)), finish=lambda: None)
+
+
+def test_a_resumed_run_is_the_same_run_on_wandb_and_a_new_one_is_not(tmp_path, monkeypatch):
+    wandb, model = FakeWandb(), nn.Linear(2, 2)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    cfg = config(out=str(tmp_path), report_to="wandb")
+    for first_step in (0, 1, 0):
+        log = RunLog(cfg, model, first_step=first_step)
+        log.write(first_step, score=1.0)
+        log.close()
+    assert [run["id"] for run in wandb.inits] == ["first", "first", "second"]
+    assert {run["resume"] for run in wandb.inits} == {"allow"} and wandb.inits[0]["config"] == asdict(cfg)
+    assert wandb.logged[1] == (1, {"score": 1.0})
+
+
+def test_a_run_is_rewarded_by_its_reward_and_logs_the_judge_beside_it(train, bert_folder, judge_folder):
+    """Two runs with the two classifiers exchanged: their first rollouts have the same texts."""
+    pairs = {"judged": (bert_folder, judge_folder), "exchanged": (judge_folder, bert_folder)}
+    one, other = (
+        train(name, reward=str(reward), judge=str(judge), positive_label="", self_check=False, steps=1).metrics[0]
+        for name, (reward, judge) in pairs.items()
+    )
+    assert one["positive_by_reward"] == other["positive_by_judge"] != one["positive_by_judge"]
+    assert one["positive_by_judge"] == other["positive_by_reward"] and one["score"] != other["score"]
+
+
+def test_a_run_starts_with_the_learning_rate_and_the_epsilon_of_its_config(train):
+    """Not Adam's own 1e-3 and 1e-8."""
+    run = train("rate", steps=1, lr=3e-4, adam_eps=2e-5)
+    (group,) = run.stepper.optimizers[0].param_groups
+    assert run.metrics[0]["lr"] == group["lr"] == 3e-4 and group["eps"] == 2e-5

@@ -233,7 +233,21 @@ def rollouts(draw):
         logprobs, values = tiny_policy(0, values=0.5)(sequences, 3)
     scores, ended, seconds = torch.arange(8.0), mask.sum(1) < 4, dict(generate=1.0, score=1.0, logprobs=1.0)
     return Rollout(
-        sequences, 3, mask, logprobs, values, advantages, returns, kl * mask, scores, ended, ["text"] * 8, seconds
+        sequences,
+        3,
+        mask,
+        logprobs,
+        values,
+        advantages,
+        returns,
+        kl * mask,
+        scores,
+        scores,
+        None,
+        None,
+        ended,
+        ["text"] * 8,
+        seconds,
     )
 
 
@@ -281,6 +295,6 @@ def test_padding_changes_no_step_and_no_metric(batch, columns):
     """L7. A mean over the table instead of the real tokens would shrink with every column."""
     wide, policy = widened(batch, columns), tiny_policy()
     assert learns_the_same(learned(wide), learned(batch))
-    found, expected = (rollout_metrics(b, policy, moved_policy(), None, None, config()) for b in (wide, batch))
+    found, expected = (rollout_metrics(b, policy, moved_policy(), 0.0, config()) for b in (wide, batch))
     del found["peak_memory_gb"], expected["peak_memory_gb"]
     assert found == pytest.approx(expected, abs=1e-10)

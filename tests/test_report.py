@@ -5,6 +5,7 @@ What only a browser can tell is asked of a headless Chromium; without one these 
 
 import base64
 import hashlib
+import html
 import json
 import re
 import shutil
@@ -50,14 +51,31 @@ def make_viewer(samples=200):
     return {"kl_coef": 0.08, "samples": [{"prompt": f"Prompt number {i}"} | pair for i, pair in enumerate(sides)]}
 
 
-def make_run(folder, viewer=None, results=None, lines=None):
-    """A folder as evaluate.py leaves it: the committed results and log, and a viewer of a few samples."""
+def make_training(prompts=("The film", "This was a"), steps=(0, 10, 20, 30, 39)):
+    """samples.jsonl as ppo.py writes it: a response to each prompt at some steps, scores that rise."""
+    rng, lines = np.random.default_rng(1), []
+    for step in steps:
+        words = ["".join(WORDS[i] for i in rng.integers(0, len(WORDS), 30)) for _ in prompts]
+        samples = [
+            {"prompt": p, "response": w, "score": step / 20 + i - 0.5} for i, (p, w) in enumerate(zip(prompts, words))
+        ]
+        lines.append({"step": step, "samples": samples})
+    return lines
+
+
+def make_run(folder, viewer=None, results=None, lines=None, training=None):
+    """A folder as evaluate.py leaves it: the committed results and log, and a viewer of a few samples.
+
+    training: the lines of samples.jsonl, if there is one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     asset = ROOT / "asset"
     (folder / "results.json").write_text(json.dumps(results or json.loads((asset / "results.json").read_text())))
     log = "".join(json.dumps(line) + "\n" for line in lines) if lines else (asset / "log.jsonl").read_text()
     (folder / "log.jsonl").write_text(log)
     (folder / "viewer.json").write_text(json.dumps(viewer or make_viewer(5)))
+    if training is not None:
+        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in training))
     return folder
 
 
@@ -69,7 +87,8 @@ def hostile_run(folder):
     for text in HOSTILE:
         results["before"][text] = results["after"][text] = results["difference"][text] = {"value": 1.0}
     results["config"] = {text: text for text in HOSTILE}
-    return make_run(folder, viewer, results)
+    training = [{"step": 0, "samples": [{"prompt": text, "response": text, "score": 1.0} for text in HOSTILE]}]
+    return make_run(folder, viewer, results, training=training)
 
 
 class Reader(HTMLParser):
@@ -98,7 +117,8 @@ def test_every_text_of_a_run_stays_text(tmp_path):
         {"type": "application/json", "id": "data"}, {}
     ]  # fmt: skip
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "style"]
-    assert all(page.texts[""].count(text) == 3 for text in HOSTILE)  # a setting, its value, a row of the table
+    # a setting, its value, a row of the table, a prompt and a response during training
+    assert all(page.texts[""].count(text) == 5 for text in HOSTILE)
     samples = json.loads(page.texts["data"])["samples"]
     assert [sample["prompt"] for sample in samples] == HOSTILE
     assert [sample["after"]["tokens"][1] for sample in samples] == HOSTILE
@@ -136,6 +156,29 @@ def test_the_page_has_every_sample_with_its_numbers(tmp_path):
             assert shown[side]["tokens"] == sample[side]["tokens"]
             for name in ("score", "judge", *MEASURES):
                 assert shown[side][name] == pytest.approx(sample[side][name], abs=1e-9)
+
+
+def without_values(viewer):
+    """viewer.json of a policy trained by RLOO or GRPO."""
+    del viewer["kl_coef"]
+    for sample in viewer["samples"]:
+        for side in SIDES:
+            del sample[side]["value"], sample[side]["advantage"]
+    return viewer
+
+
+def test_a_policy_trained_without_a_value_head_has_no_column_for_value_or_advantage(tmp_path):
+    page = Reader(write(make_run(tmp_path, without_values(make_viewer(5)))).read_text())
+    radios = [tag["value"] for name, tag in page.tags if name == "input" and tag["type"] == "radio"]
+    data = json.loads(page.texts["data"])
+    assert radios == list(data["scales"]) == ["kl", "ratio"]
+    assert "advantage" not in page.texts[""] and "value head" not in page.texts[""]
+    assert {*data["samples"][0]["after"]} == {"tokens", "score", "judge", "kl", "ratio"}
+
+
+def test_a_viewer_without_samples_has_a_page(tmp_path):
+    page = Reader(write(make_run(tmp_path, {"samples": []})).read_text())
+    assert list(json.loads(page.texts["data"])["scales"]) == ["kl", "ratio"]
 
 
 # ---- the table
@@ -215,6 +258,66 @@ def test_a_policy_without_a_log_has_a_page_without_curves(tmp_path):
     assert "polyline" not in text.partition("<body>")[2]
 
 
+# ---- the samples during training
+
+
+def shown_in_training(page):
+    """[(prompt, [(step, score, response)])] of a page's section."""
+    found = []
+    for prompt, rows in re.findall(
+        r'<details class="training" open>\n<summary>(.*?) …</summary>(.*?)</details>', page, re.S
+    ):
+        row = r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td class="text">(.*?)</td></tr>'
+        found.append(
+            (html.unescape(prompt), [tuple(map(html.unescape, cells)) for cells in re.findall(row, rows, re.S)])
+        )
+    return found
+
+
+def test_the_page_shows_the_responses_to_each_prompt_by_step_with_their_scores(tmp_path):
+    training = make_training(["The film", "<b>"])
+    page = write(make_run(tmp_path, training=training)).read_text()
+    expected = [
+        (
+            prompt,
+            [
+                (str(line["step"]), f"{line['samples'][i]['score']:.2f}", line["samples"][i]["response"])
+                for line in training
+            ],
+        )
+        for i, prompt in enumerate(["The film", "<b>"])
+    ]
+    assert shown_in_training(page) == expected
+    assert page.index("<h2>Learning curves") < page.index("<h2>Samples during training") < page.index('<h2 id="viewer"')
+
+
+def test_the_steps_are_in_order_and_one_that_was_done_again_is_there_once(tmp_path):
+    """A run that goes on from a checkpoint repeats the steps after it."""
+    lines = [
+        {"step": s, "samples": [{"prompt": "A", "response": r, "score": -0.001}]}
+        for s, r in ((9, "x"), (0, "y"), (9, "z"))
+    ]
+    page = write(make_run(tmp_path, training=lines)).read_text()
+    assert shown_in_training(page) == [("A", [("0", "0.00", "y"), ("9", "0.00", "z")])]
+
+
+@pytest.mark.parametrize("training", [None, []])
+def test_a_run_without_samples_has_no_such_section(tmp_path, training):
+    assert "Samples during training" not in write(make_run(tmp_path, training=training)).read_text()
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize(
+    "rest", ['{"step": 40, "sam', '{"step": 40, "samples": [{"prompt": "\u00e9'[:-1] + "\u00c3", "{"]
+)
+def test_a_half_written_last_line_is_ignored(tmp_path, name, rest):
+    """What a crash leaves, or a run that is writing at this moment."""
+    before = write(make_run(tmp_path, training=make_training())).read_text()
+    with open(tmp_path / name, "ab") as file:
+        file.write(rest.encode("latin-1"))
+    assert write(tmp_path).read_text() == before
+
+
 # ---- the colours
 
 
@@ -250,14 +353,25 @@ DAMAGED = [
     ("viewer.json", "[]"),
     ("viewer.json", changed(lambda viewer, _: viewer.pop("kl_coef"))),
     ("viewer.json", changed(lambda viewer, _: viewer["samples"][0].pop("before"))),
+    ("viewer.json", changed(lambda _, answer: answer.pop("kl"))),
+    ("viewer.json", changed(lambda _, answer: answer.pop("advantage"))),
     ("viewer.json", changed(lambda viewer, _: viewer["samples"][0].update(prompt=3))),
     ("viewer.json", changed(lambda _, answer: answer["kl"].pop())),
     ("viewer.json", changed(lambda _, answer: answer["value"].__setitem__(0, float("nan")))),
     ("viewer.json", changed(lambda _, answer: answer.update(ratio=["1"] * len(answer["tokens"])))),
     ("viewer.json", changed(lambda _, answer: answer.update(tokens=list(range(len(answer["tokens"])))))),
-    ("log.jsonl", '{"step": 0, "kl"'),
+    ("log.jsonl", '{"step": 0, "kl"\n'),
+    ("log.jsonl", '{"step": 0, "kl"\n{}\n'),
     ("log.jsonl", '{"step": 0, "kl": "x"}'),
     ("run_config.json", "[]"),
+    ("samples.jsonl", "{\n"),
+    ("samples.jsonl", "[]\n"),
+    ("samples.jsonl", '{"step": 0}\n'),
+    ("samples.jsonl", '{"step": "0", "samples": []}\n'),
+    ("samples.jsonl", '{"step": 0, "samples": [{"prompt": 3, "response": "", "score": 1}]}\n'),
+    ("samples.jsonl", '{"step": 0, "samples": [{"prompt": "", "response": null, "score": 1}]}\n'),
+    ("samples.jsonl", '{"step": 0, "samples": [{"prompt": "", "response": "", "score": "1"}]}\n'),
+    ("samples.jsonl", '{"step": 0, "samples": [{"prompt": "", "response": "", "score": NaN}]}\n'),
 ]
 
 
@@ -313,10 +427,12 @@ def pages(tmp_path_factory):
     """{name: (path of a page, the viewer.json that it was made from)}."""
     folder, viewer, few = tmp_path_factory.mktemp("runs"), make_viewer(200), make_viewer(20)
     viewer["samples"][3]["after"]["tokens"][:2] = [" Zeb", "ra"]
+    rloo = without_values(make_viewer(3))
     hostile = hostile_run(folder / "hostile")
     return {
-        "run": (write(make_run(folder / "run", viewer)), viewer),
-        "few": (write(make_run(folder / "few", few)), few),
+        "run": (write(make_run(folder / "run", viewer, training=make_training())), viewer),
+        "few": (write(make_run(folder / "few", few, training=make_training())), few),
+        "rloo": (write(make_run(folder / "rloo", rloo)), rloo),
         "hostile": (write(hostile), json.loads((hostile / "viewer.json").read_text())),
     }
 
@@ -378,6 +494,18 @@ def test_markup_in_a_run_is_shown_and_not_run(browser):
         assert headings[i] == f"{i + 1}. {text} …"
 
 
+def test_the_samples_of_a_prompt_fold_by_the_keyboard(browser):
+    from selenium.webdriver import ActionChains, Keys
+
+    page, _ = browser("few")
+    row = page.find_element("css selector", ".training .text")
+    assert row.is_displayed()
+    for displayed in (False, True):
+        page.execute_script("document.querySelector('.training summary').focus()")
+        ActionChains(page).send_keys(Keys.ENTER).perform()
+        assert row.is_displayed() == displayed
+
+
 def test_200_samples_open_within_a_second(browser):
     """The best of three, since other programs may run beside the test: one look under a second is proof enough."""
     assert min(browser()[0].execute_script(PAINTED) for _ in range(3)) < 1000 * OPENS
@@ -401,6 +529,17 @@ def test_the_switch_changes_the_colours_and_the_numbers(browser):
         strong = {paper for paper, share in zip(papers[-1], shares) if share == 1}
         assert len(strong) == 1 + any(token["below"] for token in tokens if token["share"] == 1)
     assert all(papers[i] != papers[j] for i in range(4) for j in range(i))
+
+
+def test_without_values_the_page_colours_by_kl_and_ratio(browser):
+    page, samples = browser("rloo")
+    for name in ("ratio", "kl"):
+        page.execute_script(f"document.querySelector('[value={name}]').click()")
+        numbers = [x for sample in samples for side in SIDES for x in sample[side][name]]
+        assert [float(token["number"]) for token in page.execute_script(TOKENS)] == pytest.approx(numbers, abs=0.0051)
+    page.execute_script("document.querySelector('.after .token').focus()")
+    tip = page.find_element("id", "tip").text.splitlines()
+    assert [line.split()[0] for line in tip[1:]] == ["KL,", "ratio"]
 
 
 def test_the_samples_are_sorted_by_what_was_chosen_in_both_directions(browser):
@@ -459,14 +598,13 @@ def test_the_numbers_of_a_token_appear_under_the_mouse_the_focus_and_a_finger(br
 @pytest.mark.parametrize("name", ["run", "hostile"])
 def test_a_phone_has_no_sideways_scroll_and_one_response_below_the_other(browser, name):
     page, _ = browser(name, width=390)
-    page.execute_script("document.querySelector('details').open = true; document.getElementById('numbers').click()")
+    page.execute_script("document.querySelectorAll('details').forEach((details) => (details.open = true))")
+    page.execute_script("document.getElementById('numbers').click()")
     page.execute_script(RIGHTMOST)
     assert page.find_element("id", "tip").is_displayed()
     assert page.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
-    cut = (
-        "return [...document.querySelectorAll('article')].filter((card) => card.scrollWidth > card.clientWidth).length"
-    )
-    assert page.execute_script(cut) == 0
+    boxes = "return [...document.querySelectorAll('article, .training')]"
+    assert page.execute_script(f"{boxes}.filter((box) => box.scrollWidth > box.clientWidth).length") == 0
     boxes = "return ['before', 'after'].map((side) => document.querySelector(`.${side}`).getBoundingClientRect().y)"
     before, after = page.execute_script(boxes)
     assert before < after
@@ -495,7 +633,8 @@ def test_every_text_has_the_contrast_of_aa_in_a_light_and_in_a_dark_scheme(brows
         papers.append(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
         pairs = {(token["ink"], token["paper"]) for token in page.execute_script(TOKENS)}
         assert len(pairs) == 41  # 20 steps a side, and none
-        quiet = "return [...document.querySelectorAll('p, td span, figcaption, h3, label')].map((element) => "
+        texts = "p, td, td span, th, summary, figcaption, h3, label"
+        quiet = f"return [...document.querySelectorAll('{texts}')].map((element) => "
         pairs |= {(ink, "rgba(0, 0, 0, 0)") for ink in page.execute_script(quiet + "getComputedStyle(element).color)")}
         assert min(contrast(*pair, papers[-1]) for pair in pairs) >= 4.5
     assert (

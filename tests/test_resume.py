@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import soak
 import torch
-from conftest import message
+from conftest import message, write_bert
 from soak import outcome, ppo_flags, start, to_flags, toy, wait_for
 
 import finetune_gpt2
@@ -21,7 +22,7 @@ import reward
 from checkpoint import SAVING, check_run, latest_checkpoint, load_checkpoint, save_checkpoint
 from config import FinetuneConfig, PPOConfig, RewardConfig, parse
 from data import load_splits, prompt_pool
-from hub import load_tokenizer
+from hub import load_gpt2, load_tokenizer, open_gpt2, save_gpt2
 from log import RunLog, read_lines
 
 
@@ -39,11 +40,12 @@ def play(home, out, dies_in=None, nan_in=(), first=0, **changes):
     rollouts = itertools.count(first)
 
     def letters(texts):
-        number = next(rollouts)
+        number = next(rollouts) if len(texts) == 8 else -1  # else for samples.jsonl
         if number == dies_in:
             raise Killed
         return torch.tensor([float(t.count("e")) for t in texts]) * (float("nan") if number in nan_in else 1)
 
+    letters.file = f"{home}/rewards.py"  # as if it were read from there: a resumed run checks it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "load_reward", lambda *args: letters)
         ppo.main(parse(PPOConfig, ppo_flags(home, out, **changes)))
@@ -81,7 +83,7 @@ def test_ppo_goes_on_after_kill_9_as_if_nothing_had_been(home, unbroken, tmp_pat
     process.kill()
     assert ends(process, tmp_path / "told")[0] == -signal.SIGKILL
     assert latest_checkpoint(tmp_path / "out").name == "00000002"
-    assert "holds an unfinished run: --resume True goes on with it" in message(ppo.main, parse(PPOConfig, flags))
+    assert "holds an unfinished run: --resume resumes it" in message(ppo.main, parse(PPOConfig, flags))
     ppo.main(parse(PPOConfig, [*flags, "--resume", "True"]))
     assert outcome(tmp_path / "out") == outcome(unbroken)
 
@@ -112,8 +114,8 @@ def test_fine_tuning_goes_on_after_kill_9_as_if_nothing_had_been(home, tmp_path)
     whole, out = tmp_path / "whole", tmp_path / "out"
     flags = dict(
         dataset=home / "reviews.csv", init_from=home / "gpt2", block_size=40, epochs=0.2, batch_size=8,
-        micro_batch_size=4, lr=1e-3, warmup_steps=2, eval_every=3, eval_tokens=300, save_every=2, device="cpu",
-        report_to="none",
+        micro_batch_size=4, lr=1e-3, warmup_steps=2, eval_every=3, eval_tokens=300, save_every=2, save_share=1,
+        device="cpu", report_to="none",
     )  # fmt: skip
     finetune_gpt2.main(parse(FinetuneConfig, to_flags(flags | {"out": whole})))
     process = start("finetune_gpt2", to_flags(flags | {"out": out}), tmp_path / "told", pause=0.3)
@@ -129,7 +131,7 @@ def reward_flags(home, out, **changes):
     flags = dict(
         dataset=home / "reviews.csv", init_from="scratch", out=out, vocab_size=300, hidden_size=32, num_layers=1,
         max_length=64, dropout=0.2, epochs=2, batch_size=32, lr=1e-3, eval_reviews=20, short_words=8, save_every=2,
-        device="cpu", report_to="none",
+        save_share=1, device="cpu", report_to="none",
     )  # fmt: skip
     return to_flags(flags | changes)
 
@@ -186,7 +188,7 @@ def test_a_signal_ends_a_run_behind_its_step_with_a_checkpoint_of_it(home, unbro
     wait_for(process, lambda: len(lines(tmp_path / "out")) == 3)
     os.kill(process.pid, number)
     code, told = ends(process, tmp_path / "told")
-    assert code == status and told[-1] == "stopped; --resume True goes on"
+    assert code == status and told[-1] == "stopped; --resume resumes the run"
     assert latest_checkpoint(tmp_path / "out").name == "00000003" and len(lines(tmp_path / "out")) == 3
     ppo.main(parse(PPOConfig, [*flags, "--resume", "True"]))
     log, weights = outcome(tmp_path / "out")
@@ -219,7 +221,7 @@ def stopped(home, tmp_path):
     ("limit", "names", "after"),
     [
         (300_000, "out/checkpoints was not written, what it held stays: ", " bytes are needed, "),
-        (3000, "out/log.jsonl", "--resume True goes on"),
+        (3000, "out/log.jsonl", "--resume resumes the run"),
     ],
 )
 def test_a_full_disk_ends_a_run_in_one_line_and_what_was_saved_is_whole(stopped, unbroken, limit, names, after):
@@ -250,14 +252,14 @@ def test_a_disk_that_is_full_in_the_tokenizer_is_told_in_one_line(home, tmp_path
 def test_a_checkpoint_that_is_damaged_is_refused_with_the_file(tmp_path, file, damage):
     """T3. A bit is seen only by its sum."""
     model, optimizer = toy(1)
-    save_checkpoint(tmp_path, model, [optimizer], {"step": 1, "data": ""})
+    save_checkpoint(tmp_path, model, [optimizer], {"step": 1, "inputs": {}})
     folder = latest_checkpoint(tmp_path)
     content = bytearray((folder / file).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / file).write_bytes(content if damage == "a bit" else content[: len(content) // 2])
     if damage == "missing":
         (folder / file).unlink()
-    text = message(load_checkpoint, folder, model, [optimizer], "")
+    text = message(load_checkpoint, folder, model, [optimizer], {})
     assert str(folder) in text and file in text and "is damaged or missing" in text
 
 
@@ -270,14 +272,14 @@ def test_resume_of_a_damaged_checkpoint_is_one_line_and_status_2(stopped):
     assert "Traceback" not in "".join(told) and len(lines(out)) == 3
 
 
-# ---- another config, a run that is whole, leftovers
+# ---- another config, other inputs, a run that is whole
 
 
 def test_going_on_with_another_lr_needs_force(stopped, home):
     """The first two rollouts stay, those behind them have the new lr."""
     flags, out = stopped
     text = message(ppo.main, parse(PPOConfig, [*flags, "--lr", "2e-3"]))
-    assert "holds a run of another config (lr 0.001 -> 0.002): --force True goes on with this one" in text
+    assert "holds a run of another config (lr 0.001 -> 0.002): --force resumes it with this one" in text
     play(home, out, first=2, resume=True, force=True, lr=2e-3)
     rate = [1e-3, 1e-3 * 5 / 6, *(2e-3 * left / 6 for left in (4, 3, 2, 1))]
     assert [line["lr"] for line in lines(out)] == pytest.approx(rate)
@@ -291,6 +293,122 @@ def test_a_run_that_is_whole_is_not_resumed(home, unbroken, unbroken_reward, scr
     before = outcome(cfg.out)
     assert f"{cfg.out} holds a finished run" in message(script.main, cfg)
     assert outcome(cfg.out) == before
+
+
+def test_a_finished_run_is_replaced_only_by_force(home, unbroken, tmp_path):
+    """A second start with the same flags used to empty the log and best/ at once."""
+    out = shutil.copytree(unbroken, tmp_path / "out")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    flags = ppo_flags(home, out)
+    assert message(ppo.main, parse(PPOConfig, flags)) == (
+        f"{out} holds a finished run: --force replaces it, --out names another folder"
+    )
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    ppo.main(parse(PPOConfig, [*flags, "--force"]))
+    assert outcome(out) == outcome(unbroken)
+
+
+def test_a_finished_reward_is_replaced_only_by_force(home, unbroken_reward):
+    before = outcome(unbroken_reward)
+    text = message(reward.main, parse(RewardConfig, reward_flags(home, unbroken_reward)))
+    assert "holds a finished run: --force replaces it" in text and outcome(unbroken_reward) == before
+
+
+def changed_inputs(home, folder):
+    """{what differs: flags of ppo.py} of runs whose inputs have the same names as before and another content."""
+    shutil.copytree(home, folder, dirs_exist_ok=True)
+    policy = load_gpt2(*open_gpt2(str(folder / "gpt2"))[:2])
+    policy.ln_f.bias.data += 0.5
+    (folder / "other").mkdir()
+    save_gpt2(policy, load_tokenizer(folder / "gpt2"), folder / "other")
+    write_bert(folder / "judge", seed=1)
+    (folder / "other.py").write_text((folder / "rewards.py").read_text() + "# another version\n")
+    return {
+        "policy": (folder / "other", folder / "gpt2"),
+        "judge": (folder / "judge", folder / "bert"),
+        "reward": (folder / "other.py", folder / "rewards.py"),
+    }
+
+
+@pytest.mark.parametrize("what", ["policy", "judge", "reward"])
+def test_a_run_is_resumed_only_with_the_weights_reward_and_judge_that_it_had(home, tmp_path, what, capsys):
+    """Files that were replaced in between: the KL used to be measured from another reference, without a word."""
+    files, out = changed_inputs(home, tmp_path / "home"), tmp_path / "out"
+    with pytest.raises(Killed):
+        play(tmp_path / "home", out, dies_in=3)
+    new, old = files[what]
+    if new.is_dir():
+        shutil.rmtree(old)
+    os.replace(new, old)
+    flags = [*ppo_flags(tmp_path / "home", out), "--resume"]
+    text = message(ppo.main, parse(PPOConfig, flags))
+    assert re.fullmatch(
+        rf".*00000002 was made with another content of: {what} \(\w+ then, \w+ now\)\. --force .*", text
+    )
+    ppo.main(parse(PPOConfig, [*flags, "--force"]))
+    assert f"warning: resuming with another content of: {what}" in capsys.readouterr().err and len(lines(out)) == 6
+
+
+def test_a_classifier_is_resumed_only_with_the_teacher_that_it_had(home, unbroken_reward, tmp_path, monkeypatch):
+    teacher = shutil.copytree(unbroken_reward, tmp_path / "teacher")
+    flags = reward_flags(home, tmp_path / "out", teacher=teacher)
+    write = RunLog.write
+    monkeypatch.setattr(RunLog, "write", lambda log, step, **m: die() if step == 5 else write(log, step, **m))
+    with pytest.raises(Killed):
+        reward.main(parse(RewardConfig, flags))
+    monkeypatch.setattr(RunLog, "write", write)
+    shutil.copytree(unbroken_reward / "judge", teacher / "reward", dirs_exist_ok=True)
+    text = message(reward.main, parse(RewardConfig, [*flags, "--resume"]))
+    assert "was made with another content of: teacher (" in text
+
+
+def die():
+    raise Killed
+
+
+# ---- a user's reward that raises
+
+
+SERVER = """
+from pathlib import Path
+def score(texts):
+    calls = Path(__file__).with_suffix(".calls")
+    done = int(calls.read_text()) if calls.exists() else 0
+    if done == 3 and len(texts) == 8:
+        raise ConnectionError("server is down\\nreally")
+    calls.write_text(str(done + (len(texts) == 8)))
+    return [float(text.count("e")) for text in texts]
+"""
+
+
+def test_a_users_reward_that_raises_ends_the_run_in_one_line_with_a_checkpoint_of_its_step(home, unbroken, tmp_path):
+    """What was done before is not lost, although no checkpoint was due; the resumed run is the unbroken one."""
+    (tmp_path / "server.py").write_text(SERVER)
+    flags = ppo_flags(home, tmp_path / "out", reward=f"{tmp_path}/server.py:score", save_every=6, save_share=0.05)
+    code, told = ends(start("ppo", flags, tmp_path / "told"), tmp_path / "told")
+    assert code == 2 and "Traceback" not in "".join(told)
+    assert told[-1] == (
+        f"error: reward {tmp_path}/server.py:score raised ConnectionError while scoring 8 texts, line 7: server is "
+        "down. The run is saved: --resume resumes it at step 3"
+    )
+    assert latest_checkpoint(tmp_path / "out").name == "00000003" and len(lines(tmp_path / "out")) == 3
+    (tmp_path / "server.calls").write_text("4")
+    ppo.main(parse(PPOConfig, [*flags, "--resume"]))
+    log, weights = outcome(tmp_path / "out")
+    assert log == outcome(unbroken)[0]
+    assert weights["model.safetensors"] == outcome(unbroken)[1]["model.safetensors"]
+
+
+def test_a_reward_that_still_fails_when_the_run_is_resumed_loses_nothing(home, tmp_path):
+    """The checkpoint of the step that failed is there already: it is not written again over itself."""
+    (tmp_path / "server.py").write_text(SERVER)
+    cfg = parse(PPOConfig, ppo_flags(home, tmp_path / "out", reward=f"{tmp_path}/server.py:score", save_every=6))
+    for resume in (False, True, True):
+        assert "ConnectionError" in message(ppo.main, replace(cfg, resume=resume))
+        assert latest_checkpoint(tmp_path / "out").name == "00000003"
+
+
+# ---- leftovers
 
 
 @pytest.mark.parametrize("first_step", [0, 2])
@@ -312,4 +430,4 @@ def test_checkpoints_of_a_run_before_are_gone_before_the_new_config_is_there(tmp
     with pytest.raises(Killed):
         RunLog(replace(cfg, lr=2e-3), torch.nn.Linear(2, 2))
     assert latest_checkpoint(tmp_path) is None
-    assert check_run(replace(cfg, resume=True)) is None
+    assert check_run(replace(cfg, resume=True), "model.safetensors") is None

@@ -15,7 +15,7 @@ from conftest import TEXTS, message, reviews_csv, write_bert
 from tokenizers import ByteLevelBPETokenizer
 
 import reward
-from config import BadInput, PPOConfig, RewardConfig
+from config import BadInput, EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig
 from data import EOS, digest, encode, load_splits
 from ppo import rollout
 from reward import (
@@ -32,6 +32,7 @@ from reward import (
     training_texts,
 )
 
+PAIR = ["A good film.", "A bad film, and a long one."]
 MIXED = ["Good.", *TEXTS[:4], "A film " * 30, "x", "Bad."]  # lengths in no order
 NAMES = ("NEGATIVE", "POSITIVE")
 
@@ -116,7 +117,96 @@ def test_labels_that_do_not_say_which_is_positive_are_refused(tmp_path, labels, 
         SentimentReward.load(str(tmp_path), given)
 
 
+@pytest.mark.parametrize("name", ["lvwerra/bert-imdb", "lvwerra/bert-imdb@main"])
+def test_the_label_of_a_known_model_without_label_names_is_known(name):
+    """And a name beats it: a folder of somebody's own that is called so has POSITIVE first."""
+    assert reward.positive_index({0: "LABEL_0", 1: "LABEL_1"}, "", name) == 1
+    assert reward.positive_index({0: "POSITIVE", 1: "LABEL_1"}, "", name) == 0
+    assert reward.positive_index({0: "LABEL_0", 1: "LABEL_1"}, "LABEL_0", name) == 0
+    with pytest.raises(BadInput, match="LABEL_0"):
+        reward.positive_index({0: "LABEL_0", 1: "LABEL_1"}, "", "someone/bert-imdb")
+
+
+@pytest.mark.parametrize("cls", [PPOConfig, EvaluateConfig, GenerateConfig])
+def test_reward_and_judge_have_a_positive_label_each(cls, tmp_path):
+    """Catches a judge that cannot be told apart from the reward by a flag, or that takes the reward's."""
+    write_bert(tmp_path / "reward", ("LABEL_0", "LABEL_1"))
+    write_bert(tmp_path / "judge", ("good", "bad"), seed=1)
+    cfg = replace(cls(), reward=str(tmp_path / "reward"), judge=str(tmp_path / "judge"), positive_label="LABEL_1")
+    with pytest.raises(BadInput, match="judge.*--judge_positive_label"):
+        reward.load_judge(cfg, "cpu")
+    cfg = replace(cfg, judge_positive_label="good")
+    assert (reward.load_reward(cfg, "cpu").positive, reward.load_judge(cfg, "cpu").positive) == (1, 0)
+    with pytest.raises(BadInput, match="reward.*--positive_label"):
+        reward.load_reward(replace(cfg, positive_label=""), "cpu")
+
+
+def test_no_judge_is_loaded_where_none_is_named():
+    assert reward.load_judge(PPOConfig(judge=""), "cpu") is None
+
+
+# ---- a user's function
+
+
+def user_reward(tmp_path, body):
+    (tmp_path / "mine.py").write_text(body)
+    return replace(PPOConfig(), reward=f"{tmp_path}/mine.py:f")
+
+
+def test_an_error_in_a_users_reward_is_one_line_with_its_name_and_place(tmp_path):
+    """The line is the one in the user's file, also where the error comes from a library that it calls."""
+    body = "import json\n\n\ndef f(texts):\n    return json.loads(texts[0])\n"
+    fn = reward.load_reward(user_reward(tmp_path, body), "cpu")
+    expected = f"reward {tmp_path}/mine.py:f raised JSONDecodeError while scoring 2 texts, line 5: Expecting value"
+    assert message(fn, ["not json", "b"]).startswith(expected)
+    assert fn(["[1, 2]", ""]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ("import no_such_module\n", "ModuleNotFoundError while importing it, line 1: No module named 'no_such_module'"),
+        ("def f(texts:\n", "SyntaxError while importing it"),
+        ("f = 1\n", "has no function 'f'"),
+    ],
+)
+def test_a_users_file_that_cannot_be_imported_is_one_line(tmp_path, body, named):
+    assert named in message(reward.load_reward, user_reward(tmp_path, body), "cpu")
+
+
+def test_ctrl_c_in_a_users_reward_is_no_error_of_it(tmp_path):
+    fn = reward.load_reward(user_reward(tmp_path, "def f(texts):\n    raise KeyboardInterrupt\n"), "cpu")
+    with pytest.raises(KeyboardInterrupt):
+        fn(["a"])
+
+
 # ---- the score
+
+
+def test_scored_gives_scores_and_shares_from_one_pass(bert_folder):
+    """Each text is read once: the score and whether it is positive come from the same logits."""
+    classifier, passes = SentimentReward.load(str(bert_folder)), []
+    classifier.model.register_forward_hook(lambda *_: passes.append(1))
+    scores, positive = reward.scored(classifier, PAIR)
+    assert len(passes) == 1
+    assert torch.equal(scores, classifier(PAIR))
+    assert torch.equal(positive, (classifier.log_odds(PAIR) > 0).float())
+    scores, positive = reward.scored(lambda texts: [1, 2], PAIR)
+    assert scores.tolist() == [1, 2] and positive is None
+
+
+def test_a_reward_s_fingerprint_changes_with_its_weights_its_tokenizer_and_a_user_s_file(bert_folder, tmp_path):
+    classifier = SentimentReward.load(str(bert_folder))
+    prints = [reward.reward_fingerprint(classifier)]
+    assert reward.reward_fingerprint(SentimentReward.load(str(bert_folder))) == prints[0]
+    classifier.model.classifier.bias.data[0] += 1
+    prints.append(reward.reward_fingerprint(classifier))
+    classifier.tokenizer.add_tokens("wonderful")
+    prints.append(reward.reward_fingerprint(classifier))
+    for number in (1, 2):
+        fn = reward.load_reward(user_reward(tmp_path, f"def f(texts):\n    return [{number}] * len(texts)\n"), "cpu")
+        prints.append(reward.reward_fingerprint(fn))
+    assert len(set(prints)) == 5 and reward.reward_fingerprint(None) == ""
 
 
 def test_each_kind_of_score_is_what_it_says(bert_folder, classifier):
@@ -535,6 +625,16 @@ def test_a_student_learns_its_teachers_probabilities_and_not_the_labels(trained,
         assert results["after"]["reviews"]["accuracy"] < 0.1
         teacher, student = (SentimentReward.load(str(f / name)) for f in (tmp_path / "teacher", tmp_path / "out"))
         assert np.corrcoef(teacher.log_odds(texts), student.log_odds(texts))[0, 1] > 0.9
+
+
+def test_a_teacher_reads_the_texts_that_its_student_reads(trained, tmp_path):
+    """Crops included: the probability of a whole review is wrong for a part of it."""
+    folder, cfg, _ = trained
+    cfg, read = replace(cfg, crop_share=1.0, min_crop_words=2, epochs=1.0, out=str(tmp_path)), []
+    teacher = SimpleNamespace(log_odds=lambda texts: torch.zeros(len(read.extend(texts) or texts)))
+    reviews = load_splits(cfg.dataset)["reward"]
+    reward.train("reward", SentimentReward.load(str(folder / "reward")), reviews, cfg, False, teacher)
+    assert sorted(read) == sorted(training_texts(reviews.texts, 0, cfg))
 
 
 def test_a_teacher_that_is_not_there_is_named_with_the_command_that_makes_it(tmp_path):

@@ -1,0 +1,205 @@
+"""Run pytest many times on changed copies of the tree, in forks of a process that has imported torch and transformers.
+
+A run takes .1 to .3 s more than its tests do; a new process would import for 5 s. mutation.py and mutants.py use it.
+"""
+
+import contextlib
+import gc
+import importlib
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS, TIMES = 15, 5  # a test may take this long, or this many times its usual time
+LONGEST = 60  # assumed of a test whose usual time is unknown
+MEMORY = 16 * 2**30  # bytes that a process of a run may allocate
+NOT_COPIED = (".git", ".venv", ".*cache", ".hypothesis", "__pycache__", "*_checkpoints")
+PRELOAD = "pytest hypothesis _hypothesis_pytestplugin coverage tyro datasets jinja2 matplotlib.pyplot torch._dynamo"
+MODELS = "bert.modeling_bert gpt2.modeling_gpt2 auto.modeling_auto"
+
+
+@dataclass
+class Result:
+    verdict: str  # "passed", "failed", "timeout" or "no tests"
+    stored: str  # the name of the last test, or what else was stored
+    output: str
+    seconds: float
+
+
+class Forks:
+    """Workers, each with its copy of the tree in a temporary folder. To be used in a with statement."""
+
+    def __init__(self, workers):
+        os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache/inductor")}
+        for name in [*PRELOAD.split(), *(f"transformers.models.{model}" for model in MODELS.split())]:
+            importlib.import_module(name)
+        signal.signal(signal.SIGTERM, self.stop)
+        self.stopped = False
+        gc.collect()
+        gc.freeze()  # otherwise each run searches the objects of torch for garbage
+        self.scratch = Path(tempfile.mkdtemp(prefix="forks-")).resolve()
+        self.pristine, *self.workers = (self.scratch / str(i) for i in range(workers + 1))
+        shutil.copytree(ROOT, self.pristine / "tree", ignore=shutil.ignore_patterns(*NOT_COPIED))
+        shutil.rmtree(self.pristine / "tree" / "frontier", ignore_errors=True)  # the results of frontier.py
+        pid = start(self.pristine, lambda: run_pytest(["tests"], "--collect-only"), write_bytecode=True)
+        result = finish(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT).si_pid, self.pristine, time.monotonic())
+        if result.verdict != "passed":
+            sys.exit(f"error: pytest cannot collect the tests\n{result.output}")
+        for worker in self.workers:
+            shutil.copytree(self.pristine / "tree", worker / "tree")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def stop(self, *_):
+        """End and leave no process and no folder. In some places, as in a fork, Python ignores what is raised."""
+        self.stopped = True
+        sys.exit(1)
+
+    def run(self, tasks):
+        """Yield (key, Result) of each task (key, {file: new text}, function) when it has ended.
+
+        The function is called in the copy of the tree with these changes; it returns an exit status. A task is drawn
+        when a worker is free for it.
+        """
+        tasks, free, running = iter(tasks), list(self.workers), {}
+        try:
+            while True:
+                while free and (task := next(tasks, None)):
+                    key, changes, function = task
+                    worker = free.pop()
+                    for file, text in changes.items():
+                        Path(worker, "tree", file).write_text(text, encoding="utf-8")
+                        os.utime(worker / "tree" / file, (1, 1))  # so that stored bytecode is not of this file
+                    running[start(worker, function)] = key, worker, time.monotonic()
+                if self.stopped:
+                    sys.exit(1)
+                if not running:
+                    return
+                pid = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT).si_pid
+                key, worker, began = running.pop(pid)
+                result = finish(pid, worker, began)
+                synchronise(worker / "tree", self.pristine / "tree")
+                free.append(worker)
+                yield key, result
+        finally:
+            for pid, (_, worker, began) in running.items():
+                finish(pid, worker, began)
+
+
+def start(worker, function, write_bytecode=False):
+    """Fork a process that calls the function in the folder worker / "tree"; returns its id, also that of its group."""
+    temporary = tempfile.mkdtemp(dir=worker)
+    for name in ("output", "stored"):
+        (worker / name).write_text("")
+    if pid := os.fork():
+        return pid
+    status = 3
+    try:
+        os.setsid()
+        os.chdir(worker / "tree")
+        output = os.open("../output", os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests")]
+        sys.dont_write_bytecode = not write_bytecode
+        os.environ |= {"TMPDIR": temporary, "PYTHONDONTWRITEBYTECODE": "1", "STORED": str(worker / "stored")}
+        tempfile.tempdir = None
+        sys.modules["datasets"].config.HF_DATASETS_CACHE = Path(temporary, "datasets")
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(4 * SECONDS)
+        status = function()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def finish(pid, worker, began):
+    """The Result of a process that has ended or is killed now; all that it started is killed."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    verdict = {0: "passed", 5: "no tests", -signal.SIGALRM: "timeout"}.get(status, "failed")
+    for folder in worker.glob("tmp*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    stored, output = ((worker / name).read_text(encoding="utf-8", errors="replace") for name in ("stored", "output"))
+    return Result(verdict, stored, output, time.monotonic() - began)
+
+
+def store(text):
+    """Store a text for the Result of the run in which this is called."""
+    Path(os.environ["STORED"]).write_text(text, encoding="utf-8")
+
+
+def synchronise(tree, pristine):
+    """Make a tree equal to another one, file by file: size and date tell."""
+    wanted, found = ({path.relative_to(top): path for path in top.rglob("*")} for top in (pristine, tree))
+    for path in sorted(found.keys() - wanted.keys(), reverse=True):  # what is in a folder before the folder
+        found[path].rmdir() if found[path].is_dir() and not found[path].is_symlink() else found[path].unlink()
+    for path, original in sorted(wanted.items()):
+        if original.is_dir():
+            (tree / path).mkdir(exist_ok=True)
+        elif path not in found or identity(original) != identity(found[path]):
+            shutil.copy2(original, tree / path)
+
+
+def identity(path):
+    return path.stat().st_size, path.stat().st_mtime_ns
+
+
+# ---- what runs in a fork
+
+
+class Selection:
+    """A pytest plugin: run these tests in this order, store the name of each, limit its time, end at a failure.
+
+    A name without [parameters] stands for all of its parameters.
+    """
+
+    def __init__(self, names, usual, end):
+        self.place, self.usual, self.end = {name: i for i, name in enumerate(names)}, usual, end
+
+    def find(self, item):
+        return self.place.get(item.nodeid, self.place.get(item.nodeid.split("[")[0]))
+
+    def pytest_collection_modifyitems(self, items):
+        if any("::" in name for name in self.place):
+            items[:] = sorted((item for item in items if self.find(item) is not None), key=self.find)
+
+    def pytest_runtest_logstart(self, nodeid):
+        store(nodeid)
+        signal.alarm(int(max(SECONDS, TIMES * self.usual.get(nodeid, LONGEST))))
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and self.end:
+            os.write(1, f"\n{report.nodeid}\n{report.longreprtext}\n".encode())
+            os._exit(1)
+
+
+def run_pytest(names, *options, usual=(), plugins=(), end=True):
+    """Run tests, all of files or single ones, in the current folder; returns the exit status.
+
+    usual: {test: the seconds that it takes}. end: whether the process ends at the first test that fails.
+    """
+    import pytest
+
+    files = list(dict.fromkeys(name.split("::")[0] for name in names))
+    common = ["-q", f"--rootdir={os.getcwd()}", "--assert=plain", "-p", "no:cacheprovider"]
+    hypothesis = ["-p", "_hypothesis_pytestplugin", "--hypothesis-seed=0"]
+    return pytest.main([*common, *hypothesis, *options, *files], [Selection(names, dict(usual), end), *plugins])

@@ -1,0 +1,317 @@
+"""The commands of preset gpt2 with their defaults, with the real hub client against a hub on this machine."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, message
+from hub_server import Hub, write_repositories
+from huggingface_hub import constants
+
+from config import EvaluateConfig, GenerateConfig, PPOConfig
+from data import load_splits
+from hub import locate
+
+GPT2, IMDB = "openai-community/gpt2", "stanfordnlp/imdb"
+BERT_IMDB, SIEBERT = "lvwerra/bert-imdb", "siebert/sentiment-roberta-large-english"
+STAGES = {  # in this order; the flags only make a stage short
+    "finetune_gpt2.py": "--epochs 0.02 --eval_tokens 2000",
+    "reward.py": "--epochs 1",
+    "ppo.py": "--steps 1",
+    "evaluate.py": "--prompts 16",
+    "generate.py": "",
+}
+NEEDED = {  # every file that the five commands read
+    GPT2: "config.json merges.txt model.safetensors tokenizer.json tokenizer_config.json vocab.json",
+    "google-bert/bert-base-cased": "config.json model.safetensors tokenizer.json tokenizer_config.json vocab.txt",
+    BERT_IMDB: "config.json pytorch_model.bin special_tokens_map.json tokenizer_config.json vocab.txt",
+    SIEBERT: "config.json merges.txt pytorch_model.bin special_tokens_map.json tokenizer_config.json vocab.json",
+    f"datasets/{IMDB}": ".gitattributes README.md plain_text/test-00000-of-00001.parquet "
+    "plain_text/train-00000-of-00001.parquet plain_text/unsupervised-00000-of-00001.parquet",
+}
+TOKENIZER = {f"{GPT2}/{file}" for file in ("merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json")}
+NOWHERE = "http://127.0.0.1:9"  # a port that nothing listens on
+
+
+@pytest.fixture(scope="module")
+def repositories():
+    return write_repositories()
+
+
+def run(command, hub, home, folder, stdin="", **environment):
+    """Run a script in a folder with its cache in `home`; returns its subprocess.CompletedProcess, with seconds."""
+    script, *flags = command.split()
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *flags, "--device", "cpu"],
+        cwd=folder,
+        env=hub.environment(home, **environment),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    done.seconds = time.monotonic() - start
+    return done
+
+
+def error_line(done):
+    """The one line on stderr of a script that refused its input, progress bars aside."""
+    lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and "it/s]" not in line]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+# ---- an empty cache
+
+
+class Run:
+    """The five commands, one after the other: their processes, and the files and requests that the hub had by then."""
+
+    def __init__(self, hub, home, folder):
+        self.hub, self.home, self.folder, self.done, self.requests = hub, home, folder, {}, {}
+        for script, flags in STAGES.items():
+            before = len(hub.requests)
+            self.done[script] = run(f"{script} {flags}", hub, home, folder, stdin="The film was\n")
+            self.requests[script] = hub.requests[before:]
+        self.sent = list(hub.sent)
+
+    def revisions(self, out):
+        """The commits of a run folder, {name: commit}."""
+        return json.loads((self.folder / out / "run_config.json").read_text())["revisions"]
+
+    def commits(self, *names):
+        """What the hub has at these names, {name: commit}."""
+        real = {"gpt2": GPT2, "bert-base-cased": "google-bert/bert-base-cased"}
+        kinds = {name: "datasets" if name == IMDB else "models" for name in names}
+        return {name: self.hub.find(kind, real.get(name, name), "main").commit for name, kind in kinds.items()}
+
+
+@pytest.fixture(scope="module")
+def full_run(repositories, tmp_path_factory):
+    with Hub(repositories) as hub:
+        yield Run(hub, tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_command_works_with_its_defaults(full_run, script):
+    done = full_run.done[script]
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_each_file_that_is_needed_is_downloaded_once_and_no_other(full_run):
+    """No TensorFlow, Flax, Rust, TFLite or ONNX file, and one format of the weights."""
+    needed = [f"{name}/{file}" for name, files in NEEDED.items() for file in files.split()]
+    assert sorted(full_run.sent) == sorted(needed)
+
+
+def test_models_that_are_in_the_cache_cause_no_request(full_run):
+    """generate.py reads the reward and the judge that earlier stages downloaded."""
+    assert full_run.requests["generate.py"] == []
+
+
+@pytest.mark.parametrize(
+    "out, names",
+    [
+        ("finetune_checkpoints/gpt2", ["gpt2", IMDB]),
+        ("reward_checkpoints/gpt2", ["bert-base-cased", IMDB]),
+        ("ppo_checkpoints/gpt2", [BERT_IMDB, SIEBERT, IMDB]),
+    ],
+)
+def test_a_run_records_the_commits_of_what_it_read_from_the_hub(full_run, out, names):
+    assert full_run.revisions(out) == full_run.commits(*names)
+
+
+def test_the_dataset_s_own_test_part_is_the_evaluation_split(full_run):
+    results = json.loads((full_run.folder / "reward_checkpoints/gpt2/judge/results.json").read_text())
+    assert results["held_out"] == 200
+
+
+def test_reward_and_judge_of_ppo_rank_the_probe_sentences_by_the_labels_found(full_run):
+    """LABEL_1 for lvwerra/bert-imdb, whose labels have no names, and POSITIVE for the judge."""
+    gaps = re.findall(r"probe sentences ([-\d.]+) log-odds apart", full_run.done["ppo.py"].stdout)
+    assert len(gaps) == 2 and min(map(float, gaps)) > 1
+
+
+def test_all_scripts_have_the_same_judge_of_a_third_party():
+    assert {PPOConfig().judge, EvaluateConfig().judge, GenerateConfig().judge} == {SIEBERT}
+
+
+def test_generate_shows_a_score_and_the_judge_s_probability_for_both_models(full_run):
+    out = full_run.done["generate.py"].stdout
+    assert len(re.findall(r"score [-+]\d+\.\d\d, judge [01]\.\d\d", out)) == 2
+
+
+# ---- a full cache and no network
+
+
+def test_generate_gives_the_same_responses_when_it_is_offline(full_run):
+    done = run("generate.py", full_run.hub, full_run.home, full_run.folder, "The film was\n", HF_HUB_OFFLINE="1")
+    assert done.stdout == full_run.done["generate.py"].stdout, done.stderr
+    assert done.seconds < 30
+
+
+def test_evaluate_reads_dataset_and_models_when_the_hub_cannot_be_reached(full_run):
+    flags = f"{STAGES['evaluate.py']} --force"
+    done = run(f"evaluate.py {flags}", full_run.hub, full_run.home, full_run.folder, HF_ENDPOINT=NOWHERE)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.seconds < 60
+
+
+def test_ppo_takes_the_classifiers_that_reward_wrote_without_naming_their_labels(full_run):
+    """Without the self-check: a tiny encoder learns nothing in an epoch."""
+    command = "ppo.py --reward reward_checkpoints/gpt2/reward --judge reward_checkpoints/gpt2/judge --self_check False"
+    short = "--out own --steps 1 --batch_size 16 --minibatch_size 16"
+    done = run(f"{command} {short}", full_run.hub, full_run.home, full_run.folder, HF_ENDPOINT=NOWHERE)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert full_run.revisions("own") == full_run.commits(IMDB)
+
+
+# ---- a partial cache
+
+
+def download_as_transformers(hub, home):
+    """Put into the cache what AutoModel.from_pretrained("gpt2") leaves there: no tokenizer, no list of the files."""
+    code = "from huggingface_hub import hf_hub_download as get; get('gpt2', 'config.json'); get('gpt2', '{}')"
+    subprocess.run(
+        [sys.executable, "-c", code.format("model.safetensors")], env=hub.environment(home), check=True, timeout=60
+    )
+
+
+def test_a_cache_without_the_tokenizer_is_completed_from_the_hub_and_refused_without_one(repositories, tmp_path):
+    """The error of the first run names the tokenizer's files; that of the second is about a dataset that is not there,
+    which finetune_gpt2.py reads after the model."""
+    with Hub(repositories) as hub:
+        download_as_transformers(hub, tmp_path)
+        line = error_line(run("finetune_gpt2.py", hub, tmp_path, tmp_path, HF_HUB_OFFLINE="1"))
+        assert "gpt2" in line and "tokenizer.json" in line
+        hub.sent.clear()
+        line = error_line(run("finetune_gpt2.py --dataset none.csv", hub, tmp_path, tmp_path))
+        assert "none.csv" in line
+        assert set(hub.sent) == TOKENIZER and len(hub.sent) == len(TOKENIZER)
+
+
+# ---- a hub that refuses
+
+
+@pytest.mark.parametrize(
+    "script, name, failure, reason",
+    [
+        ("finetune_gpt2.py", GPT2, 401, "401"),
+        ("finetune_gpt2.py", GPT2, 503, "503"),
+        ("finetune_gpt2.py", GPT2, "hang", "timed out"),
+        ("reward.py", IMDB, 404, "404"),
+    ],
+)
+def test_a_script_ends_within_seconds_and_with_one_line_when_the_hub_refuses(
+    repositories, tmp_path, script, name, failure, reason
+):
+    with Hub(repositories) as hub:
+        hub.failures[name] = failure
+        done = run(script, hub, tmp_path, tmp_path, HF_HUB_ETAG_TIMEOUT="1")
+    line = error_line(done)
+    assert f"'{'gpt2' if name == GPT2 else name}'" in line and reason in line
+    assert done.seconds < 20
+
+
+# ---- this process as the client
+
+
+@pytest.fixture
+def client(repositories, tmp_path, monkeypatch):
+    """A hub, and this process as its client with an empty cache."""
+    monkeypatch.chdir(tmp_path)
+    with Hub(repositories) as hub:
+        url = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        values = {"HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "hub"), "ENDPOINT": hub.url}
+        for name, value in (values | {"HUGGINGFACE_CO_URL_TEMPLATE": url}).items():
+            monkeypatch.setattr(constants, name, value)
+        yield hub
+
+
+@pytest.mark.parametrize(
+    "failure, reason",
+    [
+        (401, "401 Unauthorized: no such repository"),
+        (403, "access is restricted"),
+        (404, "404 Not Found: no such repository"),
+        (429, "429 Too Many Requests"),
+        (500, "500 Internal Server Error"),
+        (503, "503 Service Unavailable"),
+        ("close", "Server disconnected"),
+    ],
+)
+@pytest.mark.parametrize("load, name", [(locate, "gpt2"), (load_splits, IMDB)], ids=["model", "dataset"])
+def test_a_refusal_is_one_line_with_the_name_and_the_reason(client, load, name, failure, reason):
+    client.failures[""] = failure
+    start = time.monotonic()
+    text = message(load, name)
+    assert time.monotonic() - start < 5
+    assert repr(name) in text and reason in text and "--preset mini" in text
+
+
+def test_a_file_that_needs_accepted_terms_is_refused_with_what_to_do(client):
+    """A gated repository tells everybody its list of files."""
+    client.failures[f"{GPT2}/model.safetensors"] = 403
+    text = message(locate, "gpt2")
+    assert "'gpt2'" in text and "accept the terms" in text and "hf auth login" in text
+
+
+def test_a_name_that_the_hub_does_not_have_is_refused(client):
+    assert "'nobody/nothing'" in message(locate, "nobody/nothing")
+    assert "'nobody/nothing'" in message(load_splits, "nobody/nothing")
+
+
+def test_a_download_that_breaks_off_is_completed(client, repositories):
+    client.broken.add("model.safetensors")
+    weights = locate("gpt2") / "model.safetensors"
+    assert weights.read_bytes() == repositories["models", GPT2]["model.safetensors"]
+
+
+def test_a_download_that_failed_half_way_is_completed_by_the_next_run(client):
+    client.failures[f"{GPT2}/model.safetensors"] = "close"
+    assert "Server disconnected" in message(locate, "gpt2")
+    client.failures.clear()
+    client.sent.clear()
+    locate("gpt2")
+    assert f"{GPT2}/model.safetensors" in client.sent
+    client.sent.clear()
+    locate("gpt2")
+    assert client.sent == []
+
+
+def test_a_dataset_that_cannot_be_read_is_refused_in_one_line(client, repositories):
+    name = "plain_text/train-00000-of-00001.parquet"
+    files = repositories["datasets", IMDB]
+    client.add_revision("datasets", IMDB, "main", files | {name: files[name][:1000]})
+    assert f"dataset {IMDB} cannot be read" in message(load_splits, IMDB)
+
+
+def test_a_name_can_carry_a_revision(client, repositories):
+    """A tag, a branch or a commit; without one it is the hub's main branch."""
+    files = repositories["models", GPT2]
+    client.add_revision("models", GPT2, "v1", files | {"generation_config.json": b"{}"})
+    commits = {revision: client.find("models", GPT2, revision).commit for revision in ("main", "v1")}
+    assert commits["main"] != commits["v1"]
+    assert locate("gpt2").name == locate("gpt2@main").name == commits["main"]
+    assert locate("gpt2@v1").name == locate(f"gpt2@{commits['v1']}").name == commits["v1"]
+    assert "'gpt2@v2'" in message(locate, "gpt2@v2")
+
+
+def test_a_dataset_s_name_can_carry_a_revision(client, repositories):
+    files = dict(repositories["datasets", IMDB])
+    parts = [f"plain_text/{part}-00000-of-00001.parquet" for part in ("train", "test")]
+    swapped = files | {parts[0]: files[parts[1]], parts[1]: files[parts[0]], "README.md": card_without_sizes(files)}
+    client.add_revision("datasets", IMDB, "v1", swapped)
+    assert len(load_splits(f"{IMDB}@v1")["evaluation"].texts) == 1800
+    assert len(load_splits(IMDB)["evaluation"].texts) == 200
+
+
+def card_without_sizes(files):
+    """The dataset card without dataset_info, whose numbers of rows datasets compares."""
+    card = files["README.md"].decode()
+    return (card[: card.index("dataset_info:")] + card[card.index("configs:") :]).encode()
