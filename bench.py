@@ -7,7 +7,8 @@
 
 What is timed is ppo.rollout and ppo.update as main calls them. FLOPs are counted in calls of their own
 (torch.utils.flop_counter). The peak is that of a large matrix product, measured between the steps: machines differ, and
-so does one machine from minute to minute.
+so does one machine from minute to minute. Logits and rewards are in fp32 also where the trunk is in bf16: the peak is
+that of the faster of the two, so no phase can exceed it.
 """
 
 import copy
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import PRESETS, BenchConfig, PPOConfig, run
 from data import load_splits, prompt_batch, prompt_pool
-from device import pick_device, random_generator
+from device import peak_flops, pick_device, random_generator
 from hub import load_policy, open_gpt2
 from log import peak_memory, sheet
 from model import GPT2, GPT2Config, Policy
@@ -73,15 +74,6 @@ def load(name, device, bf16):
     return policy, opened[2], SentimentReward(bert, reward_fn.tokenizer, positive=1, device=device)
 
 
-def peak_flops(device, n=2048, seconds=0.5):
-    """FLOP/s of fp32 products of n x n matrices: what the phases are held against."""
-    a, products, start = torch.randn(n, n, device=device), 0, time.time()
-    while time.time() - start < seconds:
-        (a @ a)[0, 0].item()  # waits for the device
-        products += 1
-    return 2 * n**3 * products / (time.time() - start)
-
-
 def flops(function, *args):
     """FLOPs of the matrix products in a call. What is compiled runs eagerly in it, as in any dispatch mode of torch."""
     with FlopCounterMode(display=False) as counter:
@@ -90,11 +82,13 @@ def flops(function, *args):
 
 
 def measure(ppo, model, texts, cfg):
-    """{phase: {"seconds": [one a step], "flops": n}} of steps of a PPOConfig; [peak FLOP/s after each]; the device.
+    """{phase: {"seconds": [one a step], "flops": n}} of steps of a PPOConfig, and facts about the machine, by name.
 
-    model: a name that load knows. texts: what the prompts begin.
+    The facts: "device", "dtypes" of the products, "peak_flops" (FLOP/s, one a step), "peak_memory_gb". model: a name
+    that load knows. texts: what the prompts begin.
     """
     device, bf16 = pick_device(cfg)
+    ppo, dtypes = replace(ppo, compile=cfg.compile), [torch.float32] + [torch.bfloat16] * bf16
     policy, tokenizer, reward_fn = load(model, device, bf16)
     ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(policy.parameters(), ppo.lr, eps=ppo.adam_eps, fused=device.type != "mps")
@@ -102,7 +96,7 @@ def measure(ppo, model, texts, cfg):
     pool = prompt_pool(texts, tokenizer, ppo.max_prompt_len)
     if cfg.compile:
         compile_passes(policy, ref_policy)
-    steps, peaks = [], []
+    steps, peaks, memory = [], [], 0.0
     for step in range(cfg.repeats + 1):
         prompts = prompt_batch(pool, step, ppo).to(device)
         generator = random_generator(device, ppo.seed, step)
@@ -110,7 +104,8 @@ def measure(ppo, model, texts, cfg):
         start = time.time()
         update(policy, stepper, batch, ppo, random_generator("cpu", ppo.seed, step))
         steps.append(batch.seconds | {"update": time.time() - start})
-        peaks.append(peak_flops(device))
+        memory = memory or peak_memory(device)  # of the first step, before the matrices of peak_flops
+        peaks.append(max(peak_flops(device, dtype) for dtype in dtypes))
 
     def evaluate(policy):
         with torch.no_grad():
@@ -127,22 +122,23 @@ def measure(ppo, model, texts, cfg):
     phases = {name: {"seconds": [s[name] for s in steps[1:]], "flops": n} for name, n in counted.items()}
     totals = [sum(step.values()) for step in steps[1:]]
     phases["step"] = {"seconds": totals, "flops": sum(counted.values())}
-    return phases, peaks[1:], device
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return phases, dict(device=str(device), dtypes=names, peak_flops=peaks[1:], peak_memory_gb=memory)
 
 
 def growth(texts, cfg):
-    """Print how the seconds of a step grow beside its FLOPs, one axis after the other: linear is a constant speed."""
+    """Print how the time of a step grows beside its FLOPs, one axis after the other: linear is a constant speed."""
     for axis, (model, changes, values) in GROWTH.items():
-        rows = {"": f"{'seconds':>8} {'TFLOP':>8} {'of the peak':>12} {'seconds a TFLOP':>16}"}
+        rows = {"": f"{'ms':>10} {'TFLOP':>8} {'of the peak':>12} {'ms a TFLOP':>12}"}
         for value in values:
             size, sizes = (value, changes) if axis == "model" else (model, changes | {axis: value})
             batch_size = sizes.get("batch_size", WORKS[model].batch_size)
             smaller = {name: min(getattr(WORKS[model], name), batch_size) for name in MINIBATCHES}
             ppo = replace(WORKS[model], **sizes | smaller)
-            phases, peaks, _ = measure(ppo, size, texts, cfg)
+            phases, machine = measure(ppo, size, texts, cfg)
             seconds, n = statistics.median(phases["step"]["seconds"]), phases["step"]["flops"]
-            share = n / seconds / statistics.median(peaks)
-            rows[str(value)] = f"{seconds:8.2f} {n / 1e12:8.3f} {share:12.2f} {seconds / n * 1e12:16.1f}"
+            share = n / seconds / statistics.median(machine["peak_flops"])
+            rows[str(value)] = f"{seconds * 1e3:10.1f} {n / 1e12:8.3f} {share:12.2f} {seconds / n * 1e15:12.1f}"
         print(sheet(f"a PPO step against {axis}", rows), flush=True)
 
 
@@ -152,23 +148,22 @@ def main(cfg):
         growth(texts, cfg)
         return
     ppo = WORKS[cfg.preset]
-    table, peaks, device = measure(ppo, cfg.preset, texts, cfg)
+    table, machine = measure(ppo, cfg.preset, texts, cfg)
+    peaks, device, threads = machine["peak_flops"], machine["device"], torch.get_num_threads()
     peak, tokens = statistics.median(peaks), ppo.batch_size * ppo.response_len
     if cfg.json:
-        told = dict(
-            preset=cfg.preset, device=str(device), phases=table, peak_flops=peaks, peak_memory_gb=peak_memory(device)
-        )
-        print(json.dumps(told | {"threads": torch.get_num_threads()}))
+        print(json.dumps(dict(preset=cfg.preset, phases=table, threads=threads) | machine))
         return
-    rows = {"": f"{'seconds':>8} {'min':>8} {'max':>8} {'TFLOP':>8} {'of the peak':>12}"}
+    rows = {"": f"{'ms':>10} {'min':>10} {'max':>10} {'TFLOP':>8} {'of the peak':>12}"}
     for name, phase in table.items():
         seconds = statistics.median(phase["seconds"])
-        spread = f"{seconds:8.2f} {min(phase['seconds']):8.2f} {max(phase['seconds']):8.2f}"
+        spread = " ".join(f"{1e3 * x:10.1f}" for x in (seconds, min(phase["seconds"]), max(phase["seconds"])))
         rows[name] = f"{spread} {phase['flops'] / 1e12:8.3f} {phase['flops'] / seconds / peak:12.2f}"
     rows["generation"] = f"{tokens / statistics.median(table['generate']['seconds']):.0f} tokens/s"
-    rows["peak"] = f"{peak / 1e9:.0f} GFLOP/s, {min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f}, a 2048 x 2048 product"
-    rows["memory"] = f"{peak_memory(device):.2f} GB at most"
-    print(sheet(f"a PPO step, {cfg.preset}, {cfg.repeats} of them, {device}, {torch.get_num_threads()} threads", rows))
+    spread = f"{min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f}"
+    rows["peak"] = f"{peak / 1e9:.0f} GFLOP/s, {spread}, a large product in {' or '.join(machine['dtypes'])}"
+    rows["memory"] = f"{machine['peak_memory_gb']:.2f} GB at most"
+    print(sheet(f"a PPO step, {cfg.preset}, {cfg.repeats} of them, {device}, {threads} threads", rows))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 import ctypes
 import os
+import shutil
 import sys
+import time
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -14,12 +17,22 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def pick_device(cfg):
-    """(torch.device, bf16): where to compute, and whether the trunk runs in bf16; BadInput for what is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """(torch.device, bf16): where to compute, and whether the trunk runs in bf16; BadInput for what is not there.
+
+    fp32 products stay in fp32: nothing here allows TF32, which is torch's default. Where `auto` picks the CPU although
+    there is an NVIDIA GPU, a warning on stderr says why.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about a GPU that it cannot use: unused_gpu has the reason
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(device for device in there if there[device]) if cfg.device == "auto" else cfg.device
     if not there[name]:
         found = ", ".join(device for device in there if there[device])
-        raise BadInput(f"device is {name}, and torch {torch.__version__} finds only: {found}")
+        reason = unused_gpu() if name == "cuda" else ""
+        end = f" ({reason})" if reason else ""
+        raise BadInput(f"device is {name}, and torch {torch.__version__} finds only: {found}{end}")
+    if cfg.device == "auto" and name == "cpu" and (reason := unused_gpu()):
+        warn(f"this machine has an NVIDIA GPU, but the CPU is used: {reason}")
     can_bf16 = name == "cpu" or name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if cfg.dtype == "bf16" and not can_bf16:
         raise BadInput(f"dtype is bf16, and this {name} device does not compute in it: use --dtype fp32, or auto")
@@ -28,10 +41,49 @@ def pick_device(cfg):
         # MKL looks at the processor in the first exp or log of a process. Where several threads make it at once, some
         # get approximations that are off by 1e-4, this once (in 1 of 500 processes); one number is one thread's
         torch.zeros(1).exp()
-    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products on CUDA; nothing changes on a CPU
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process of a machine its own
     return torch.device(name), cfg.dtype == "bf16" or cfg.dtype == "auto" and name.startswith("cuda") and can_bf16
+
+
+def unused_gpu():
+    """Why torch, which finds no CUDA, cannot use the NVIDIA GPU of this machine, as text; empty where there is none."""
+    if not (shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia")):
+        return ""
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} was built without CUDA; pytorch.org/get-started/locally has other builds"
+    try:
+        torch.cuda.init()  # is_available only warns, and once a process; this raises the reason
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "torch finds no CUDA device"
+
+
+def warn(message):
+    """Print a warning on stderr; of several processes, only the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def peak_flops(device, dtype=torch.float32, n=None, seconds=0.5):
+    """FLOP/s of products of n x n matrices, by default of 2,048 on a CPU and 8,192 elsewhere.
+
+    The products are queued one after the other and waited for once, at the end.
+    """
+    n = n or (2048 if device.type == "cpu" else 8192)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+
+    def seconds_for(products):
+        start = time.perf_counter()
+        for _ in range(products):
+            torch.mm(a, b, out=product)
+        product[0, 0].item()  # waits for the device
+        return time.perf_counter() - start
+
+    seconds_for(1)  # the first product loads libraries
+    products = max(1, round(seconds / seconds_for(1)))
+    return 2 * n**3 * products / seconds_for(products)
 
 
 def micro_batch_size(cfg, rows, tokens, gpt2, copies, device, ranks):

@@ -29,9 +29,11 @@ from checkpoint import (
     write_text,
 )
 from config import BadInput, printable, sources
+from device import peak_flops, warn
 from model import exact_kl
 
 SIDES = ("before PPO", "after PPO")  # titles of two columns
+CPU_SHARE = 0.5  # of the speed of a large product, what a run on a CPU reaches on average: see bench.py
 
 
 class RunLog:
@@ -234,6 +236,42 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def time_on_cpu(flops, cfg, device, bf16):
+    """{"time": an estimate for a run of so many FLOPs, as text} on a CPU, {} elsewhere; over an hour it warns too."""
+    if device.type != "cpu":
+        return {}
+    peak = peak_flops(device, torch.bfloat16 if bf16 else torch.float32, n=1024, seconds=0.3)
+    seconds = flops / (CPU_SHARE * peak) / int(os.environ.get("WORLD_SIZE", 1))
+    if seconds > 3600:
+        hint = "" if cfg.preset == "mini" else "; --preset mini is made for a CPU"
+        warn(f"this run takes about {duration(seconds)} on this CPU{hint}")
+    return {"time": f"about {duration(seconds)} on this CPU"}
+
+
+def duration(seconds):
+    """Seconds as text, in the unit that leaves two or three digits: 90 s, 90 min, 41 h, 12 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def classifier_flops(model, tokens):
+    """FLOPs of a forward pass of a Hugging Face classifier: embeddings are looked up and take none."""
+    return 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if "embeddings" not in name)
+
+
+def ppo_flops(cfg, gpt2, reward_model):
+    """FLOPs of a PPO run: an episode is generated, scored, evaluated by policy and reference, and learned from.
+
+    A backward pass takes twice a forward pass. A judge is taken to be as large as the reward (a classifier, or None).
+    """
+    tokens = (cfg.min_prompt_len + cfg.max_prompt_len) / 2 + cfg.response_len
+    passes = 3 + 3 * cfg.ppo_epochs
+    classifiers = (1 + bool(cfg.judge)) * classifier_flops(reward_model, tokens) if reward_model else 0
+    return cfg.steps * cfg.batch_size * (passes * gpt2.flops(tokens, cfg.response_len) + classifiers)
+
+
 def ppo_sheet(cfg, policy, reward_fn, n_prompts, device):
     """The run in numbers before it starts, as text: sizes resolved, optimizer steps, memory."""
     c, V = policy.gpt2.config, policy.gpt2.n_tokens
@@ -254,6 +292,7 @@ def ppo_sheet(cfg, policy, reward_fn, n_prompts, device):
         "forward passes": f"{cfg.micro_batch_size} episodes each",
         "KL": f"coefficient {cfg.kl_coef}, " + (f"adaptive, target {cfg.kl_target} nats" if cfg.kl_target else "fixed"),
         "device": f"{device}, {'bf16' if policy.gpt2.bf16 else 'fp32'}, about {estimate / 1e9:.1f} GB",
+        **time_on_cpu(ppo_flops(cfg, policy.gpt2, getattr(reward_fn, "model", None)), cfg, device, policy.gpt2.bf16),
         "config": sources(cfg),
         "writes": cfg.out,
     }  # fmt: skip
@@ -262,12 +301,15 @@ def ppo_sheet(cfg, policy, reward_fn, n_prompts, device):
 
 def finetune_sheet(cfg, model, steps, n_reviews, n_tokens, n_held_out, n_validation, device):
     """The fine-tuning in numbers before it starts, as text; n_tokens are packed from n_reviews."""
+    trained, evaluated = steps * cfg.batch_size * cfg.block_size, (steps // cfg.eval_every + 3) * n_validation
+    flops = model.flops(3 * trained + evaluated, 3 * trained + evaluated)  # a backward pass takes twice a forward pass
     rows = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "reviews": f"{n_reviews:,} to learn from, {n_held_out:,} for validation",
         "tokens": f"{n_tokens:,} packed, {cfg.epochs} epochs of them; {n_validation:,} for validation",
         "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
         "device": f"{device}, {'bf16' if model.bf16 else 'fp32'}",
+        **time_on_cpu(flops, cfg, device, model.bf16),
         "config": sources(cfg),
         "writes": cfg.out,
     }

@@ -220,6 +220,11 @@ class GPT2(nn.Module):
         """Logits of what follows positions first, first + 1, ... of ids (B, L): (B, L - first, n_tokens)."""
         return self.logits(self.trunk(ids)[:, first:])
 
+    def flops(self, tokens, predicted):
+        """FLOPs of a forward pass over some tokens, with logits of `predicted` of them: 2 for each weight and token."""
+        blocks = sum(p.numel() for p in self.h.parameters())
+        return 2 * (tokens * blocks + predicted * self.n_tokens * self.config.n_embd)
+
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, temperature, eos_id, generator=None):
         """Sample from softmax(logits / temperature), all of it, so that logprobs describe what was sampled.

@@ -40,7 +40,7 @@ from config import BadInput, RewardConfig, run, sources
 from data import CONTROLS, Reviews, digest, load_splits, train_wordpiece
 from device import pick_device, seed_of, to_device
 from hub import SAVE_DTYPES, load_tokenizer, locate
-from log import RunLog, sheet
+from log import RunLog, classifier_flops, sheet, time_on_cpu
 from optimizer import Stepper, make_optimizers, warm_up_and_decay
 
 PROBES = (  # (positive, negative): what any sentiment classifier tells apart
@@ -463,6 +463,19 @@ def report(classifier, reviews, cfg):
     return results
 
 
+def tokens_of(texts, held_out, cfg):
+    """About how many tokens a classifier reads to be trained on texts and evaluated twice; trained ones count thrice.
+
+    A teacher of the same size reads what is trained on too. A token is taken for 4 characters, or 3 quarters of a word.
+    """
+
+    def tokens(texts):
+        return sum(min(cfg.max_length, len(text) / 4) for text in texts)
+
+    trained, short = cfg.epochs * tokens(training_texts(texts, 0, cfg)), len(held_out) * cfg.short_words * 4 / 3
+    return (3 + bool(cfg.teacher)) * trained + 2 * (tokens(held_out) + short)
+
+
 def each(folder):
     """{"reward": ..., "judge": ...}: the folders reward/ and judge/ in a folder, or twice the name itself."""
     inside = {name: f"{folder}/{name}" for name in ("reward", "judge")}
@@ -494,10 +507,11 @@ def main(cfg):
             "device": device,
             "config": sources(cfg),
         }
-        print(sheet(f"training the {name}", rows), flush=True)
         torch.manual_seed(cfg.seed + (name == "judge"))  # of new weights: not twice the same
         made = small_classifier(reviews.texts, cfg) if start == "scratch" else open_classifier(start, cfg.dropout)
         model, tokenizer = made
+        rows |= time_on_cpu(classifier_flops(model, tokens_of(reviews.texts, held_out.texts, cfg)), cfg, device, bf16)
+        print(sheet(f"training the {name}", rows), flush=True)
         tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)  # longer ones it never learned
         classifier = SentimentReward(model, tokenizer, positive=1, device=device)
         teacher = SentimentReward.load(teachers[name], device=device) if cfg.teacher else None

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import BertConfig
 
 import bench
-from bench import GROWTH, WORKS, flops, main, peak_flops
+import ppo
+from bench import GROWTH, WORKS, flops, main
 from config import BenchConfig
 from model import GPT2Config
 
@@ -22,7 +23,7 @@ def small(monkeypatch, gpt2_folder, bert_folder):
     sizes = dict(batch_size=4, minibatch_size=2, micro_batch_size=2, min_prompt_len=3, max_prompt_len=3, response_len=6)
     monkeypatch.setitem(WORKS, "mini", replace(WORKS["mini"], **sizes))
     monkeypatch.setattr(bench, "MINI", {"policy": str(gpt2_folder), "reward": str(bert_folder)})
-    monkeypatch.setattr(bench, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(bench, "peak_flops", lambda device, dtype: 2e9 if dtype == torch.float32 else 1e9)
 
 
 def test_a_phase_is_timed_as_often_as_told_and_counted(small, capsys):
@@ -55,8 +56,28 @@ def test_the_table_has_a_row_for_each_phase_and_the_share_of_the_peak(small, cap
         "of the peak",
         "tokens/s",
         "GB at most",
+        "in float32",
     ):
         assert word in said
+
+
+@pytest.mark.parametrize("dtype, dtypes", [("fp32", ["float32"]), ("bf16", ["float32", "bfloat16"])])
+def test_the_peak_is_that_of_the_faster_dtype_in_which_a_phase_computes(small, capsys, dtype, dtypes):
+    """A bf16 run scores texts in fp32, which many CPUs compute faster: a share of the bf16 peak could exceed 1."""
+    main(BenchConfig(preset="mini", repeats=2, json=True, device="cpu", dtype=dtype))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["dtypes"] == dtypes and found["peak_flops"] == [2e9, 2e9]
+
+
+def test_times_are_in_milliseconds(small, monkeypatch, capsys):
+    """On a GPU most phases take a few hundredths of a second."""
+    phase = {"seconds": [0.0123, 0.0125, 0.5], "flops": 5e6}
+    machine = dict(device="cpu", dtypes=["float32"], peak_flops=[1e9], peak_memory_gb=1.0)
+    monkeypatch.setattr(bench, "measure", lambda *_: ({"generate": phase}, machine))
+    main(BenchConfig(preset="mini", device="cpu"))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["ms", "min", "max", "TFLOP", "of", "the", "peak"] in rows
+    assert ["generate", "12.5", "12.3", "500.0", "0.000", "0.40"] in rows
 
 
 def test_compiled_passes_are_timed_and_their_flops_are_those_of_eager_ones(small, monkeypatch, capsys):
@@ -75,12 +96,19 @@ def test_compiled_passes_are_timed_and_their_flops_are_those_of_eager_ones(small
         compiled.append(function.__name__)
         return compile(function, backend=invisible)
 
+    def rollout(*args):
+        flags.append(args[6].compile)
+        return ppo.rollout(*args)
+
     monkeypatch.setattr(torch, "compile", without_compiler)
-    phases = []
+    monkeypatch.setattr(bench, "rollout", rollout)
+    phases, flags = [], []
     for switch in (False, True):
         main(BenchConfig(preset="mini", repeats=1, compile=switch, json=True, device="cpu"))
         phases.append(json.loads(capsys.readouterr().out.splitlines()[-1])["phases"])
         assert compiled == (["_call_impl", "_call_impl", "static_step"] if switch else [])
+        assert set(flags) == {switch}  # of rollout: it uses the compiled graph of the update
+        flags.clear()
     eager, later = ({name: phase["flops"] for name, phase in found.items()} for found in phases)
     assert all(eager[name] == later[name] for name in ("score", "logprobs", "reference", "update"))
 
@@ -111,4 +139,3 @@ def test_growth_is_shown_for_every_size(small, monkeypatch, capsys):
 
 def test_flops_are_two_for_each_number_of_a_product_and_its_inner_length():
     assert flops(torch.matmul, torch.ones(3, 5), torch.ones(5, 7)) == 2 * 3 * 5 * 7
-    assert peak_flops(torch.device("cpu"), n=64, seconds=0.01) > 0

@@ -1,16 +1,19 @@
 """Where a run computes and with how many rows at a time; and what a CPU must be told before it is fast and exact."""
 
 import ctypes
+import itertools
+import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, message
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import BadInput, FinetuneConfig, PPOConfig
-from device import ONE_PROCESS, micro_batch_size, pick_device, rows_that_fit
+from device import ONE_PROCESS, micro_batch_size, peak_flops, pick_device, rows_that_fit
 from model import GPT2, GPT2Config
 
 # ---- where
@@ -18,11 +21,8 @@ from model import GPT2, GPT2Config
 
 @pytest.fixture
 def only_a_cpu(monkeypatch):
-    precision = torch.get_float32_matmul_precision()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    yield
-    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -44,6 +44,104 @@ def test_cuda_is_taken_where_it_is_there_and_bf16_where_it_can(only_a_cpu, monke
     if not can_bf16:
         with pytest.raises(BadInput, match="use --dtype fp32"):
             pick_device(FinetuneConfig(dtype="bf16"))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+def test_fp32_products_are_computed_in_fp32_on_a_gpu_too(only_a_cpu, monkeypatch, dtype):
+    """In TF32 a log-probability is off by about .005 nats: the self-check would refuse that, and rightly."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    pick_device(FinetuneConfig(dtype=dtype))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+# ---- a GPU that torch cannot use
+
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
+
+
+@pytest.fixture
+def nvidia(only_a_cpu, monkeypatch, tmp_path):
+    """A machine with an NVIDIA GPU: nvidia-smi is there."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
+@pytest.fixture
+def old_driver(nvidia, monkeypatch):
+    def init():
+        raise RuntimeError(f"{OLD_DRIVER}\nand more")
+
+    def is_available():
+        warnings.warn(f"CUDA initialization: {OLD_DRIVER}", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+
+
+def test_a_torch_without_cuda_is_named_where_there_is_a_gpu(nvidia, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    assert pick_device(FinetuneConfig())[0] == torch.device("cpu")
+    said = capsys.readouterr().err
+    assert said.startswith("warning: this machine has an NVIDIA GPU, but the CPU is used: torch ")
+    assert "was built without CUDA" in said and len(said.splitlines()) == 1
+    assert "was built without CUDA" in message(pick_device, FinetuneConfig(device="cuda"))
+
+
+def test_the_reason_of_torch_is_shown_once_where_it_cannot_use_the_gpu(old_driver, capsys, recwarn):
+    pick_device(FinetuneConfig())
+    assert capsys.readouterr().err == f"warning: this machine has an NVIDIA GPU, but the CPU is used: {OLD_DRIVER}\n"
+    assert not recwarn
+    assert message(pick_device, FinetuneConfig(device="cuda")).endswith(f"finds only: cpu ({OLD_DRIVER})")
+
+
+def test_there_is_no_warning_where_the_cpu_was_asked_for_or_on_another_rank(old_driver, monkeypatch, capsys):
+    pick_device(FinetuneConfig(device="cpu"))
+    monkeypatch.setenv("RANK", "1")
+    pick_device(FinetuneConfig())
+    assert not capsys.readouterr().err
+
+
+def test_there_is_no_warning_where_there_is_no_gpu(only_a_cpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("os.path.exists", lambda path: False)
+    pick_device(FinetuneConfig())
+    assert not capsys.readouterr().err and "(" not in message(pick_device, FinetuneConfig(device="cuda"))
+
+
+# ---- the speed of products
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_is_that_of_products_which_are_waited_for_once(dtype):
+    class Calls(TorchDispatchMode):
+        names, dtypes = [], set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in ("mm", "_local_scalar_dense"):
+                self.names.append(name)
+                self.dtypes.add(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    with Calls() as calls:
+        assert peak_flops(torch.device("cpu"), dtype, n=256, seconds=0.02) > 0
+    assert calls.dtypes == {dtype}
+    last = len(calls.names) - calls.names[:-1][::-1].index("_local_scalar_dense") - 1  # the products that were timed
+    assert calls.names[last:] == ["mm"] * (len(calls.names) - last - 1) + ["_local_scalar_dense"]
+    assert len(calls.names) - last > 3
+
+
+def test_the_peak_counts_two_flops_for_each_number_of_a_product_and_its_inner_length(monkeypatch):
+    """Of a product that takes a second."""
+    seconds = itertools.count()
+    monkeypatch.setattr("device.time.perf_counter", lambda: float(next(seconds)))
+    assert peak_flops(torch.device("cpu"), n=10, seconds=1.0) == 2 * 10 * 10 * 10
 
 
 # ---- on a CPU
