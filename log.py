@@ -301,7 +301,7 @@ def ppo_sheet(cfg, policy, reward_fn, n_prompts, device):
 
 def finetune_sheet(cfg, model, steps, n_reviews, n_tokens, n_held_out, n_validation, device):
     """The fine-tuning in numbers before it starts, as text; n_tokens are packed from n_reviews."""
-    trained, evaluated = steps * cfg.batch_size * cfg.block_size, (steps // cfg.eval_every + 3) * n_validation
+    trained, evaluated = steps * cfg.batch_size * cfg.block_size, (math.ceil(steps / cfg.eval_every) + 2) * n_validation
     flops = model.flops(3 * trained + evaluated, 3 * trained + evaluated)  # a backward pass takes twice a forward pass
     rows = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",

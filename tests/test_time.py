@@ -1,0 +1,145 @@
+"""The estimate of how long a run takes on a CPU: its FLOPs against counted ones, the row and the warning."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import log
+from config import FinetuneConfig, PPOConfig, RewardConfig
+from device import random_generator
+from log import classifier_flops, duration, finetune_sheet, ppo_flops, ppo_sheet, time_on_cpu
+from model import GPT2, GPT2Config, Policy
+from optimizer import Stepper
+from ppo import rollout, update
+from reward import load_reward, tokens_of
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+SHAPE = GPT2Config(vocab_size=300, n_positions=32, n_embd=64, n_layer=2, n_head=2)
+
+
+@pytest.fixture
+def a_billion(monkeypatch):
+    """A CPU whose peak is 1 GFLOP/s: a run reaches half of that."""
+    monkeypatch.setattr(log, "peak_flops", lambda *args, **sizes: 1e9)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def counted(function, *args):
+    with FlopCounterMode(display=False) as counter:
+        function(*args)
+    return counter.get_total_flops()
+
+
+def test_the_flops_of_a_forward_pass_are_those_that_torch_counts():
+    """Short sequences: the products of the attention, which grow with the length, are left out."""
+    gpt2 = GPT2(SHAPE)
+    ids = torch.ones(4, 8, dtype=torch.long)
+    assert gpt2.flops(tokens=32, predicted=12) == pytest.approx(counted(gpt2, ids, 5), rel=0.03)
+    bound = GPT2(replace(SHAPE, vocab_size=320), n_tokens=300)  # rows of padding have no logits
+    assert bound.flops(32, 12) == gpt2.flops(32, 12)
+
+
+def test_the_flops_of_ppo_are_those_that_torch_counts_in_a_rollout_and_its_update(bert_folder, tokenizer):
+    """The last token of a response is counted, though nothing is predicted from it."""
+    cfg = PPOConfig(
+        reward=str(bert_folder), judge="", steps=3, batch_size=8, minibatch_size=4, micro_batch_size=4, ppo_epochs=2,
+        min_prompt_len=4, max_prompt_len=4, response_len=12,
+    )  # fmt: skip
+    policy, reward_fn = Policy(GPT2(SHAPE).init_weights()), load_reward(cfg, CPU)
+    stepper = Stepper(policy, [torch.optim.SGD(policy.parameters(), 0.1)], 1.0)
+
+    class Endless:
+        eos_token_id = -1
+        batch_decode = staticmethod(tokenizer.batch_decode)
+
+    def step():
+        prompts, generator = torch.ones(8, 4, dtype=torch.long), random_generator("cpu", 0)
+        batch = rollout(policy, policy, Endless(), lambda texts: torch.ones(len(texts)), prompts, 0.1, cfg, generator)
+        update(policy, stepper, batch, cfg)
+
+    assert ppo_flops(cfg, policy.gpt2, None) == pytest.approx(3 * counted(step), rel=0.1)
+    assert ppo_flops(cfg, policy.gpt2, reward_fn.model) == pytest.approx(
+        ppo_flops(cfg, policy.gpt2, None) + 24 * classifier_flops(reward_fn.model, 16)
+    )
+    judged = replace(cfg, judge="a judge")
+    assert ppo_flops(judged, policy.gpt2, reward_fn.model) == pytest.approx(
+        ppo_flops(cfg, policy.gpt2, reward_fn.model) + 24 * classifier_flops(reward_fn.model, 16)
+    )
+
+
+def test_the_flops_of_a_classifier_are_those_that_torch_counts(bert_folder):
+    """Its head, which reads a single token, is counted for each: little in a large model."""
+    model = load_reward(PPOConfig(reward=str(bert_folder)), CPU).model
+    ids = torch.ones(4, 8, dtype=torch.long)
+    assert classifier_flops(model, 32) == pytest.approx(counted(model, ids), rel=0.15)
+
+
+def test_the_tokens_of_a_classifier_are_counted_three_times_where_it_is_trained():
+    """100 texts of 10 tokens; 10 texts of 400, cut to 256, and of 3 words are read twice."""
+    cfg = RewardConfig(crop_share=0.0, epochs=2.0, max_length=256, short_words=3)
+    assert tokens_of(["x" * 40] * 100, ["x" * 1600] * 10, cfg) == 3 * 2 * 1000 + 2 * 10 * (256 + 4)
+    assert tokens_of(["x" * 40] * 100, [], replace(cfg, teacher="a teacher")) == 4 * 2 * 1000
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0.4, "0 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (7199, "120 min"),
+        (7200, "2 h"),
+        (147_600, "41 h"),
+        (1e6, "12 days"),
+    ],
+)
+def test_a_duration_is_in_the_unit_that_leaves_two_or_three_digits(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_run_takes_its_flops_at_half_of_the_peak(a_billion, capsys, monkeypatch):
+    cfg = PPOConfig()
+    assert time_on_cpu(1e12, cfg, CPU, False) == {"time": "about 33 min on this CPU"}
+    assert time_on_cpu(1e12, cfg, GPU, False) == {}
+    assert not capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")  # two processes share the work
+    assert time_on_cpu(1e12, cfg, CPU, False) == {"time": "about 17 min on this CPU"}
+
+
+@pytest.mark.parametrize("bf16, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_the_peak_is_measured_in_the_dtype_of_the_run(monkeypatch, bf16, dtype):
+    found = []
+    monkeypatch.setattr(log, "peak_flops", lambda device, dtype, **sizes: found.append(dtype) or 1e9)
+    time_on_cpu(1e9, PPOConfig(), CPU, bf16)
+    assert found == [dtype]
+
+
+def test_over_an_hour_there_is_a_warning_that_names_the_preset_for_a_cpu(a_billion, capsys):
+    time_on_cpu(74e12, PPOConfig(), CPU, False)
+    assert (
+        capsys.readouterr().err == "warning: this run takes about 41 h on this CPU; --preset mini is made for a CPU\n"
+    )
+    time_on_cpu(74e12, PPOConfig(preset="mini"), CPU, False)
+    assert capsys.readouterr().err == "warning: this run takes about 41 h on this CPU\n"
+    time_on_cpu(1.79e12, PPOConfig(), CPU, False)
+    assert not capsys.readouterr().err
+
+
+def test_the_table_of_a_run_tells_its_time_on_a_cpu_alone(a_billion):
+    ppo, finetune = PPOConfig(micro_batch_size=1), FinetuneConfig(eval_every=10)
+    policy = Policy(GPT2(SHAPE))
+    for device, there in ((CPU, True), (GPU, False)):
+        assert ("on this CPU" in ppo_sheet(ppo, policy, len, 10, device)) == there
+        assert ("on this CPU" in finetune_sheet(finetune, policy.gpt2, 20, 1, 1, 1, 1, device)) == there
+
+
+def test_a_step_of_fine_tuning_takes_three_forward_passes_and_an_evaluation_one(a_billion, monkeypatch):
+    asked = []
+    monkeypatch.setattr(log, "time_on_cpu", lambda flops, *args: asked.append(flops) or {})
+    cfg, gpt2 = FinetuneConfig(eval_every=10, batch_size=4, block_size=8), GPT2(SHAPE)
+    for steps, evaluations in ((20, 4), (21, 5)):  # at steps 0, 10, 20 and at the last one, and of the stored weights
+        finetune_sheet(cfg, gpt2, steps, 1, 1, 1, 100, CPU)
+        tokens = 3 * steps * 4 * 8 + evaluations * 100
+        assert asked.pop() == gpt2.flops(tokens, tokens)
