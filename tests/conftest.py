@@ -31,6 +31,10 @@ TEXTS = [
 ] * 5
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA GPU, and is skipped without one")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE of 300 tokens at most; its end-of-text token is 0."""

@@ -1,0 +1,491 @@
+"""The CUDA path against the CPU's: python -m pytest -s tests/test_gpu.py, on a machine with a GPU.
+
+CHECK_DEVICE=cpu runs the same tests on the CPU, to check the tests themselves. No GPU was available when the bounds
+were set: each test prints the figure that it found next to its bound.
+"""
+
+import copy
+import json
+import math
+import os
+import time
+import warnings
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import ppo
+from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from config import PRESETS, PPOConfig
+from device import ONE_PROCESS, micro_batch_size, pick_device, random_generator, to_device
+from hub import load_policy, open_gpt2
+from log import rollout_metrics
+from model import GPT2, ROUNDING, GPT2Config, Policy, cached_logprobs, check_policy, draw
+from optimizer import Stepper, make_optimizers
+from ppo import compile_passes, rollout, update
+from reward import SentimentReward, check_reward
+
+NAME = os.environ.get("CHECK_DEVICE", "cuda")
+ON_GPU = NAME == "cuda"
+DEVICE = torch.device("cuda:0" if ON_GPU else NAME)
+NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="only a GPU shows it")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="needs a CUDA GPU; or set CHECK_DEVICE=cpu"),
+]
+
+MINI = PRESETS["mini"][PPOConfig]
+MODELS = {name: str(ROOT / MINI[name]) for name in ("policy", "reward", "judge")}
+SIZES = dict(batch_size=16, minibatch_size=16, micro_batch_size=8, response_len=16, lr=1e-4)
+CFG = PPOConfig(**MINI | MODELS | SIZES | dict(device=NAME))
+
+
+def show(what, **figures):
+    """Print figures that have no bound."""
+    print(f"\n  {what}: " + ", ".join(f"{name} {figure}" for name, figure in figures.items()))
+
+
+def at_most(what, **figures):
+    """Print figures next to their bounds, and assert that none exceeds its bound: name=(figure, bound)."""
+    show(what, **{name: f"{figure:.3g} (bound {bound:.3g})" for name, (figure, bound) in figures.items()})
+    for name, (figure, bound) in figures.items():
+        assert figure <= bound, f"{what}: {name}"
+
+
+@pytest.fixture(autouse=True)
+def default_precision():
+    """torch's default of the precision of fp32 products, whatever another test has left."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(scope="module")
+def opened():
+    """The mini policy: what open_gpt2 returns."""
+    return open_gpt2(MODELS["policy"])
+
+
+@pytest.fixture
+def counters(monkeypatch):
+    """The counters of a fresh torch.compile. On the CPU it runs without a compiler, by the backend aot_eager."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    if not ON_GPU:
+        compiler = torch.compile
+        aot_eager = dict(backend="aot_eager")
+        monkeypatch.setattr(torch, "compile", lambda function, mode=None, **how: compiler(function, **how | aot_eager))
+    yield counters
+    torch._dynamo.reset()
+
+
+def some_prompts(rows=16, length=5, step=0, vocabulary=8000):
+    """Random prompts (rows, length) on the CPU, without 0, which ends a response."""
+    rng = np.random.default_rng([length, step])
+    return torch.from_numpy(rng.integers(1, vocabulary, (rows, length)))
+
+
+def sample_sequences(policy, rows=16, length=5, new=16):
+    """Responses of `new` tokens to random prompts: (rows, length + new)."""
+    device, vocabulary = policy.value_head.weight.device, min(8000, policy.gpt2.n_tokens)
+    prompts = some_prompts(rows, length, vocabulary=vocabulary).to(device)
+    return policy.gpt2.generate(prompts, new, 1.0, -1, random_generator(device, 0))
+
+
+def small_gpt2(bf16):
+    """A GPT-2 of two layers on the device, random weights times 2, because the initial ones give uniform logits."""
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=500, n_positions=64, n_embd=128, n_layer=2, n_head=4)
+    gpt2 = GPT2(shape, bf16=bf16).init_weights()
+    with torch.no_grad():
+        for parameter in gpt2.parameters():
+            parameter.mul_(2)
+    return gpt2.to(DEVICE)
+
+
+def difference(a, b):
+    """(largest, mean) absolute difference."""
+    error = (a.detach().float().cpu() - b.detach().float().cpu()).abs()
+    return error.max().item(), error.mean().item()
+
+
+def relative_error(found, expected):
+    """Norm of the difference, over the norm of the expected."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().cpu().flatten() for tensor in tensors])
+
+
+# ---- the device
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+def test_pick_device_finds_the_gpu_and_uses_bf16_where_it_is_native(dtype):
+    device, bf16 = pick_device(replace(CFG, device="auto" if ON_GPU else NAME, dtype=dtype))
+    show(f"pick_device, dtype {dtype}", device=device, bf16=bf16)
+    assert device == DEVICE
+    assert bf16 == (ON_GPU and dtype == "auto" and torch.cuda.get_device_capability()[0] >= 8)
+
+
+def test_fp32_products_are_not_tf32_after_pick_device():
+    pick_device(CFG)
+    show("precision of fp32 products", found=torch.get_float32_matmul_precision(), expected="highest")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("tokens", [24, 512, 1024])
+def test_a_micro_batch_of_the_124m_model_fits(tokens):
+    with torch.device("meta"):
+        gpt2 = GPT2(GPT2Config())
+    rows = micro_batch_size(PPOConfig(), 128, tokens, gpt2, 4, DEVICE, ONE_PROCESS)
+    show(f"rows of {tokens} tokens at a time", rows=rows)
+    assert rows >= 1 and 128 % rows == 0
+
+
+def test_a_pinned_copy_has_the_values_of_its_tensor():
+    """The pinned block is freed while the copy may still run: it must not be overwritten before the copy ends."""
+    tensor = torch.arange(100_000)
+    copies = [to_device(tensor + i, DEVICE) for i in range(50)]
+    wrong = sum(not torch.equal(found.cpu(), tensor + i) for i, found in enumerate(copies))
+    at_most("pinned copies", wrong=(wrong, 0))
+
+
+# ---- numbers
+
+
+def test_fp32_logits_equal_those_of_the_cpu(opened):
+    on_cpu, on_device = load_policy(*opened), load_policy(*opened).to(DEVICE)
+    sequences = sample_sequences(on_cpu)
+    with torch.no_grad():
+        largest, mean = difference(on_device.gpt2(sequences.to(DEVICE)), on_cpu.gpt2(sequences))
+    at_most("fp32 logits against the CPU", largest=(largest, 2e-3), mean=(mean, 2e-4))
+
+
+@pytest.mark.parametrize("bf16, bounds", [(False, ROUNDING[False]), (True, (0.5, 0.03))])
+def test_log_probabilities_are_near_those_of_fp32_on_the_cpu(opened, bf16, bounds):
+    on_cpu, on_device = load_policy(*opened), load_policy(*opened, bf16).to(DEVICE)
+    sequences = sample_sequences(on_cpu, rows=64)
+    with torch.no_grad():
+        largest, mean = difference(on_device(sequences.to(DEVICE), 5)[0], on_cpu(sequences, 5)[0])
+    at_most(f"log-probabilities against the CPU, bf16 {bf16}", largest=(largest, bounds[0]), mean=(mean, bounds[1]))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_cached_decoding_gives_the_log_probabilities_of_a_full_forward(opened, bf16):
+    policy, bounds = load_policy(*opened, bf16).to(DEVICE), ROUNDING[bf16]
+    sequences = sample_sequences(policy, rows=64, new=40)
+    with torch.no_grad():
+        largest, mean = difference(cached_logprobs(policy, sequences, 5), policy(sequences, 5)[0])
+    at_most(f"KV cache against full forward, bf16 {bf16}", largest=(largest, bounds[0]), mean=(mean, bounds[1]))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_self_check_accepts_the_mini_policy(opened, bf16):
+    policy = load_policy(*opened, bf16).to(DEVICE)
+    found = check_policy(policy, copy.deepcopy(policy), some_prompts(8).to(DEVICE), CFG)
+    show(f"self-check of the mini policy, bf16 {bf16}", found=found, bounds=ROUNDING[bf16])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_self_check_accepts_a_policy_of_the_size_of_gpt2(bf16):
+    """Random weights of the blocks, times 2, because the initial ones hardly change the residual stream."""
+    torch.manual_seed(0)
+    shape = GPT2Config() if ON_GPU else GPT2Config(vocab_size=500, n_embd=64, n_layer=2, n_head=2)
+    policy = Policy(GPT2(shape, bf16=bf16).init_weights()).to(DEVICE)
+    with torch.no_grad():
+        for parameter in policy.gpt2.h.parameters():
+            parameter.mul_(2)
+    prompts = some_prompts(8, vocabulary=min(8000, shape.vocab_size)).to(DEVICE)
+    found = check_policy(policy, copy.deepcopy(policy), prompts, CFG)
+    show(f"self-check of {shape.n_layer} layers, bf16 {bf16}", found=found, bounds=ROUNDING[bf16])
+
+
+def test_draw_takes_each_id_with_its_probability():
+    """The largest of 50 standard scores is over 5 once in 30,000 seeds."""
+    rows, generator = 4000, torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 50257, generator=generator).to(DEVICE) * 3
+    ids = torch.cat([draw(logits.repeat(500, 1), random_generator(DEVICE, i)) for i in range(rows // 500)])
+    likely, top = (x.cpu() for x in logits[0].double().softmax(-1).topk(50))
+    found = (ids.cpu()[:, None] == top).double().mean(0)
+    score = ((found - likely) / (likely * (1 - likely) / rows).sqrt()).abs().max().item()
+    at_most("draw", largest_standard_score=(score, 5))
+    assert ids.max() < 50257
+
+
+def test_draw_never_takes_an_id_of_probability_zero():
+    logits = torch.full((2000, 50257), -200.0, device=DEVICE)
+    logits[:, 50256] = 0
+    wrong = (draw(logits, random_generator(DEVICE, 0)) != 50256).sum().item()
+    at_most("draw of an id of probability 0", wrong=(wrong, 0))
+
+
+@pytest.mark.parametrize("name", ["reward", "judge"])
+def test_scores_equal_those_of_the_cpu(name):
+    moods = ("great", "bad", "dull", "lovely")
+    texts = [f"A {mood} film, {mood} in all of its {n} minutes." for mood in moods for n in range(20)]
+    on_cpu, on_device = (SentimentReward.load(MODELS[name], device=device) for device in ("cpu", DEVICE))
+    largest, mean = difference(on_device(texts), on_cpu(texts))
+    show(f"self-check of the {name}", found=check_reward(on_device, name))
+    at_most(f"scores of the {name} against the CPU", largest=(largest, 2e-3), mean=(mean, 2e-4))
+
+
+# ---- PPO
+
+
+def count_e(texts):
+    """A reward: how many letters e a text has."""
+    return torch.tensor([text.count("e") / 5 for text in texts])
+
+
+def make_rollout(policy, ref_policy, tokenizer, cfg, step=0, length=5):
+    device = policy.value_head.weight.device
+    prompts = to_device(some_prompts(cfg.batch_size, length, step, min(8000, policy.gpt2.n_tokens)), device)
+    generator = random_generator(device, 0, step)
+    return rollout(policy, ref_policy, tokenizer, count_e, prompts, 0.1, cfg, generator)
+
+
+def adam_stepper(policy):
+    return Stepper(policy, [torch.optim.Adam(policy.parameters(), 1e-4, eps=1e-5, fused=True)], 1.0)
+
+
+@pytest.mark.parametrize("bf16, bound", [(False, 1e-3), (True, 0.05)])
+def test_the_first_ratio_is_1(opened, bf16, bound):
+    """Not exactly: a row's place in the batch may change the order in which its products are summed."""
+    policy = load_policy(*opened, bf16).to(DEVICE)
+    ref_policy, stepper, found = copy.deepcopy(policy).requires_grad_(False), adam_stepper(policy), []
+    for step in range(3):
+        batch = make_rollout(policy, ref_policy, opened[2], CFG, step, length=2 + 3 * step)
+        found.append(update(policy, stepper, batch, CFG, random_generator("cpu", step))["first_max_log_ratio"])
+    at_most(f"first log ratio, bf16 {bf16}", largest=(max(found), bound))
+
+
+@pytest.mark.parametrize("name, bound", [("SGD", 2e-3), ("Adam", 2e-2)])
+def test_an_update_equals_that_of_the_cpu(opened, name, bound):
+    """Two epochs in fp32 on a rollout of the CPU. Steps of SGD are proportional to the gradients. Adam has a large eps:
+    with a small one, the sign of a gradient near 0 decides a whole step."""
+    start = load_policy(*opened)
+    batch = make_rollout(start, copy.deepcopy(start), opened[2], CFG)
+    moved = {k: v.to(DEVICE) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    changes = []
+    for device, data in (("cpu", batch), (DEVICE, replace(batch, **moved))):
+        policy = copy.deepcopy(start).to(device)
+        if name == "SGD":
+            optimizer = torch.optim.SGD(policy.parameters(), 1.0)
+        else:
+            optimizer = torch.optim.Adam(policy.parameters(), 1e-4, eps=1e-3, fused=True)
+        update(policy, Stepper(policy, [optimizer], 1.0), data, CFG, random_generator("cpu", 0))
+        changes.append(flat(policy.parameters()) - flat(start.parameters()))
+    expected, found = changes
+    assert expected.norm() > 0
+    at_most(f"an update by {name} against the CPU's", relative_error=(relative_error(found, expected), bound))
+
+
+def test_metrics_equal_those_of_the_cpu(opened):
+    """Of one rollout, on both devices; the policy differs from the reference, so that no KL is 0."""
+    policy, tokenizer = load_policy(*opened), opened[2]
+    ref_policy = copy.deepcopy(policy).requires_grad_(False)
+    update(policy, adam_stepper(policy), make_rollout(policy, ref_policy, tokenizer, CFG), CFG)
+    batch = make_rollout(policy, ref_policy, tokenizer, CFG, step=1)
+    expected = rollout_metrics(batch, policy, ref_policy, 0.0, CFG)
+    moved = {k: v.to(DEVICE) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    found = rollout_metrics(replace(batch, **moved), policy.to(DEVICE), ref_policy.to(DEVICE), 0.0, CFG)
+    assert found.keys() == expected.keys() and expected["kl_exact"] > 0
+    measured = [k for k in found if not k.startswith("seconds_") and k not in ("tokens_per_second", "peak_memory_gb")]
+    largest = max(abs(found[k] - expected[k]) / (abs(expected[k]) + 0.1) for k in measured)
+    at_most("metrics against the CPU", largest_relative_error=(largest, 1e-3))
+
+
+def test_four_bf16_steps_have_finite_metrics_and_leave_the_reference_unchanged(opened):
+    policy = load_policy(*opened, True).to(DEVICE)
+    ref_policy, stepper = copy.deepcopy(policy).requires_grad_(False), adam_stepper(policy)
+    before = [parameter.clone() for parameter in ref_policy.parameters()]
+    for step in range(4):
+        batch = make_rollout(policy, ref_policy, opened[2], CFG, step, length=2 + step)
+        metrics = rollout_metrics(batch, policy, ref_policy, 0.0, CFG)
+        metrics |= update(policy, stepper, batch, CFG, random_generator("cpu", step))
+        assert all(map(math.isfinite, metrics.values()))
+    assert all(map(torch.equal, before, ref_policy.parameters()))
+    show("after four steps", **{name: f"{metrics[name]:.3g}" for name in ("kl", "grad_norm", "peak_memory_gb")})
+    at_most("after four steps", kl_exact=(metrics["kl_exact"], 10))
+    assert metrics["kl_exact"] > 0
+
+
+def test_a_step_after_a_checkpoint_equals_the_uninterrupted_one(opened, tmp_path):
+    """The moments and the step counts of fused Adam are loaded to the device."""
+    policy, resumed = (load_policy(*opened, True).to(DEVICE) for _ in range(2))
+    stepper, resumed_stepper = adam_stepper(policy), adam_stepper(resumed)
+    batch = make_rollout(policy, copy.deepcopy(policy).requires_grad_(False), opened[2], CFG)
+    update(policy, stepper, batch, CFG, random_generator("cpu", 0))
+    inputs = {"prompts": "fingerprint"}
+    save_checkpoint(tmp_path, policy, stepper.optimizers, {"step": 1, "inputs": inputs})
+    load_checkpoint(latest_checkpoint(tmp_path), resumed, resumed_stepper.optimizers, inputs)
+    moments = resumed_stepper.optimizers[0].state.values()
+    assert moments and {tensor.device for state in moments for tensor in state.values()} == {DEVICE}
+    for model, optimizers in ((policy, stepper), (resumed, resumed_stepper)):
+        update(model, optimizers, batch, CFG, random_generator("cpu", 1))
+    largest, _ = difference(flat(resumed.parameters()), flat(policy.parameters()))
+    at_most("resumed against uninterrupted", largest=(largest, 1e-5))
+
+
+def test_a_muon_step_equals_that_of_the_cpu(opened):
+    changes = []
+    for device in ("cpu", DEVICE):
+        gpt2 = load_policy(*opened).gpt2.to(device)
+        start, ids = flat(gpt2.parameters()), some_prompts(4, 32).to(device)
+        matrices = [parameter for parameter in gpt2.h.parameters() if parameter.dim() == 2]
+        optimizers = make_optimizers(gpt2, matrices, 1e-3, 0.1, muon_lr=0.02)
+        torch.nn.functional.cross_entropy(gpt2(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        Stepper(gpt2, optimizers, 1.0).step()
+        changes.append(flat(gpt2.parameters()) - start)
+    _, mean = difference(*changes)
+    at_most("a step of Muon and AdamW against the CPU's", mean=(mean, 1e-5))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_main_trains_and_saves_the_policy(tmp_path, monkeypatch, counters, compiled):
+    """The script with the mini preset's models, from the self-check to the saved policy."""
+    monkeypatch.chdir(ROOT)
+    cfg = replace(CFG, out=str(tmp_path), steps=2, save_every=1, save_share=1, compile=compiled, report_to="none")
+    start = time.time()
+    ppo.main(cfg)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    show(f"two steps of ppo.main, compile {compiled}", seconds=round(time.time() - start))
+    assert len(lines) == 2 and (tmp_path / "model.safetensors").is_file()
+    largest = max(line["first_max_log_ratio"] for line in lines)
+    at_most("first log ratio", largest=(largest, 0.05 if ON_GPU else 1e-3))
+
+
+# ---- torch.compile
+
+
+class IdsAsText:
+    """A tokenizer whose texts are the ids; 0 ends a response."""
+
+    eos_token_id = 0
+
+    def batch_decode(self, sequences, **how):
+        return [" ".join(map(str, ids)) for ids in sequences.tolist()]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_compiled_decoding_step_generates_the_same_responses(counters, bf16):
+    """From the same random numbers: all rows in fp32, a third of them in bf16. Prompts of three lengths share a
+    graph, and Inductor makes a CUDA graph of it."""
+    eager = small_gpt2(bf16)
+    compiled, equal, seconds = copy.deepcopy(eager), [], []
+    compiled.compile_decoding()
+    for length, new in ((5, 16), (2, 16), (8, 12), (5, 16)):
+        prompts, start = some_prompts(16, length, vocabulary=500).to(DEVICE), time.time()
+        a, b = (gpt2.generate(prompts, new, 1.0, 0, random_generator(DEVICE, length)) for gpt2 in (eager, compiled))
+        equal.append((a == b).all(1).float().mean().item())
+        seconds.append(round(time.time() - start, 2))
+    share = np.mean(equal) if bf16 else min(equal)
+    show(f"compiled decoding, bf16 {bf16}", equal_rows=f"{equal} (at least {0.3 if bf16 else 1})", seconds=seconds)
+    graphs, skips = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
+    breaks = sum(counters["graph_break"].values())
+    at_most("compiled decoding", graphs=(graphs, 1), breaks=(breaks, 0), cudagraph_skips=(skips, 0))
+    assert share >= (0.3 if bf16 else 1)
+
+
+@NEEDS_GPU
+def test_a_compiled_decoding_step_is_one_launch_of_a_cuda_graph(counters):
+    gpt2, prompts, new = small_gpt2(True), some_prompts(16, vocabulary=500).to(DEVICE), 16
+    gpt2.compile_decoding()
+    for _ in range(2):  # compiles, warms up and records the graph
+        gpt2.generate(prompts, new, 1.0, -1, random_generator(DEVICE, 0))
+    with torch.profiler.profile() as profile:
+        gpt2.generate(prompts, new, 1.0, -1, random_generator(DEVICE, 0))
+        torch.cuda.synchronize()
+    calls = Counter()
+    for event in profile.events():
+        calls[event.name] += 1
+    launches = {name: calls[name] for name in ("cudaGraphLaunch", "cudaLaunchKernel")}
+    show("launches of 16 tokens", **launches, expected=f"{new - 1} of a graph: all tokens but the first")
+    if not sum(launches.values()):
+        pytest.skip("the profiler records no CUDA calls here")
+    assert launches["cudaGraphLaunch"] == new - 1
+
+
+def test_compiled_rollouts_and_updates_of_all_lengths_share_three_graphs(counters):
+    """And the first ratio is 1, by the graph that rollout and update share."""
+    policy = Policy(small_gpt2(True)).to(DEVICE)
+    ref_policy, rng, ratios, seconds = copy.deepcopy(policy).requires_grad_(False), np.random.default_rng(0), [], []
+    compile_passes(policy, ref_policy)
+    stepper = adam_stepper(policy)
+    for step in range(8):
+        length, new, start = int(rng.integers(2, 9)), int(rng.integers(4, 17)), time.time()
+        cfg = replace(CFG, response_len=new, compile=True)
+        batch = make_rollout(policy, ref_policy, IdsAsText(), cfg, step, length)
+        ratios.append(update(policy, stepper, batch, cfg, random_generator("cpu", step))["first_max_log_ratio"])
+        seconds.append(round(time.time() - start, 2))
+    show("seconds of compiled PPO steps", seconds=seconds)
+    breaks, skips = sum(counters["graph_break"].values()), counters["inductor"]["cudagraph_skips"]
+    at_most(
+        "compiled PPO steps",
+        graphs=(counters["stats"]["unique_graphs"], 3),
+        breaks=(breaks, 0),
+        cudagraph_skips=(skips, 0),
+        largest_first_log_ratio=(max(ratios), 0.05),
+    )
+
+
+def test_a_compiled_pass_has_the_numbers_and_gradients_of_an_eager_one(counters):
+    compiled = Policy(small_gpt2(True)).to(DEVICE)
+    eager = copy.deepcopy(compiled)
+    compiled.compile(dynamic=True)
+    sequences, results = sample_sequences(eager), []
+    for policy in (compiled, eager):
+        logprobs, _ = policy(sequences, 5)
+        (logprobs.sum() / 100).backward()
+        results.append((logprobs, flat(parameter.grad for parameter in policy.gpt2.h.parameters())))
+    (logprobs, gradient), (expected, expected_gradient) = results
+    largest, mean = difference(logprobs, expected)
+    error = relative_error(gradient, expected_gradient)
+    at_most("compiled against eager", largest=(largest, 0.3), mean=(mean, 0.03), gradient=(error, 0.05))
+
+
+# ---- how often the host waits
+
+
+def waits(function):
+    """How often the host waits for the GPU in a call: a Counter by file and line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found = [w for w in caught if "synchroniz" in str(w.message).lower()]
+    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found)
+
+
+@NEEDS_GPU
+def test_the_host_waits_for_the_gpu_few_times_in_a_ppo_step(opened):
+    """Rollouts of one micro-batch, four epochs; the lines that wait are printed."""
+    cfg = replace(CFG, micro_batch_size=16, ppo_epochs=4)
+    policy = load_policy(*opened, True).to(DEVICE)
+    ref_policy, stepper, tokenizer = copy.deepcopy(policy).requires_grad_(False), adam_stepper(policy), opened[2]
+    batch, generator = make_rollout(policy, ref_policy, tokenizer, cfg), random_generator("cpu", 0)
+    update(policy, stepper, batch, cfg, generator)  # the first step also initialises libraries
+    prompts, draws = some_prompts().to(DEVICE), random_generator(DEVICE, 0)
+    found = {
+        "generate": (waits(lambda: policy.gpt2.generate(prompts, 16, 1.0, -1, draws)), 2),
+        "rollout": (waits(lambda: make_rollout(policy, ref_policy, tokenizer, cfg, 1)), 12),
+        "update": (waits(lambda: update(policy, stepper, batch, cfg, generator)), 45),
+        "metrics": (waits(lambda: rollout_metrics(batch, policy, ref_policy, 0.0, cfg)), 20),
+    }
+    for phase, (places, bound) in found.items():
+        show(f"waits in {phase}", total=f"{places.total()} (bound {bound})", places=dict(places))
+    for phase, (places, bound) in found.items():
+        assert places.total() <= bound, phase
