@@ -482,7 +482,7 @@ def test_the_host_waits_for_the_gpu_few_times_in_a_ppo_step(opened):
     found = {
         "generate": (waits(lambda: policy.gpt2.generate(prompts, 16, 1.0, -1, draws)), 2),
         "rollout": (waits(lambda: make_rollout(policy, ref_policy, tokenizer, cfg, 1)), 12),
-        "update": (waits(lambda: update(policy, stepper, batch, cfg, generator)), 45),
+        "update": (waits(lambda: update(policy, stepper, batch, cfg, generator)), 56),
         "metrics": (waits(lambda: rollout_metrics(batch, policy, ref_policy, 0.0, cfg)), 20),
     }
     for phase, (places, bound) in found.items():
