@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from reward import (
     length_batches,
     load_reward,
     log_odds,
+    open_classifier,
     token_limit,
     tokenize,
     training_texts,
@@ -658,3 +660,40 @@ def test_of_a_reward_without_a_judge_the_missing_one_is_named(trained, tmp_path)
     shutil.copytree(folder / "reward", tmp_path / "reward")
     with pytest.raises(BadInput, match=f"{tmp_path}/judge"):
         reward.main(replace(cfg, init_from=str(tmp_path), out=str(tmp_path / "out")))
+
+
+# ---- what a classifier brings along
+
+
+def test_a_classifier_without_a_padding_token_pads_with_its_end_of_text_token(tokenizer):
+    """As a GPT-2 classifier, which reads the last token that is no padding. Nothing is cut before the first call."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.pad_token = None
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    )
+    classifier = SentimentReward(model, tokenizer, positive=1)
+    assert model.config.pad_token_id == tokenizer.eos_token_id and classifier.truncated_frac == 0
+    texts = ["Good.", "A bad film, and a long one."]
+    alone = torch.cat([classifier([text]) for text in texts])
+    torch.testing.assert_close(classifier(texts), alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("opens", [SentimentReward.load, lambda name: open_classifier(name, dropout=0.0)])
+def test_code_beside_a_classifier_is_neither_run_nor_asked_about(bert_folder, tmp_path, opens):
+    """A config.json can name classes in a file of the repository; transformers has its own for a BERT."""
+    folder = shutil.copytree(bert_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert opens(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_one_label_is_too_few():
+    with pytest.raises(BadInput, match=": it needs at least two labels$"):
+        reward.positive_index({0: "POSITIVE"}, "", "m")

@@ -135,6 +135,13 @@ def test_the_table_of_a_run_tells_its_time_on_a_cpu_alone(a_billion):
         assert ("on this CPU" in finetune_sheet(finetune, policy.gpt2, 20, 1, 1, 1, 1, device)) == there
 
 
+def test_the_table_of_a_fine_tuning_names_what_it_shows(a_billion):
+    text = finetune_sheet(FinetuneConfig(lr=1.0), GPT2(SHAPE), 20, 1000, 2, 3, 4, GPU)
+    names = [line.split("  ")[1] for line in text.splitlines()[1:]]
+    assert names == ["parameters", "reviews", "tokens", "optimizer steps", "device", "config", "writes"]
+    assert "1,000 to learn from, 3 for validation" in text and "flags set lr" in text and "fp32" in text
+
+
 def test_a_step_of_fine_tuning_takes_three_forward_passes_and_an_evaluation_one(a_billion, monkeypatch):
     asked = []
     monkeypatch.setattr(log, "time_on_cpu", lambda flops, *args: asked.append(flops) or {})
