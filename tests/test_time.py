@@ -123,8 +123,10 @@ def test_over_an_hour_there_is_a_warning_that_names_the_preset_for_a_cpu(a_billi
     )
     time_on_cpu(74e12, PPOConfig(preset="mini"), CPU, False)
     assert capsys.readouterr().err == "warning: this run takes about 41 h on this CPU\n"
-    time_on_cpu(1.79e12, PPOConfig(), CPU, False)
+    time_on_cpu(1.8e12, PPOConfig(), CPU, False)  # 3,600 s
     assert not capsys.readouterr().err
+    time_on_cpu(1.8001e12, PPOConfig(), CPU, False)
+    assert capsys.readouterr().err
 
 
 def test_the_table_of_a_run_tells_its_time_on_a_cpu_alone(a_billion):
