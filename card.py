@@ -58,9 +58,9 @@ def run_folder(policy):
 
 
 def commits(policy):
-    """{hub name: commit} of what the run of a policy read from the hub, and this process."""
+    """{hub name: commit} of what the run of a policy read from the hub."""
     file = run_folder(policy) / RUN_CONFIG
-    return (read_json(file).get("revisions", {}) if file.is_file() else {}) | REVISIONS
+    return read_json(file).get("revisions", {}) if file.is_file() else {}
 
 
 def source(name, revisions):
@@ -167,7 +167,6 @@ def card_text(results, samples, cfg, run, log):
     """The whole card. results: those of evaluate.py. samples: of sample_answers. run, log: of ppo_run."""
     ratio = results["difference"]["perplexity_ratio"]
     commands = ([command("ppo.py", run)] if run else []) + [command("evaluate.py", cfg)]
-    revisions = commits(cfg.after)
     return f"""---
 {metadata(results, cfg, run)}
 ---
@@ -181,13 +180,13 @@ from its frozen self (Ziegler et al. 2019, arXiv:1909.08593). Made with Mini-RLH
 
 ## How it was trained
 
-{training(run, log, revisions)}
+{training(run, log, commits(cfg.after))}
 
 ## Before and after
 
-{results["prompts"]:,} prompts from held-out reviews of {source(cfg.dataset, revisions)}, the same for both models;
+{results["prompts"]:,} prompts from held-out reviews of {source(cfg.dataset, REVISIONS)}, the same for both models;
 responses of up to {cfg.response_len} tokens at temperature {cfg.temperature}; the score is by
-{source(cfg.reward, revisions)}, the judge is {source(cfg.judge, revisions)}. With 95 % bootstrap
+{source(cfg.reward, REVISIONS)}, the judge is {source(cfg.judge, REVISIONS)}. With 95 % bootstrap
 intervals; the difference is taken prompt by prompt.
 
 {table_text(results)}

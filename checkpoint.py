@@ -27,11 +27,12 @@ from device import ONE_PROCESS
 
 RUN_CONFIG = "run_config.json"  # the config of the run, beside Hugging Face's config.json of the model
 RESULTS = "results.json"  # the figures of a run that is whole
-CHECKPOINTS = "checkpoints"  # in the folder of a run: a folder a step, what --resume True goes on from
+CHECKPOINTS = "checkpoints"  # in the folder of a run: a folder for each, which --resume resumes
 BEST = "best"  # in the folder of a PPO run: the policy with the highest objective so far, as a model folder
 VIEWER = "viewer.json"  # what evaluate.py tells of each token of some answers
 OTHER_CARD = "MODEL_CARD.md"  # the card of a policy where README.md is somebody else's
 CARD, CARD_MARK = "README.md", "<!-- written by evaluate.py, which replaces it -->"  # the card of a policy
+WRITTEN = (RESULTS, VIEWER, "samples.md", "example_results.png", "learning_curves.png", "report.html")  # of weights
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"  # the files of a checkpoint
 REVISIONS = {}  # of what this process read from the Hugging Face hub, {name: commit}: part of run_config.json
 SAVING = ".saving-"  # how the name of a folder begins while it is written; what a kill left of it is swept away
@@ -170,7 +171,7 @@ def is_our_card(file):
 
 def delete_results(out):
     """Delete what evaluate.py and plot.py wrote of the weights in a folder."""
-    for name in (RESULTS, VIEWER, "samples.md", "example_results.png", "learning_curves.png", "report.html"):
+    for name in WRITTEN:
         Path(out, name).unlink(missing_ok=True)
     for card in (Path(out, CARD), Path(out, OTHER_CARD)):
         if is_our_card(card):
@@ -200,10 +201,33 @@ def check_run(cfg, result, *results):
         raise BadInput(
             f"{cfg.out} holds an unfinished run: --resume resumes it, --force replaces it, --out names another folder"
         )
+    if not (file.is_file() or cfg.force):
+        foreign = [path for part in parts for path in replaced(part)]
+        if foreign:
+            raise BadInput(
+                f"{cfg.out} holds {foreign[0].relative_to(cfg.out)}, and no {RUN_CONFIG} of the run that it is of: "
+                "--force replaces such files, --out names another folder"
+            )
     started = any((part / CHECKPOINTS).is_dir() for part in parts)  # over a finished run, by --force
     if all(done) and not started and (resume or not cfg.force):
-        effect = "there is nothing to resume; " if resume else ""
+        effect = "there is nothing to resume; without --resume, " if resume else ""
         raise BadInput(f"{cfg.out} holds a finished run: {effect}--force replaces it, --out names another folder")
+
+
+def replaced(out):
+    """The paths in a folder that a new run there deletes or writes over. An empty folder of checkpoints is none."""
+    names = (BEST, "tensorboard", "log.jsonl", "samples.jsonl", *WRITTEN)
+    found = [Path(out, name) for name in names if Path(out, name).exists()]
+    return found + sorted((Path(out) / CHECKPOINTS).glob("*"))
+
+
+def check_finished(policy):
+    """BadInput for the folder of an unfinished run: weights in it are of an earlier one, its config and log are not."""
+    if (Path(policy) / CHECKPOINTS).is_dir():
+        raise BadInput(
+            f"{policy} holds an unfinished run: python ppo.py --resume finishes it; its best policy so far is in "
+            f"{Path(policy, BEST)}"
+        )
 
 
 def need_disk(out, model, copies=2):
@@ -380,8 +404,8 @@ class Checkpoints:
 class BestWeights:
     """The best weights of a model so far: copied to memory when they are found, written with the next checkpoint.
 
-    So what is on the disk belongs to the latest checkpoint, and finding a better model costs no write. save: called
-    with the state dict.
+    So finding a better model costs no write. A kill between the two leaves weights that are newer than the checkpoint:
+    the resumed run finds the same ones again. save: called with the state dict.
     """
 
     def __init__(self, model, save):

@@ -507,7 +507,7 @@ def parse(cls, argv=None):
 
 
 def full_flags(cls, argv):
-    """The flags with the value of a boolean one written out: --resume is --resume True."""
+    """The flags with the value of a boolean one written out: --resume becomes --resume True."""
     booleans = {f.name for f in fields(cls) if f.type is bool}
     flags = []
     for flag, value in zip(argv, [*argv[1:], "--"]):
@@ -530,8 +530,9 @@ def sources(cfg):
     cls, scratch = type(cfg), getattr(cfg, "init_from", "") == "scratch"
     overrides = PRESETS[cfg.preset].get(cls, {}) | (FROM_SCRATCH[cfg.preset].get(cls, {}) if scratch else {})
     default = replace(cls(preset=cfg.preset), **overrides)
-    flags = [f.name for f in fields(cls) if getattr(cfg, f.name) != getattr(default, f.name)]
-    flags, overrides = ([name for name in names if name not in SAME_RESULT] for names in (flags, overrides))
+    names = [f.name for f in fields(cls) if f.name not in SAME_RESULT]
+    flags = [name for name in names if getattr(cfg, name) != getattr(default, name)]
+    overrides = [name for name in names if name in overrides and name not in flags]
     parts = {f"preset {cfg.preset} sets": overrides, "flags set": flags}
     return "; ".join(f"{source} {', '.join(names)}" for source, names in parts.items() if names) or "all defaults"
 
@@ -597,10 +598,14 @@ def prompt_range(cfg):
 
 
 # fields that change no result, or nothing but its rounding
-SAME_RESULT = ("force", "resume", "device", "report_to", "micro_batch_size", "compile", "keep", "save_share", "out")
+SAME_RESULT = ("force", "resume", "device", "report_to", "micro_batch_size", "compile", "out")
+SAME_RESULT += ("keep", "save_share", "sample_every", "sample_prompts")
 
 
 def differing(cfg, other):
-    """The fields of cfg that `other` (a dict from JSON) holds with another value, as 'name old -> new'."""
-    ours = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in SAME_RESULT}
-    return [f"{name} {other.get(name)!r} -> {value!r}" for name, value in ours.items() if other.get(name) != value]
+    """The fields of cfg that `other` (a dict from JSON) holds with another value, as 'name old -> new'.
+
+    A field that `other` lacks, since it is of an earlier version, counts as the default.
+    """
+    changes = [(f.name, other.get(f.name, f.default), getattr(cfg, f.name)) for f in fields(cfg)]
+    return [f"{name} {old!r} -> {new!r}" for name, old, new in changes if name not in SAME_RESULT and old != new]

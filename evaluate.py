@@ -2,11 +2,11 @@
 
     python evaluate.py
     python evaluate.py --preset mini
-    python evaluate.py --force True --second_lm gpt2    # again, and another language model reads the responses too
+    python evaluate.py --force --second_lm gpt2         # again, and another language model reads the responses too
     python evaluate.py frontier --preset mini           # hours: many policies instead of two, see frontier.py
 
 Writes README.md (the card), results.json, samples.md, viewer.json, report.html and figures into the folder of the
-policy, ppo_checkpoints/<preset>/. Results that are there already are replaced only with --force True. The measures are
+policy, ppo_checkpoints/<preset>/. Results that are there already are replaced only with --force. The measures are
 in metrics.py, the card in card.py.
 """
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import report
 from card import card_text, ppo_run, samples_markdown, write_card
-from checkpoint import CARD, OTHER_CARD, RESULTS, VIEWER, is_our_card, read_json, write_text
+from checkpoint import CARD, OTHER_CARD, RESULTS, VIEWER, check_finished, is_our_card, read_json, write_text
 from config import BadInput, EvaluateConfig, FrontierConfig, run
 from data import check_context, load_splits, prompt_pool
 from device import pick_device, random_generator, rows_that_fit
@@ -201,7 +201,8 @@ def viewer(policies, tokenizer, groups, answers, values, ppo, cfg, device):
 
 
 def check_results(cfg):
-    """BadInput where cfg.after holds results of another script, or those of evaluate.py and cfg.force is not set."""
+    """BadInput where cfg.after holds an unfinished run, or results: of another script, or ours without cfg.force."""
+    check_finished(cfg.after)
     old = Path(cfg.after, RESULTS)
     if old.is_file() and "difference" not in read_json(old):
         raise BadInput(f"{old} is not of evaluate.py, which would replace it: evaluate a copy of {cfg.after}")
@@ -209,7 +210,7 @@ def check_results(cfg):
     cards = [file for file in (Path(cfg.after, CARD), Path(cfg.after, OTHER_CARD)) if is_our_card(file)]
     found = [file for file in files if file.exists()] + cards
     if found and not cfg.force:
-        raise BadInput(f"{found[0]} is there already, of an earlier evaluation: --force True replaces its results")
+        raise BadInput(f"{found[0]} is there already, of an earlier evaluation: --force replaces them")
 
 
 def write(out, results, samples, tokens, card):

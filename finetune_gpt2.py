@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 8 finetune_gpt2.py                 # on eight GPUs
 
 Writes a Hugging Face folder with the weights that were best on the validation stream, log.jsonl, results.json and
-the run's config to finetune_checkpoints/<preset>/. A run that was stopped goes on with --resume True.
+the run's config to finetune_checkpoints/<preset>/. --resume resumes a run that was stopped.
 """
 
 import json

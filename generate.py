@@ -17,6 +17,7 @@ import sys
 
 import torch
 
+from checkpoint import check_finished
 from config import BadInput, GenerateConfig, print_error, printable, run
 from data import encode
 from device import pick_device, random_generator
@@ -120,6 +121,7 @@ def prompts(cfg):
 
 
 def main(cfg):
+    check_finished(cfg.after)
     device, bf16 = pick_device(cfg)
     opened = open_pair(cfg.before, cfg.after)
     _, config, tokenizer = opened["before"]

@@ -50,7 +50,8 @@ class RunLog:
         self.file = self.samples = None
         if rank:
             return
-        if cfg.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+        wandb = importlib.util.find_spec("wandb")
+        if cfg.report_to == "wandb" and not (wandb and wandb.origin):  # without an origin: a folder of W&B's own files
             raise BadInput("report_to is wandb, which is not installed: pip install wandb, or --report_to tensorboard")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,7 @@ class RunLog:
                 self.start -= earlier[-1]["seconds"]
             self.keep("samples.jsonl", first_step)
             if not first_step:
+                (self.out / "wandb_id").unlink(missing_ok=True)
                 shutil.rmtree(self.out / BEST, ignore_errors=True)
                 delete_results(self.out)  # of the earlier run's weights
         except OSError as error:
@@ -81,8 +83,8 @@ class RunLog:
         elif cfg.report_to == "wandb":
             import wandb
 
-            file = self.out / "wandb_id"  # so that a resumed run goes on in the same W&B run
-            if not (first_step and file.is_file()):
+            file = self.out / "wandb_id"  # a resumed run continues the same run on W&B
+            if not (file.is_file() and file.read_text()):
                 write_text(file, wandb.util.generate_id())
             self.wandb = wandb.init(
                 project="mini-rlhf", name=self.out.as_posix(), config=asdict(cfg), id=file.read_text(), resume="allow"
@@ -91,7 +93,8 @@ class RunLog:
     def keep(self, name, first_step):
         """Cut a file of JSON lines down to the steps before first_step, and delete it if none is left; returns them."""
         file = self.out / name
-        earlier = [line for line in read_lines(file) if line["step"] < first_step]
+        lines = [line for line in read_lines(file) if isinstance(line, dict) and isinstance(line.get("step"), int)]
+        earlier = [line for line in lines if line["step"] < first_step]
         if earlier:
             write_text(file, "".join(json.dumps(line) + "\n" for line in earlier))
         else:

@@ -263,7 +263,7 @@ def sample(policy, tokenizer, reward_fn, prompts, cfg):
 class BestPolicy(BestWeights):
     """The policy with the highest objective, by means over cfg.save_every rollouts; the first of a run until then.
 
-    Scores and KLs are compared at one KL coefficient, the latest. state: its part of a checkpoint's state.
+    Scores and KLs are compared at one KL coefficient, the latest. state: "best" and "rollouts" in a checkpoint's state.
     """
 
     def __init__(self, policy, tokenizer, cfg):
@@ -372,7 +372,10 @@ def main(cfg):
             continue
         except BadInput as error:  # the user's reward raised, say: nothing of this step has changed the policy yet
             checkpoints.save()
-            raise BadInput(f"{error}. The run is saved: --resume resumes it at step {step}") from error
+            raise BadInput(
+                f"{error}. The run is saved: --resume resumes it at step {step}, with --force where the reward's file "
+                "was changed"
+            ) from error
         metrics = rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg) | {"kl_coef": controller.coef}
         best.update(metrics, controller.coef)
         start = time.time()

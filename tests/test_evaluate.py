@@ -613,7 +613,7 @@ def test_finished_results_are_replaced_only_by_force(run, monkeypatch):
                 (out / other).unlink(missing_ok=True)
             (out / name).write_bytes(texts[name])
             found = message(run, seed=1)
-            assert f"after/{name} is there already" in found and "--force True" in found
+            assert f"after/{name} is there already" in found and "--force replaces them" in found
             assert (out / name).read_bytes() == texts[name]
     run(seed=1, force=True)
     assert all((out / name).is_file() for name in OUTPUTS)

@@ -1154,7 +1154,7 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.ids, self.inits, self.logged = iter(["first", "second"]), [], []
         self.util = types.SimpleNamespace(generate_id=lambda: next(self.ids))
-        self.__spec__ = importlib.util.spec_from_loader("wandb", None)
+        self.__spec__ = importlib.util.spec_from_loader("wandb", None, origin="here")
 
     def init(self, **settings):
         self.inits.append(settings)
@@ -1172,6 +1172,15 @@ def test_a_resumed_run_is_the_same_run_on_wandb_and_a_new_one_is_not(tmp_path, m
     assert [run["id"] for run in wandb.inits] == ["first", "first", "second"]
     assert {run["resume"] for run in wandb.inits} == {"allow"} and wandb.inits[0]["config"] == asdict(cfg)
     assert wandb.logged[1] == (1, {"score": 1.0})
+    (tmp_path / "wandb_id").write_text("")  # cut short by a crash
+    wandb.ids = iter(["third"])
+    RunLog(cfg, model, first_step=1).close()
+    assert wandb.inits[-1]["id"] == "third"
+    RunLog(config(out=str(tmp_path), report_to="none"), model).close()
+    assert not (tmp_path / "wandb_id").exists()  # of a run that is not there any more
+    wandb.__spec__ = importlib.util.spec_from_loader("wandb", None)  # the folder that W&B writes, not the package
+    with pytest.raises(BadInput, match="wandb, which is not installed"):
+        RunLog(cfg, model)
 
 
 def test_a_run_is_rewarded_by_its_reward_and_logs_the_judge_beside_it(train, bert_folder, judge_folder):
@@ -1190,3 +1199,10 @@ def test_a_run_starts_with_the_learning_rate_and_the_epsilon_of_its_config(train
     run = train("rate", steps=1, lr=3e-4, adam_eps=2e-5)
     (group,) = run.stepper.optimizers[0].param_groups
     assert run.metrics[0]["lr"] == group["lr"] == 3e-4 and group["eps"] == 2e-5
+
+
+def test_lines_of_somebody_else_in_a_log_are_no_steps(tmp_path):
+    for name in ("log.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_text('{"id": 1}\n[2]\n{"step": "x"}\n{"step": 0, "seconds": 1.0}\n')
+    RunLog(config(out=str(tmp_path), report_to="none"), nn.Linear(2, 2), first_step=1).close()
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 0, "seconds": 1.0}\n'

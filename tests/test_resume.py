@@ -389,7 +389,7 @@ def test_a_users_reward_that_raises_ends_the_run_in_one_line_with_a_checkpoint_o
     assert code == 2 and "Traceback" not in "".join(told)
     assert told[-1] == (
         f"error: reward {tmp_path}/server.py:score raised ConnectionError while scoring 8 texts, line 7: server is "
-        "down. The run is saved: --resume resumes it at step 3"
+        "down. The run is saved: --resume resumes it at step 3, with --force where the reward's file was changed"
     )
     assert latest_checkpoint(tmp_path / "out").name == "00000003" and len(lines(tmp_path / "out")) == 3
     (tmp_path / "server.calls").write_text("4")

@@ -161,7 +161,7 @@ def test_an_error_in_a_users_reward_is_one_line_with_its_name_and_place(tmp_path
     fn = reward.load_reward(user_reward(tmp_path, body), "cpu")
     expected = f"reward {tmp_path}/mine.py:f raised JSONDecodeError while scoring 2 texts, line 5: Expecting value"
     assert message(fn, ["not json", "b"]).startswith(expected)
-    assert fn(["[1, 2]", ""]) == [1, 2]
+    assert fn(["[1, 2]", ""]).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,38 @@ def test_an_error_in_a_users_reward_is_one_line_with_its_name_and_place(tmp_path
 )
 def test_a_users_file_that_cannot_be_imported_is_one_line(tmp_path, body, named):
     assert named in message(reward.load_reward, user_reward(tmp_path, body), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ("None", "TypeError"),
+        ("[None] * 2", "TypeError"),
+        ("['a', 'b']", "ValueError"),
+        ("[[1.0], [2.0]]", "score: 2 texts need shape (2,), found (2, 1)"),
+        ("[1.0]", "found (1,)"),
+    ],
+)
+def test_a_users_reward_that_gives_no_number_for_each_text_is_one_line_with_its_name(tmp_path, value, named):
+    fn = reward.load_reward(user_reward(tmp_path, f"def f(texts):\n    return {value}\n"), "cpu")
+    text = message(fn, ["a", "b"])
+    assert text.startswith(f"reward {tmp_path}/mine.py:f") and named in text
+
+
+def test_scores_with_a_gradient_are_taken_without_it(tmp_path):
+    fn = reward.load_reward(
+        user_reward(tmp_path, "import torch\ndef f(t):\n    return torch.ones(len(t), requires_grad=True)\n"), "cpu"
+    )
+    assert not fn(["a"]).requires_grad and not reward.as_scores(torch.ones(1, requires_grad=True), ["a"]).requires_grad
+
+
+def test_a_users_file_in_another_encoding_and_a_tokenizer_in_python_have_fingerprints(bert_folder, tmp_path):
+    body = "# -*- coding: latin-1 -*-\ndef f(texts):\n    return [texts[0].count('\xe9')] * len(texts)\n"
+    (tmp_path / "mine.py").write_bytes(body.encode("latin-1"))
+    fn = reward.load_reward(replace(PPOConfig(), reward=f"{tmp_path}/mine.py:f"), "cpu")
+    assert fn(["é"]).tolist() == [1] and len(reward.reward_fingerprint(fn)) == 16
+    one, other = (SimpleNamespace(is_fast=False, get_vocab=lambda v=v: v) for v in ({"b": 1, "a": 0}, {"a": 1, "b": 0}))
+    assert reward.tokenizer_text(one) == '[["a", 0], ["b", 1]]' != reward.tokenizer_text(other)
 
 
 def test_ctrl_c_in_a_users_reward_is_no_error_of_it(tmp_path):
@@ -461,7 +493,7 @@ def test_a_function_is_loaded_from_a_file_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def short(texts):\n    return [-len(t) for t in texts]\n")
     monkeypatch.chdir(tmp_path)
     for file in ("mine.py", tmp_path / "mine.py"):
-        assert load_reward(PPOConfig(reward=f"{file}:short"), "cpu")(["abc"]) == [-3]
+        assert load_reward(PPOConfig(reward=f"{file}:short"), "cpu")(["abc"]).tolist() == [-3]
 
 
 @pytest.mark.parametrize(("name", "named"), [("none.py:f", "no file none.py"), ("mine.py:f", "no function 'f'")])
