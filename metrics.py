@@ -246,9 +246,7 @@ def second_nll(model, tokenizer, answers, cfg):
     fit = rows_that_fit(longest, config.hidden_size, config.num_hidden_layers, config.vocab_size, model.device)
     nll, size = [], max(1, min(cfg.batch_size, fit))
     for i in range(0, len(ids), size):
-        sequences = pad_sequence(ids[i : i + size], True, start).to(
-            model.device
-        )  # padded on the right, where no token attends to it
+        sequences = pad_sequence(ids[i : i + size], True, start).to(model.device)  # padded on the right
         mask = pad_sequence(counts[i : i + size], True, False).to(model.device)
         logprobs = token_logprobs(model(sequences).logits[:, :-1].float(), sequences[:, 1:])
         nll += (-logprobs).where(mask, 0).sum(1).tolist()

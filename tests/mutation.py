@@ -35,7 +35,7 @@ from pathlib import Path
 
 from forks import ROOT, Forks, run_pytest
 from generate_mutants import RULES, digest, generate
-from selection import Coverage, source_files, stamp, test_files
+from selection import Coverage, all_test_files, source_files, stamp
 
 TARGETS = ["model", "ppo", "reward", "data", "metrics", "optimizer", "evaluate", "checkpoint", "log"]
 
@@ -65,7 +65,7 @@ class Verdicts:
             self.path.unlink(missing_ok=True)
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         self.last = {entry["id"]: entry for entry in map(json.loads, lines)}
-        self.stamp = stamp(*source_files(), *test_files())
+        self.stamp = stamp(*source_files(), *all_test_files())
 
     def add(self, mutant, verdict, test, seconds):
         entry = {"id": mutant.id, "verdict": verdict, "test": test, "stamp": self.stamp, "seconds": seconds}
