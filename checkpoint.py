@@ -35,6 +35,7 @@ CARD, CARD_MARK = "README.md", "<!-- written by evaluate.py, which replaces it -
 WRITTEN = (RESULTS, VIEWER, "samples.md", "example_results.png", "learning_curves.png", "report.html")  # of weights
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"  # the files of a checkpoint
 REVISIONS = {}  # of what this process read from the Hugging Face hub, {name: commit}: part of run_config.json
+DISK_SPEED = 2e8  # bytes a second of a checkpoint: what a slow disk does, hashes included
 SAVING = ".saving-"  # how the name of a folder begins while it is written; what a kill left of it is swept away
 
 # ---- reading
@@ -322,7 +323,7 @@ def load_checkpoint(folder, model, optimizers, inputs, force=False):
             i, j = int(i), int(j)
             if (i, j) not in shapes or (tensor.dim() and tensor.shape != shapes[i, j]):
                 raise BadInput(f"{folder} does not fit: its moments are of another optimizer")
-            moments[i].setdefault(j, {})[name] = tensor
+            moments[i].setdefault(j, {})[name] = tensor.clone()  # else it stays mapped to the file
     match(tensors, model.state_dict(), folder)
     model.load_state_dict(tensors)
     for optimizer, found in zip(optimizers, moments):
@@ -347,7 +348,8 @@ def check_sums(folder):
 class Checkpoints:
     """The steps of a loop, with a checkpoint every cfg.save_every of them and one before a signal ends the run.
 
-    A checkpoint that is due is left out while those before took more than cfg.save_share of the run's time. state: the
+    A checkpoint that is due is left out where those of this run, with it, would take more than cfg.save_share of the
+    run's time; it is taken to need as long as the last one, the first one to be written at DISK_SPEED. state: the
     loop's own JSON values, which it changes in place; "inputs", as in load_checkpoint, stays. With cfg.resume they are
     those of the latest checkpoint in `out`, and so are weights and moments. before_save: called before each checkpoint,
     to write what belongs to it.
@@ -356,10 +358,13 @@ class Checkpoints:
     def __init__(self, cfg, out, model, optimizers, state, ranks=ONE_PROCESS, before_save=lambda: None):
         self.cfg, self.out, self.model, self.optimizers = cfg, out, model, optimizers
         self.ranks, self.state, self.signal, self.before_save = ranks, {"step": 0} | state, 0, before_save
-        self.start, self.spent = time.monotonic(), 0.0  # s
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.start, self.spent, self.cost = time.monotonic(), 0.0, 3 * size / DISK_SPEED  # s; weights and two moments
         if folder := latest_checkpoint(out) if cfg.resume else None:
-            self.state |= load_checkpoint(folder, model, optimizers, state["inputs"], cfg.force)
-            self.state["inputs"] = state["inputs"]
+            saved = load_checkpoint(folder, model, optimizers, state["inputs"], cfg.force)
+            if "inputs" not in saved:
+                raise BadInput(f"{folder} was saved by an earlier version of this project and cannot be resumed")
+            self.state |= saved | {"inputs": state["inputs"]}
             print(f"resuming from {folder}", flush=True)
         self.first_step = self.state["step"]
         if self.ranks.any(self.first_step) != self.first_step:  # the largest of all processes
@@ -382,7 +387,8 @@ class Checkpoints:
                 signal.signal(number, handler)
 
     def due(self, step):
-        affordable = self.spent <= self.cfg.save_share * (time.monotonic() - self.start)
+        elapsed = time.monotonic() - self.start
+        affordable = self.spent + self.cost <= self.cfg.save_share * (elapsed + self.cost)
         return step % self.cfg.save_every == 0 and affordable
 
     def save(self):
@@ -392,7 +398,8 @@ class Checkpoints:
         start = time.monotonic()
         self.before_save()
         save_checkpoint(self.out, self.model, self.optimizers, self.state, self.cfg.keep)
-        self.spent += time.monotonic() - start
+        self.cost = time.monotonic() - start
+        self.spent += self.cost
 
     def _ask(self, number, frame):
         if self.signal and number == signal.SIGINT:  # a second Ctrl-C: at once. torchrun may send SIGTERM twice

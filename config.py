@@ -546,7 +546,8 @@ def run(main, cls):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        sys.exit(print_error(f"the disk is full: {error}; what was saved is complete: --resume resumes from it"))
+        resume = "; --resume resumes from the latest checkpoint" if hasattr(cls, "resume") else ""
+        sys.exit(print_error(f"the disk is full: {error}{resume}"))
     except Stopped as stop:
         print("stopped; --resume resumes the run", file=sys.stderr)
         sys.exit(128 + stop.args[0])

@@ -139,7 +139,7 @@ def _from_folder(folder):
         texts = [file.read_text(encoding="utf-8", errors="replace") for file, _ in files]
         if files:
             rows = Dataset.from_dict({"text": texts, "label": [label for _, label in files]})
-            parts[part] = _usable(rows, f"{folder}/{part}")
+            parts[part] = _usable(rows, f"{folder}/{part}", names=[str(file.relative_to(folder)) for file, _ in files])
     if "train" not in parts:
         raise BadInput(f"dataset {folder}: the folder holds no train/pos/*.txt and train/neg/*.txt")
     return parts["train"], parts.get("test", [])
@@ -181,15 +181,19 @@ def column(found, name, usual, flag):
     raise BadInput(f"no column {' or '.join(wanted)}, found {', '.join(found)}: name it by --{flag}")
 
 
-def _usable(rows, source, columns=("", "")):
-    """The rows with a text, a label and clean UTF-8, as (text, label); prints how many were left out, and why."""
+def _usable(rows, source, columns=("", ""), names=None):
+    """The rows with a text, a label and clean UTF-8, as (text, label); prints how many were left out, and why.
+
+    names: of the rows; by default row 1, row 2, ...
+    """
+    names = names or [f"row {number}" for number in range(1, len(rows) + 1)]
     try:
         text_column = column(rows.column_names, columns[0], TEXT_COLUMNS, "text_column")
         label_column = column(rows.column_names, columns[1], LABEL_COLUMNS, "label_column")
     except BadInput as error:
         raise BadInput(f"dataset {source}: {error}") from None
     kept, dropped = [], {}
-    for number, (text, label) in enumerate(zip(rows[text_column], rows[label_column]), start=1):
+    for name, text, label in zip(names, rows[text_column], rows[label_column]):
         text = clean(text) if isinstance(text, str) else ""
         label = LABELS.get(str(label).strip().lower().removesuffix(".0"))
         why = (
@@ -198,12 +202,12 @@ def _usable(rows, source, columns=("", "")):
             "with a label other than 0, 1, neg, pos" if label is None else None
         )  # fmt: skip
         if why:
-            dropped.setdefault(why, []).append(number)
+            dropped.setdefault(why, []).append(name)
         else:
             kept.append((text, label))
     if dropped:
-        reasons = ", ".join(f"{len(numbers)} {why} (row {numbers[0]})" for why, numbers in dropped.items())
-        print(f"{source}: kept {len(kept)} of {len(rows)} rows; left out {reasons}", file=sys.stderr)
+        reasons = ", ".join(f"{len(rows)} {why} ({rows[0]})" for why, rows in dropped.items())
+        print(f"{source}: kept {len(kept)} of {len(names)} rows; left out {reasons}", file=sys.stderr)
     if not kept:
         raise BadInput(f"dataset {source}: none of its {len(rows)} rows is a labelled review")
     return kept

@@ -83,7 +83,7 @@ def _from_hub(name):
                 continue
             found = {
                 "config.json": (folder / "config.json").is_file(),
-                f"weights ({', '.join(WEIGHTS)})": any((folder / file).is_file() for file in WEIGHTS),
+                f"weights ({', '.join(WEIGHTS)})": has_weights(folder),
                 f"a tokenizer ({', '.join(TOKENIZERS)})": has_tokenizer(folder),
             }
             if all(found.values()):
@@ -99,6 +99,14 @@ def _from_hub(name):
         f"model {name!r}: no such folder, {cached}, and the hub did not give it ({problem}). Use --preset mini, which "
         "needs no network, or give a local folder"
     )
+
+
+def has_weights(folder):
+    """Whether a folder holds a file of weights, with all the shards that it names."""
+    for file in map(folder.joinpath, WEIGHTS):
+        if file.is_file():
+            return file.suffix != ".json" or all((folder / name).is_file() for name in shards(file))
+    return False
 
 
 def has_tokenizer(folder):
@@ -161,11 +169,16 @@ def read_tensors(folder):
     if first.suffix != ".json":
         yield from read_file(first)
         return
-    shards = read_json(first).get("weight_map")
-    if not shards:
-        raise BadInput(f"{first} names no shards: it has no weight_map")
-    for name in sorted(set(shards.values())):
+    for name in shards(first):
         yield from read_file(first.parent / name)
+
+
+def shards(index):
+    """The names of the weight files that an index file (*.index.json) lists."""
+    weight_map = read_json(index).get("weight_map")
+    if not weight_map:
+        raise BadInput(f"{index} names no shards: it has no weight_map")
+    return sorted(set(weight_map.values()))
 
 
 # ---- GPT-2

@@ -267,27 +267,28 @@ def classifier_flops(model, tokens):
     return 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if "embeddings" not in name)
 
 
-def ppo_flops(cfg, gpt2, reward_model):
+def ppo_flops(cfg, gpt2, rewards):
     """FLOPs of a PPO run: an episode is generated, scored, evaluated by policy and reference, and learned from.
 
-    A backward pass takes twice a forward pass. A judge is taken to be as large as the reward (a classifier, or None).
+    A backward pass takes twice a forward pass. rewards: the reward and the judge, of which only classifiers count.
     """
     tokens = (cfg.min_prompt_len + cfg.max_prompt_len) / 2 + cfg.response_len
     passes = 3 + 3 * cfg.ppo_epochs
-    classifiers = (1 + bool(cfg.judge)) * classifier_flops(reward_model, tokens) if reward_model else 0
+    classifiers = sum(classifier_flops(reward.model, tokens) for reward in rewards if hasattr(reward, "model"))
     return cfg.steps * cfg.batch_size * (passes * gpt2.flops(tokens, cfg.response_len) + classifiers)
 
 
-def ppo_sheet(cfg, policy, reward_fn, n_prompts, device):
+def ppo_sheet(cfg, policy, reward_fn, judge, n_prompts, device):
     """The run in numbers before it starts, as text: sizes resolved, optimizer steps, memory."""
     c, V = policy.gpt2.config, policy.gpt2.n_tokens
     weights = sum(p.numel() for p in policy.parameters())
     reward_weights = sum(p.numel() for p in reward_fn.model.parameters()) if hasattr(reward_fn, "model") else 0
+    judge_weights = sum(p.numel() for p in judge.model.parameters()) if judge else 0
     tokens = cfg.micro_batch_size * (cfg.max_prompt_len + cfg.response_len)
     trunk = tokens * c.n_layer * 16 * c.n_embd  # numbers that a block keeps for its backward pass, a token
     logits = 2 * cfg.micro_batch_size * cfg.response_len * V  # logits and their gradient
     # weights, gradient, two moments of Adam, the reference; 4 bytes each
-    estimate = 4 * (5 * weights + reward_weights + trunk + logits)
+    estimate = 4 * (5 * weights + reward_weights + judge_weights + trunk + logits)
     updates = cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
     rows = {
         "policy": f"{weights:,} parameters from {cfg.policy}",
@@ -298,7 +299,7 @@ def ppo_sheet(cfg, policy, reward_fn, n_prompts, device):
         "forward passes": f"{cfg.micro_batch_size} episodes each",
         "KL": f"coefficient {cfg.kl_coef}, " + (f"adaptive, target {cfg.kl_target} nats" if cfg.kl_target else "fixed"),
         "device": f"{device}, {'bf16' if policy.gpt2.bf16 else 'fp32'}, about {estimate / 1e9:.1f} GB",
-        **time_on_cpu(ppo_flops(cfg, policy.gpt2, getattr(reward_fn, "model", None)), cfg, device),
+        **time_on_cpu(ppo_flops(cfg, policy.gpt2, [reward_fn, judge]), cfg, device),
         "config": sources(cfg),
         "writes": cfg.out,
     }  # fmt: skip

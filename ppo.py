@@ -327,7 +327,7 @@ def main(cfg):
     tokens = pool.shape[1] + cfg.response_len
     size = micro_batch_size(cfg, cfg.minibatch_size, tokens, policy.gpt2, 4, device, ranks)
     cfg = replace(cfg, micro_batch_size=size)
-    print(ppo_sheet(cfg, policy, reward_fn, len(pool), device), flush=True)
+    print(ppo_sheet(cfg, policy, reward_fn, judge, len(pool), device), flush=True)
     ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)  # frozen: where the KL is measured from
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps, fused=device.type != "mps")
     stepper = Stepper(policy, [optimizer], cfg.grad_clip)

@@ -33,6 +33,7 @@ from checkpoint import (
     delete_checkpoints,
     fingerprint,
     first_line,
+    read_json,
     replacing,
     write_text,
 )
@@ -504,11 +505,13 @@ def main(cfg):
         for name in starts:
             Path(cfg.out, name, RESULTS).unlink(missing_ok=True)
     for name, start in starts.items():
-        if cfg.resume and Path(cfg.out, name, RESULTS).is_file():
-            delete_checkpoints(Path(cfg.out, name))  # of a run that was killed before it could
+        reviews, file = splits[name], Path(cfg.out, name, RESULTS)
+        if cfg.resume and file.is_file():
+            if read_json(file).get("data") != digest(reviews.texts):
+                raise BadInput(f"{file.parent} was trained on other texts: --force without --resume replaces the run")
+            delete_checkpoints(file.parent)  # of a run that was killed before it could
             print(f"the {name} is trained already")
             continue
-        reviews = splits[name]
         rows = {
             "from": start,
             "teacher": teachers[name] or "none: the labels",

@@ -19,6 +19,7 @@ import checkpoint
 from checkpoint import (
     CARD_MARK,
     RUN_CONFIG,
+    TENSORS,
     BestWeights,
     Checkpoints,
     check_finished,
@@ -376,20 +377,32 @@ class Clock:
     ("share", "cost", "expected"),
     [
         (0.05, 0.1, list(range(10, 100, 10))),  # .1 s in 10: all of them
-        (0.05, 2.0, [10, 40, 80]),  # after 2 s of saving 38 of training, at least
-        (0.5, 20.0, [10, 20, 40, 60, 80]),
+        (0.05, 2.0, [10, 80]),  # two take 4 s, a twentieth of 80
+        (0.5, 20.0, [10, 40, 60, 80]),
         (1.0, 60.0, list(range(10, 100, 10))),  # whatever they cost
     ],
 )
 def test_checkpoints_take_a_share_of_the_time_at_most(tmp_path, monkeypatch, share, cost, expected):
+    """The first one too, unless it takes longer than was estimated."""
     clock = Clock(cost)
     monkeypatch.setattr(checkpoint, "save_checkpoint", clock.save)
     monkeypatch.setattr(checkpoint, "time", clock)
     cfg = FinetuneConfig(out=str(tmp_path), save_every=10, save_share=share)
-    for _ in Checkpoints(cfg, tmp_path, None, [], {"inputs": {}}).steps(100):
+    for _ in Checkpoints(cfg, tmp_path, nn.Linear(1, 1), [], {"inputs": {}}).steps(100):
         clock.now += 1
     assert clock.saved == expected
-    assert sum(cost for _ in clock.saved) <= share * (clock.now - 1000) + cost
+    assert len(clock.saved) == 1 or cost * len(clock.saved) <= share * (clock.now - 1000)
+
+
+def test_the_time_of_the_first_checkpoint_is_estimated_from_the_size_of_the_model(tmp_path, monkeypatch):
+    """200 MB of weights with their two moments take 3 s, a twentieth of 60: the first checkpoint is after 57 steps."""
+    clock, model = Clock(3.0), nn.Linear(10_000, 5_000, bias=False, device="meta")
+    monkeypatch.setattr(checkpoint, "save_checkpoint", clock.save)
+    monkeypatch.setattr(checkpoint, "time", clock)
+    cfg = FinetuneConfig(out=str(tmp_path), save_every=1, save_share=0.05)
+    for _ in Checkpoints(cfg, tmp_path, model, [], {"inputs": {}}).steps(100):
+        clock.now += 1
+    assert clock.saved == [57]
 
 
 def test_what_belongs_to_a_checkpoint_is_written_before_it_and_counts(tmp_path, monkeypatch):
@@ -402,7 +415,7 @@ def test_what_belongs_to_a_checkpoint_is_written_before_it_and_counts(tmp_path, 
     monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *args: order.append("checkpoint") or clock.save(*args))
     monkeypatch.setattr(checkpoint, "time", clock)
     cfg = FinetuneConfig(out=str(tmp_path), save_every=1, save_share=0.05)
-    for _ in Checkpoints(cfg, tmp_path, None, [], {"inputs": {}}, before_save=before).steps(100):
+    for _ in Checkpoints(cfg, tmp_path, nn.Linear(1, 1), [], {"inputs": {}}, before_save=before).steps(100):
         clock.now += 1
     assert order == ["before", "checkpoint"]  # 101 s may not be spent again in 100 s
 
@@ -578,6 +591,31 @@ def test_a_checkpoint_without_inputs_is_one_of_other_inputs(tmp_path):
     assert "texts (none then, a now)" in message(
         load_checkpoint, latest_checkpoint(tmp_path), model, [], {"texts": "a"}
     )
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_also_with_force(tmp_path):
+    """It has no inputs, and the other values of its state have another meaning."""
+    model, cfg = nn.Linear(2, 2), FinetuneConfig(out=str(tmp_path), resume=True, force=True)
+    save_checkpoint(tmp_path, model, [], {"step": 1, "texts": "a", "best": 0.5})
+    text = message(Checkpoints, cfg, tmp_path, model, [], {"inputs": {"texts": "a"}, "best": None})
+    assert text.endswith("00000001 was saved by an earlier version of this project and cannot be resumed")
+
+
+def test_the_moments_of_a_checkpoint_stay_when_its_file_is_written_over(tmp_path):
+    """They are copied: else they would be mapped to the file, and follow it."""
+    model = nn.Linear(2, 2)
+    adam = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    adam.step()
+    save_checkpoint(tmp_path, model, [adam], {"step": 1})
+    other = torch.optim.Adam(model.parameters())
+    load_checkpoint(latest_checkpoint(tmp_path), model, [other], {})
+    file = latest_checkpoint(tmp_path) / TENSORS
+    with open(file, "rb+") as f:
+        f.seek(8 + int.from_bytes(file.read_bytes()[:8], "little"))
+        f.write(bytes(file.stat().st_size - f.tell()))
+    for before, after in zip(adam.state.values(), other.state.values()):
+        assert torch.equal(before["exp_avg"], after["exp_avg"]) and after["exp_avg"].any()
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_folder_of_the_checkpoint(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, message
 from hub_server import Hub, write_repositories
 from huggingface_hub import constants
+from safetensors.torch import load, save
 
 from config import EvaluateConfig, GenerateConfig, PPOConfig
 from data import load_splits
@@ -282,6 +283,32 @@ def test_a_download_that_failed_half_way_is_completed_by_the_next_run(client):
     client.sent.clear()
     locate("gpt2")
     assert client.sent == []
+
+
+def test_a_download_of_the_dataset_that_failed_half_way_is_completed_by_the_next_run(client):
+    """Else the evaluation split would be a part of the training reviews."""
+    client.failures[f"{IMDB}/plain_text/test-00000-of-00001.parquet"] = "close"
+    assert "Server disconnected" in message(load_splits, IMDB)
+    client.failures.clear()
+    assert len(load_splits(IMDB)["evaluation"].texts) == 200
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["a shard", "no shard"])
+def test_a_sharded_model_of_which_the_cache_has_a_part_is_completed(client, repositories, cached):
+    """Its index alone says which files belong to it."""
+    files, shard = dict(repositories["models", GPT2]), "model-00002-of-00002.safetensors"
+    weights = load(files.pop("model.safetensors"))
+    names = {name: shard if i % 2 else shard.replace("00002-of", "00001-of") for i, name in enumerate(weights)}
+    for file in sorted(set(names.values())):
+        files[file] = save({name: weights[name] for name in weights if names[name] == file})
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": names}).encode()
+    client.add_revision("models", GPT2, "shards", files)
+    missing = [shard] if cached else sorted(set(names.values()))
+    for file in missing:
+        client.failures[f"{GPT2}/{file}"] = "close"
+    assert "Server disconnected" in message(locate, "gpt2@shards")
+    client.failures.clear()
+    assert all((locate("gpt2@shards") / file).is_file() for file in missing)
 
 
 def test_a_dataset_that_cannot_be_read_is_refused_in_one_line(client, repositories):

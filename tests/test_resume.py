@@ -20,7 +20,7 @@ import finetune_gpt2
 import ppo
 import reward
 from checkpoint import SAVING, check_run, latest_checkpoint, load_checkpoint, save_checkpoint
-from config import FinetuneConfig, PPOConfig, RewardConfig, parse
+from config import BadInput, FinetuneConfig, PPOConfig, RewardConfig, parse
 from data import load_splits, prompt_pool
 from hub import load_gpt2, load_tokenizer, open_gpt2, save_gpt2
 from log import RunLog, read_lines
@@ -176,6 +176,16 @@ def test_reward_that_broke_in_the_judge_goes_on_with_the_judge(home, unbroken_re
     reward.main(parse(RewardConfig, [*flags, "--resume", "True"]))
     assert "the reward is trained already" in capsys.readouterr().out
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_reward_that_broke_in_the_judge_does_not_go_on_with_a_reward_of_other_texts(home, unbroken_reward, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken_reward, out)
+    (out / "judge/results.json").unlink()
+    results = json.loads((out / "reward/results.json").read_text())
+    (out / "reward/results.json").write_text(json.dumps(results | {"data": "0123456789abcdef"}))
+    with pytest.raises(BadInput, match="reward was trained on other texts: --force without --resume replaces the run"):
+        reward.main(parse(RewardConfig, [*reward_flags(home, out), "--resume", "True"]))
 
 
 # ---- signals and kills

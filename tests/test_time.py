@@ -59,14 +59,11 @@ def test_the_flops_of_ppo_are_those_that_torch_counts_in_a_rollout_and_its_updat
         batch = rollout(policy, policy, Endless(), lambda texts: torch.ones(len(texts)), prompts, 0.1, cfg, generator)
         update(policy, stepper, batch, cfg)
 
-    assert ppo_flops(cfg, policy.gpt2, None) == pytest.approx(3 * counted(step), rel=0.1)
-    assert ppo_flops(cfg, policy.gpt2, reward_fn.model) == pytest.approx(
-        ppo_flops(cfg, policy.gpt2, None) + 24 * classifier_flops(reward_fn.model, 16)
-    )
-    judged = replace(cfg, judge="a judge")
-    assert ppo_flops(judged, policy.gpt2, reward_fn.model) == pytest.approx(
-        ppo_flops(cfg, policy.gpt2, reward_fn.model) + 24 * classifier_flops(reward_fn.model, 16)
-    )
+    alone, classifier = ppo_flops(cfg, policy.gpt2, [len, None]), 24 * classifier_flops(reward_fn.model, 16)
+    assert alone == pytest.approx(3 * counted(step), rel=0.1)
+    assert ppo_flops(cfg, policy.gpt2, [reward_fn, None]) == pytest.approx(alone + classifier)
+    assert ppo_flops(cfg, policy.gpt2, [len, reward_fn]) == pytest.approx(alone + classifier)
+    assert ppo_flops(cfg, policy.gpt2, [reward_fn, reward_fn]) == pytest.approx(alone + 2 * classifier)
 
 
 def test_the_flops_of_a_classifier_are_those_that_torch_counts(bert_folder):
@@ -125,7 +122,7 @@ def test_the_table_of_a_run_tells_its_time_on_a_cpu_alone(a_billion):
     ppo, finetune = PPOConfig(micro_batch_size=1), FinetuneConfig(eval_every=10)
     policy = Policy(GPT2(SHAPE))
     for device, there in ((CPU, True), (GPU, False)):
-        assert ("on this CPU" in ppo_sheet(ppo, policy, len, 10, device)) == there
+        assert ("on this CPU" in ppo_sheet(ppo, policy, len, None, 10, device)) == there
         assert ("on this CPU" in finetune_sheet(finetune, policy.gpt2, 20, 1, 1, 1, 1, device)) == there
 
 
