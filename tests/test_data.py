@@ -365,7 +365,8 @@ def test_the_original_folder_of_imdb_is_read_with_its_test_part(tmp_path, capsys
     splits = load_splits(str(folder))
     assert labelled({"e": splits.pop("evaluation")}) == sorted((f"Test {text}", label) for text, label in ROWS[300:])
     assert labelled(splits) == sorted(ROWS[:300])
-    assert f"{folder}/train: kept 300 of 301 rows; left out 1 not UTF-8 (train/pos/999_9.txt)" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"{folder}/train: kept 300 of 301 rows; left out 1 not UTF-8 (train/pos/999_9.txt)" in printed
 
 
 def test_without_a_test_part_the_folder_is_split_as_a_file_is(tmp_path):
