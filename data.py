@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from checkpoint import REVISIONS, fingerprint, first_line
-from config import BadInput
-from hub import snapshot
+from runtime.checkpoint import REVISIONS, fingerprint
+from runtime.errors import BadInput, first_line
+from runtime.hub import snapshot, tokenizer_text
 
 EOS = "<|endoftext|>"
 SHARES = {"reward": 0.42, "judge": 0.42, "prompts": 0.08, "evaluation": 0.08}
@@ -75,11 +75,6 @@ def load_splits(source, text_column="", label_column=""):
             counts = ", ".join(f"{name} {len(r.texts)}" for name, r in splits.items())
             raise BadInput(f"{source}: the split {name!r} needs reviews of both labels; reviews by split: {counts}")
     return splits
-
-
-def digest(texts):
-    """16 hexadecimal digits that stand for these texts in this order: what a model card says it learned from."""
-    return fingerprint(*texts)
 
 
 def texts_of(part, reviews="all"):
@@ -268,12 +263,17 @@ def encode(texts, tokenizer):
         backend.encode_special_tokens = before
 
 
+def decode(sequences, tokenizer):
+    """Return the texts of ids (B, L), without special tokens."""
+    return tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 def pack(texts, tokenizer):
     """All reviews as one stream of ids, (N,) int32, <|endoftext|> after each: it is a target like any other token.
 
     The stream is kept in CACHE under a hash of the tokenizer and the texts, so that a second start reads it from there.
     """
-    file = CACHE / f"tokens-{digest([tokenizer.backend_tokenizer.to_str(), *texts])}.npy"
+    file = CACHE / f"tokens-{fingerprint(tokenizer_text(tokenizer), *texts)}.npy"
     if file.is_file():
         return np.load(file)
     eos = [tokenizer.eos_token_id]
@@ -310,6 +310,19 @@ def check_context(cfg, config, tokenizer):
             f"{control}max_prompt_len {cfg.max_prompt_len} + response_len {cfg.response_len} is over the model's "
             f"{config.n_positions} positions"
         )
+
+
+def load_prompts(cfg, split, config, tokenizer, limit=None):
+    """Return the prompts that the reviews of a split give, (M, P) int64; see prompt_pool. config: a GPT2Config.
+
+    BadInput if a prompt and its response are too long for the model, or if there are fewer prompts than limit.
+    """
+    check_context(cfg, config, tokenizer)
+    reviews = load_splits(cfg.dataset, cfg.text_column, cfg.label_column)[split].texts
+    pool = prompt_pool(reviews, tokenizer, cfg.max_prompt_len, limit, cfg.task)
+    if limit and len(pool) < limit:
+        raise BadInput(f"prompts is {limit}, and the reviews of the split {split!r} give {len(pool)}")
+    return pool
 
 
 def prompt_pool(texts, tokenizer, prompt_len, limit=None, task="positive"):

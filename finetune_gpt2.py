@@ -14,20 +14,24 @@ import json
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import RESULTS, BestWeights, Checkpoints, check_run, delete_checkpoints, fingerprint, write_text
-from config import BadInput, FinetuneConfig, run
-from data import block_order, digest, language_model_texts, load_splits, pack, texts_of, train_bpe
-from device import ONE_PROCESS, join, micro_batch_size, pick_device, to_device
-from hub import SAVE_DTYPES, load_gpt2, open_gpt2, save_gpt2
-from log import RunLog, finetune_sheet
+from config import FinetuneConfig
+from data import block_order, language_model_texts, load_splits, pack, texts_of, train_bpe
 from model import GPT2, GPT2Config
-from optimizer import Stepper, make_optimizers
+from runtime.checkpoint import RESULTS, BestWeights, Checkpoints, check_run, delete_checkpoints, fingerprint, write_text
+from runtime.cli import run
+from runtime.device import micro_batch_size, pick_device, to_device
+from runtime.distributed import ONE_PROCESS, join
+from runtime.errors import BadInput
+from runtime.hub import SAVE_DTYPES, load_gpt2, open_gpt2, save_gpt2, tokenizer_text
+from runtime.log import RunLog, finetune_sheet
+from runtime.optimizer import Stepper, make_optimizers
 
 
 def plan(n_tokens, cfg, processes=1):
@@ -93,23 +97,20 @@ def validation_texts(texts, tokenizer, n_tokens):
 
 
 def train_step(model, x, y, cfg, ranks=ONE_PROCESS):
-    """Gradients of the mean loss over a batch (B, block_size), summed up by micro-batches. Returns the loss.
+    """Accumulate the gradients of the mean loss over a batch (B, block_size) by micro-batches. Return the loss.
 
-    Of several processes each has an equal share of the batch, so that the mean of their losses is the batch's.
+    x, y: this process's share of the batch. The shares are equal, so the mean of their losses is that of the batch.
     """
     loss, size = 0.0, cfg.micro_batch_size // ranks.size
-    micro_batches = x.split(size)
-    for i, (xs, ys) in enumerate(zip(micro_batches, y.split(size))):
-        with ranks.accumulate(model, last=i == len(micro_batches) - 1):
-            logits = model(xs)
-            part = F.cross_entropy(logits.flatten(0, 1), ys.flatten(), reduction="sum") / y.numel()
-            part.backward()
+    for xs, ys in zip(x.split(size), y.split(size)):
+        part = F.cross_entropy(model(xs).flatten(0, 1), ys.flatten(), reduction="sum") / y.numel()
+        part.backward()
         loss += part.detach()
     return loss
 
 
-def start_model(cfg, opened, texts, bf16):
-    """(GPT2, tokenizer): from what open_gpt2 returned, or random weights and a tokenizer trained on texts."""
+def initial_model(cfg, opened, texts, bf16):
+    """Return (GPT2, tokenizer): those of open_gpt2, or random weights and a tokenizer trained on texts."""
     if opened:
         folder, config, tokenizer = opened
         return load_gpt2(folder, config, len(tokenizer), bf16), tokenizer
@@ -133,6 +134,26 @@ def write_results(cfg, model, before, after, facts):
     print(f"validation perplexity {change}: {cfg.out}")
 
 
+class BestModel(BestWeights):
+    """The weights with the lowest perplexity on the validation stream, or the last ones. start, best: of evaluate."""
+
+    saved = ("start", "best")
+
+    def __init__(self, model, tokenizer, cfg):
+        super().__init__(model, self.save_model)
+        self.tokenizer, self.cfg, self.start, self.best = tokenizer, cfg, None, None
+
+    def update(self, validation):
+        """validation: (perplexity, bits per character) of the current weights."""
+        self.start = self.start or validation
+        if self.best is None or validation[0] < self.best[0] or self.cfg.weights == "last":
+            self.best = validation
+            self.keep()
+
+    def save_model(self, weights):
+        save_gpt2(self.model, self.tokenizer, self.cfg.out, dtype=SAVE_DTYPES[self.cfg.save_dtype], weights=weights)
+
+
 def main(cfg):
     check_run(cfg, "model.safetensors")
     device, bf16 = pick_device(cfg)
@@ -143,63 +164,56 @@ def main(cfg):
 
     splits = load_splits(cfg.dataset, cfg.text_column, cfg.label_column)
     texts = language_model_texts(splits, cfg.reviews)
-    model, tokenizer = start_model(cfg, opened, texts, bf16)
+    model, tokenizer = initial_model(cfg, opened, texts, bf16)
     model.to(device)
     size = micro_batch_size(cfg, cfg.batch_size, cfg.block_size, model, 3, device, ranks)
     cfg = replace(cfg, micro_batch_size=size)
-    stream, data = pack(texts, tokenizer), digest(texts)
+    stream, data = pack(texts, tokenizer), fingerprint(*texts)
     n_blocks, trained_blocks, steps = plan(len(stream), cfg, ranks.size)
     validation_reviews = validation_texts(texts_of(splits["prompts"], cfg.reviews), tokenizer, cfg.eval_tokens)
     validation, characters = pack(validation_reviews, tokenizer), sum(map(len, validation_reviews))
-
-    def look(model):
-        return validate(model, validation, characters, cfg.block_size, cfg.micro_batch_size, tokenizer.eos_token_id)
+    counts = len(texts), len(stream), len(validation_reviews), len(validation)
+    evaluate = partial(
+        validate, stream=validation, characters=characters, block_size=cfg.block_size,
+        batch_size=cfg.micro_batch_size, eos_id=tokenizer.eos_token_id,
+    )  # fmt: skip
 
     matrices = [p for p in model.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     optimizers = make_optimizers(model, matrices, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), muon_lr=cfg.muon_lr)
-    stepper = Stepper(model, optimizers, cfg.grad_clip)
-    inputs = {"texts": data, "tokenizer": fingerprint(tokenizer.backend_tokenizer.to_str())}
-    state = {"inputs": inputs, "start": None, "best": None, "skips": stepper.skips}
-    dtype = SAVE_DTYPES[cfg.save_dtype]
-    best_weights = BestWeights(model, lambda w: save_gpt2(model, tokenizer, cfg.out, dtype=dtype, weights=w))
-    checkpoints = Checkpoints(cfg, cfg.out, model, optimizers, state, ranks, best_weights.write)
-    state, stepper.skips = checkpoints.state, checkpoints.state["skips"]
+    stepper, best = Stepper(model, optimizers, cfg.grad_clip, ranks), BestModel(model, tokenizer, cfg)
+    inputs = {"texts": data, "tokenizer": fingerprint(tokenizer_text(tokenizer))}
+    saved = {"stepper": stepper, "best": best}
+    checkpoints = Checkpoints(cfg, cfg.out, model, optimizers, inputs, saved, ranks, best.write)
     log = RunLog(cfg, model, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
         model.compile(dynamic=True)  # the last block of the validation stream is shorter
-    learner = ranks.learner(model)
-    counts = len(texts), len(stream), len(validation_reviews), len(validation)
     print(finetune_sheet(cfg, model, steps, *counts, device), flush=True)
-    progress = log.progress(checkpoints, steps + 1, "fine-tune", "step")
-    for step in progress:
+    for step in log.progress(checkpoints, steps + 1, "fine-tune", "step"):
         metrics = {}
         if step % cfg.eval_every == 0 or step == steps:
-            now = look(model)
-            metrics = dict(zip(("val_perplexity", "val_bits_per_character"), now))
-            progress.write(f"step {step} | validation perplexity {now[0]:.2f} | {now[1]:.3f} bits a character")
-            state["start"] = state["start"] or now
-            best = state["best"] is None or now[0] < state["best"][0] or cfg.weights == "last"
-            if best and ranks.rank == 0:
-                state["best"] = now
-                best_weights.keep()
+            perplexity, bits = evaluate(model)
+            metrics = dict(val_perplexity=perplexity, val_bits_per_character=bits)
+            log.print(f"step {step} | validation perplexity {perplexity:.2f} | {bits:.3f} bits per character")
+            best.update((perplexity, bits))
         if step < steps:
-            clock = time.time()
+            start = time.time()
             numbers = block_order(step, n_blocks, cfg.batch_size, trained_blocks, cfg.seed)
             x, y = (to_device(t, device) for t in blocks(stream, ranks.share(numbers), cfg.block_size))
             lr = learning_rate(step, steps, cfg)
             stepper.set_lr(lr / cfg.lr)
-            loss = train_step(learner, x, y, cfg, ranks).item()
+            loss = train_step(model, x, y, cfg, ranks).item()
             metrics |= ranks.mean(dict(loss=loss)) | dict(lr=lr, grad_norm=stepper.step())
-            tok_s = len(numbers) * cfg.block_size / (time.time() - clock)
-            metrics |= dict(skipped_steps=stepper.skipped, tokens_per_second=tok_s)
-            progress.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{lr:.1e}", tok_s=f"{tok_s:.0f}", refresh=False)
+            tokens_per_second = len(numbers) * cfg.block_size / (time.time() - start)
+            metrics |= dict(skipped_steps=stepper.skipped, tokens_per_second=tokens_per_second)
+            shown = dict(loss=f"{metrics['loss']:.3f}", lr=f"{lr:.1e}", tok_s=f"{tokens_per_second:.0f}")
+            log.bar.set_postfix(shown, refresh=False)
         log.write(step, tokens=step * cfg.batch_size * cfg.block_size, **metrics)
     seconds = log.close()
     if ranks.rank == 0:
-        best_weights.write()
-        stored = load_gpt2(Path(cfg.out), model.config, len(tokenizer), bf16).to(device)  # as it was rounded
+        best.write()
+        stored = load_gpt2(Path(cfg.out), model.config, len(tokenizer), bf16).to(device)  # in save_dtype
         facts = {"data": data, "tokens": trained_blocks * cfg.block_size, "validation_tokens": len(validation)}
-        write_results(cfg, stored, state["start"], look(stored), facts | {"seconds": seconds})
+        write_results(cfg, stored, best.start, evaluate(stored), facts | {"seconds": seconds})
         delete_checkpoints(cfg.out)
 
 

@@ -14,10 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import BadInput
-from device import random_generator
+from runtime.linear import Linear, linear
 
-STOP_CHECK = 8  # tokens between two looks at whether all rows have ended: each look makes the host wait for the GPU
+STOP_CHECK = 8  # check every so many tokens whether all rows have ended: the check makes the host wait for the GPU
 
 
 @dataclass(frozen=True)
@@ -91,30 +90,6 @@ class StaticKVCache(nn.Module):
     @property
     def mask(self):
         return self.places <= self.position  # (1, length)
-
-
-def linear(x, weight, bias=None):
-    """F.linear, and its faster equals for a decoding step on a CPU, which has a token a row.
-
-    MKL computes W x^T in three quarters of x W^T's time. It copies W on the way, which for few rows is most of the
-    work: 8 rows take another quarter less in blocks of W that fit a cache.
-    """
-    if not x.is_cpu or x.shape[-2] > 1:
-        return F.linear(x, weight, bias)
-    rows = x.flatten(0, -2)
-    if 1 < len(rows) <= 8:
-        block = next(n for n in range(128, 0, -1) if len(weight) % n == 0)
-        blocks = weight.view(-1, block, weight.shape[1]).mT
-        rows = rows.expand(len(blocks), *rows.shape)
-        product = rows @ blocks if bias is None else torch.baddbmm(bias.view(-1, 1, block), rows, blocks)
-        return product.transpose(0, 1).reshape(*x.shape[:-1], -1)
-    product = weight @ rows.T if bias is None else torch.addmm(bias[:, None], weight, rows.T)
-    return product.T.contiguous().view(*x.shape[:-1], -1)
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -226,26 +201,28 @@ class GPT2(nn.Module):
         return 2 * (tokens * blocks + predicted * self.n_tokens * self.config.n_embd)
 
     @torch.no_grad()
-    def stream(self, prompts, max_new_tokens, temperature, eos_id, generator=None):
-        """Sample from softmax(logits / temperature), all of it, so that logprobs describe what was sampled.
+    def generate(self, prompts, max_new_tokens, temperature, eos_id, generator=None):
+        """Sample from the full softmax(logits / temperature), whose log-probabilities Policy.forward returns.
 
-        prompts: (B, P), all of P tokens. Yields the ids (B,) of one step after the other, max_new_tokens times, or
-        fewer when every row has ended: behind a row's first eos_id comes eos_id.
+        prompts: (B, P), all of P tokens. Returns (B, P + max_new_tokens): prompts and responses. Responses are padded
+        with eos_id after their first one.
         """
-        cache = KVCache(self.config, len(prompts), prompts.shape[1] + max_new_tokens)
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
+        B, P = prompts.shape
+        sequences = torch.cat([prompts, prompts.new_full((B, max_new_tokens), eos_id)], dim=1)
+        cache = KVCache(self.config, B, P + max_new_tokens)
+        ended = torch.zeros(B, dtype=torch.bool, device=prompts.device)
         new = prompts
-        for step in range(1, max_new_tokens + 1):
+        for t in range(P, P + max_new_tokens):
             logits = self.next_logits(new, cache)
-            if step == 1 and self.static_caches is not None:
+            if t == P and self.static_caches is not None:
                 cache = self.static_cache(cache)
-            new = draw(logits / temperature, generator)
-            new = torch.where(ended, eos_id, new)
-            yield new
+            new = torch.where(ended, eos_id, draw(logits / temperature, generator))
+            sequences[:, t] = new
             ended |= new == eos_id
             new = new[:, None]
-            if step % STOP_CHECK == 0 and ended.all():
-                return
+            if (t + 1 - P) % STOP_CHECK == 0 and ended.all():
+                break
+        return sequences
 
     def next_logits(self, new, cache):
         """Logits of what follows ids new (B, L) behind what the cache holds, of either kind: (B, n_tokens)."""
@@ -269,14 +246,6 @@ class GPT2(nn.Module):
     def compile_decoding(self):
         """From now on a decoding step on a GPU is one CUDA graph instead of some hundred launches."""
         self.static_step, self.static_caches = torch.compile(self.static_step, mode="reduce-overhead"), {}
-
-    def generate(self, prompts, max_new_tokens, temperature, eos_id, generator=None):
-        """Prompts (B, P) with all that stream yields: (B, P + max_new_tokens); behind an eos_id stands eos_id."""
-        B, P = prompts.shape
-        sequences = torch.cat([prompts, prompts.new_full((B, max_new_tokens), eos_id)], dim=1)
-        for t, new in enumerate(self.stream(prompts, max_new_tokens, temperature, eos_id, generator), start=P):
-            sequences[:, t] = new
-        return sequences
 
 
 def draw(logits, generator=None):
@@ -335,19 +304,6 @@ class Policy(nn.Module):
 
 
 @torch.no_grad()
-def cached_logprobs(policy, sequences, prompt_len, temperature=1.0):
-    """What Policy.forward returns as logprobs, made the way generate makes it: token by token through the KV cache."""
-    gpt2, (B, L) = policy.gpt2, sequences.shape
-    cache, steps = KVCache(gpt2.config, B, L), []
-    new = sequences[:, :prompt_len]
-    for t in range(prompt_len, L):
-        logits = gpt2.logits(gpt2.trunk(new, cache)[:, -1:]) / temperature
-        new = sequences[:, t : t + 1]
-        steps.append(token_logprobs(logits, new))
-    return torch.cat(steps, dim=1)
-
-
-@torch.no_grad()
 def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
     """KL(policy || ref_policy) over the whole vocabulary, summed over the real tokens: (B,) nats, never below 0.
 
@@ -362,36 +318,8 @@ def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
     return torch.stack(kl).where(mask, 0).sum(1)
 
 
-# The largest and the mean error that rounding explains, nats a token, by whether the trunk is in bf16. Measured: up to
-# 2e-5 and 1.6e-6 in fp32, .10 and .008 in bf16 on the mini model; 4e-5 and 1e-5, .27 and .04 on 124M random weights
-# times 3. A temperature that is off by a twentieth, or a position by one, makes at least .38 and .09 on the mini model.
-ROUNDING = {False: (1e-3, 1e-4), True: (1.0, 0.05)}
-
-
-@torch.no_grad()
-def check_policy(policy, ref_policy, prompts, cfg):
-    """Check the policy before the first step; returns a summary as text, or raises BadInput naming what is off.
-
-    On responses to some prompts: two passes agree (dropout would show as a ratio other than 1), the policy is its
-    reference (KL 0), and the KV cache gives the log-probabilities that PPO computes without it.
-    """
-    prompts, prompt_len, t = prompts[:8], prompts.shape[1], cfg.temperature
-    sequences = policy.gpt2.generate(
-        prompts, cfg.response_len, t, eos_id=-1, generator=random_generator(prompts.device, cfg.seed)
-    )
-    logprobs = policy(sequences, prompt_len, t)[0]
-    errors = {
-        "log ratio": policy(sequences, prompt_len, t)[0] - logprobs,
-        "KL": logprobs - ref_policy(sequences, prompt_len, t)[0],
-        "KV cache": cached_logprobs(policy, sequences, prompt_len, t) - logprobs,
-    }
-    allowed, found = ROUNDING[policy.gpt2.bf16], []
-    for name, error in errors.items():
-        largest, mean = error.abs().max().item(), error.abs().mean().item()
-        if not (largest <= allowed[0] and mean <= allowed[1]):
-            raise BadInput(
-                f"self-check: {name} is off by {largest:.2g} nats a token at most and {mean:.2g} on average before the "
-                f"first step; rounding explains {allowed[0]} and {allowed[1]}"
-            )
-        found.append(f"|{name}| at most {largest:.1g}, mean {mean:.1g}")
-    return "; ".join(found) + " nats"
+def compile_passes(policy, ref_policy):
+    """torch.compile the forward passes and the decoding step that a rollout and an update call."""
+    policy.compile(dynamic=True)  # every rollout has another length of prompts and of responses
+    ref_policy.compile(dynamic=True)
+    policy.gpt2.compile_decoding()

@@ -26,23 +26,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import (
+from config import RewardConfig
+from data import CONTROLS, Reviews, load_splits, train_wordpiece
+from runtime.checkpoint import (
     RESULTS,
     Checkpoints,
     check_run,
     delete_checkpoints,
     fingerprint,
-    first_line,
     read_json,
     replacing,
     write_text,
 )
-from config import BadInput, RewardConfig, run, sources
-from data import CONTROLS, Reviews, digest, load_splits, train_wordpiece
-from device import pick_device, seed_of, to_device
-from hub import SAVE_DTYPES, load_tokenizer, locate
-from log import RunLog, classifier_flops, sheet, time_on_cpu
-from optimizer import Stepper, make_optimizers, warm_up_and_decay
+from runtime.cli import run, sources
+from runtime.device import pick_device, seed_of, to_device
+from runtime.errors import BadInput, NotFinite, first_line
+from runtime.hub import SAVE_DTYPES, load_tokenizer, locate, tokenizer_text
+from runtime.log import RunLog, classifier_flops, sheet, time_on_cpu
+from runtime.optimizer import Stepper, make_optimizers, warm_up_and_decay
 
 PROBES = (  # (positive, negative): what any sentiment classifier tells apart
     ("I loved this movie, it was wonderful throughout.", "I hated this movie, it was terrible throughout."),
@@ -212,8 +213,19 @@ def load_reward(cfg, device):
     return FunctionReward(file, function)
 
 
+def load_rewards(cfg, device):
+    """Load and check the reward and the judge, None if cfg.judge is empty."""
+    reward_fn, judge = load_reward(cfg, device), load_judge(cfg, device)
+    if cfg.self_check:
+        print("self-check: reward:", check_reward(reward_fn))
+        print("self-check: judge:", check_reward(judge, "judge") if judge else "none", flush=True)
+    return reward_fn, judge
+
+
 class FunctionReward:
-    """A user's function as a reward: list of B texts -> B scores. BadInput, with its name, when it raises."""
+    """A user's function as a reward: list of B texts -> B scores. BadInput, with its name, if it raises."""
+
+    truncated_frac = 0.0  # as of SentimentReward
 
     def __init__(self, file, function):
         self.file, self.name = os.path.abspath(file), f"{file}:{function}"
@@ -261,17 +273,6 @@ def reward_fingerprint(reward_fn):
     if isinstance(reward_fn, SentimentReward):
         return fingerprint(reward_fn.model, tokenizer_text(reward_fn.tokenizer))
     return fingerprint(Path(reward_fn.file).read_text(encoding="latin-1")) if hasattr(reward_fn, "file") else ""
-
-
-def tokenizer_text(tokenizer):
-    """What a tokenizer does, as text; of one that is written in Python its vocabulary."""
-    if tokenizer.is_fast:
-        return tokenizer.backend_tokenizer.to_str()
-    return json.dumps(sorted(tokenizer.get_vocab().items()))
-
-
-class NotFinite(BadInput):
-    """A rollout with a number that is not finite: PPO skips it, and stops after three in a row."""
 
 
 def as_scores(scores, texts):
@@ -381,17 +382,15 @@ def train(name, classifier, reviews, cfg, bf16, teacher=None):
     optimizers = make_optimizers(model, [], cfg.lr, cfg.weight_decay)
     stepper = Stepper(model, optimizers, cfg.grad_clip)
     inputs = {
-        "texts": digest(reviews.texts),
+        "texts": fingerprint(*reviews.texts),
         "tokenizer": fingerprint(tokenizer_text(tokenizer)),
         "teacher": reward_fingerprint(teacher),
     }
-    checkpoints = Checkpoints(cfg, out, model, optimizers, {"inputs": inputs, "skips": stepper.skips})
-    stepper.skips = checkpoints.state["skips"]
+    checkpoints = Checkpoints(cfg, out, model, optimizers, inputs, {"stepper": stepper})
     log = RunLog(cfg, model, part=name, first_step=checkpoints.first_step)
     per_epoch = math.ceil(len(reviews.texts) / cfg.batch_size)
     steps, epoch = math.ceil(cfg.epochs * per_epoch), None
-    progress = log.progress(checkpoints, steps, f"train the {name}", "step")
-    for step in progress:
+    for step in log.progress(checkpoints, steps, f"train the {name}", "step"):
         if epoch != step // per_epoch:
             epoch = step // per_epoch
             texts = training_texts(reviews.texts, epoch, cfg)
@@ -414,7 +413,7 @@ def train(name, classifier, reviews, cfg, bf16, teacher=None):
             loss=loss.item(), accuracy=accuracy, lr=optimizers[0].param_groups[0]["lr"], grad_norm=stepper.step()
         )
         log.write(step, **metrics, skipped_steps=stepper.skipped)
-        progress.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
+        log.bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
     model.eval().to(SAVE_DTYPES[cfg.save_dtype])
     with replacing(out, model.state_dict()) as folder:
         model.save_pretrained(folder)
@@ -507,7 +506,7 @@ def main(cfg):
     for name, start in starts.items():
         reviews, file = splits[name], Path(cfg.out, name, RESULTS)
         if cfg.resume and file.is_file():
-            if read_json(file).get("data") != digest(reviews.texts):
+            if read_json(file).get("data") != fingerprint(*reviews.texts):
                 raise BadInput(f"{file.parent} was trained on other texts: --force without --resume replaces the run")
             delete_checkpoints(file.parent)  # of a run that was killed before it could
             print(f"the {name} is trained already")
@@ -530,7 +529,7 @@ def main(cfg):
         before = report(classifier, held_out, cfg)
         seconds = train(name, classifier, reviews, cfg, bf16, teacher)
         results = {
-            "data": digest(reviews.texts),
+            "data": fingerprint(*reviews.texts),
             "parameters": sum(p.numel() for p in classifier.model.parameters()),
             "seconds": seconds,
             "held_out": len(held_out.texts),

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import BadInput  # noqa: E402
 from data import train_bpe, train_wordpiece  # noqa: E402
+from runtime.errors import BadInput  # noqa: E402
 
 TEXTS = [
     "I loved this movie, it was wonderful from start to finish.",
@@ -65,7 +65,7 @@ def gpt2_folder(tmp_path_factory, tokenizer):
 
 def write_tuned(gpt2_folder, folder, seed=0):
     """Write a policy into folder that differs from the one in gpt2_folder in a bias, another one for each seed."""
-    from hub import load_policy, open_gpt2, save_gpt2
+    from runtime.hub import load_policy, open_gpt2, save_gpt2
 
     path, config, tokenizer = open_gpt2(str(gpt2_folder))
     policy = load_policy(path, config, tokenizer)

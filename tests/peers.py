@@ -51,7 +51,7 @@ def random_ids(rows, length, vocabulary=50257):
 
 
 def our_step(size):
-    import bench
+    from analysis import bench
     from config import BenchConfig
 
     preset = {"124M": "gpt2", "mini": "mini"}[size]
@@ -62,9 +62,9 @@ def our_step(size):
 
 def our_gpt2(size):
     from config import BenchConfig
-    from device import pick_device
-    from hub import load_gpt2, open_gpt2
     from model import GPT2, GPT2Config
+    from runtime.device import pick_device
+    from runtime.hub import load_gpt2, open_gpt2
 
     pick_device(BenchConfig(device="cpu"))
     if size == "mini":
@@ -80,7 +80,7 @@ def our_generation(rows, new_tokens):
 def our_fine_tuning(size, rows):
     from config import FinetuneConfig
     from finetune_gpt2 import train_step
-    from optimizer import Stepper, make_optimizers
+    from runtime.optimizer import Stepper, make_optimizers
 
     model, cfg = our_gpt2(size), FinetuneConfig(batch_size=rows, micro_batch_size=rows)
     stepper = Stepper(model, make_optimizers(model, [], cfg.lr, cfg.weight_decay), cfg.grad_clip)
@@ -108,8 +108,8 @@ def mixed_texts():
 
 def our_scoring():
     from config import BenchConfig
-    from device import pick_device
     from reward import SentimentReward
+    from runtime.device import pick_device
 
     pick_device(BenchConfig(device="cpu"))
     return clock(SentimentReward(bert_base(), tokenizer_of(MINI["reward"]), positive=1), mixed_texts())

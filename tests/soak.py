@@ -24,9 +24,10 @@ import torch
 from conftest import TEXTS, hf_gpt2, reviews_csv, train_bpe, write_bert
 from tqdm import tqdm
 
-from checkpoint import CHECKPOINTS, check_sums, latest_checkpoint, load_checkpoint, save_checkpoint, sweep
-from config import FinetuneConfig, PPOConfig, RewardConfig, run
-from log import RunLog, read_lines
+from config import FinetuneConfig, PPOConfig, RewardConfig
+from runtime.checkpoint import CHECKPOINTS, check_sums, latest_checkpoint, load_checkpoint, save_checkpoint, sweep
+from runtime.cli import run
+from runtime.log import RunLog, read_lines
 
 CONFIGS = {"ppo": PPOConfig, "reward": RewardConfig, "finetune_gpt2": FinetuneConfig}
 FORKS = multiprocessing.get_context("forkserver")

@@ -9,8 +9,8 @@ from conftest import ROOT
 
 from data import digest, key, language_model_texts, load_splits, pack
 from finetune_gpt2 import validate, validation_texts
-from hub import load_gpt2, open_gpt2, read_tensors
 from reward import SentimentReward, check_reward
+from runtime.hub import load_gpt2, open_gpt2, read_tensors
 
 MINI = ROOT / "asset" / "mini"
 MOST = {"gpt2": 20e6, "reward": 8e6, "judge": 8e6}  # bytes of a folder

@@ -14,10 +14,10 @@ from torch._dynamo.utils import counters
 
 import finetune_gpt2
 from config import FinetuneConfig, PPOConfig
-from device import random_generator
 from model import GPT2, GPT2Config, Policy
-from optimizer import Stepper
 from ppo import compile_passes, rollout, update
+from runtime.device import random_generator
+from runtime.optimizer import Stepper
 
 SHAPE = GPT2Config(vocab_size=50, n_positions=64, n_embd=16, n_layer=2, n_head=2)
 CFG = PPOConfig(batch_size=8, minibatch_size=4, micro_batch_size=2, ppo_epochs=2, compile=True)

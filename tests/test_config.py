@@ -11,7 +11,6 @@ from conftest import ROOT
 from config import (
     FROM_SCRATCH,
     PRESETS,
-    BadInput,
     BenchConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -19,11 +18,10 @@ from config import (
     GenerateConfig,
     PPOConfig,
     RewardConfig,
-    differing,
     fields,
-    parse,
-    sources,
 )
+from runtime.cli import differing, parse, sources
+from runtime.errors import BadInput
 
 SHARED = ("checkpoint", "data", "device", "log", "model")
 READERS = {  # the modules that get a config of the class

@@ -11,7 +11,7 @@ import torch
 from conftest import TEXTS
 
 import data
-from config import BadInput, PPOConfig
+from config import PPOConfig
 from data import (
     EOS,
     check_context,
@@ -28,6 +28,7 @@ from data import (
     train_bpe,
     train_wordpiece,
 )
+from runtime.errors import BadInput
 
 ROWS = [(f"Review {i} of a film, {'good' if i % 2 else 'bad'} from start to finish.", i % 2) for i in range(400)]
 

@@ -16,17 +16,19 @@ from conftest import ROOT, LogitsMemory, message, nan_after_the_end, reviews_csv
 
 import config
 import evaluate
-import hub
-from checkpoint import CARD_MARK
-from config import BadInput, EvaluateConfig, FrontierConfig, PPOConfig
+from analysis.metrics import kl_text, table_text
+from analysis.responses import prompt_groups, respond
+from config import EvaluateConfig, FrontierConfig, PPOConfig
 from data import CONTROLS, load_splits, prompt_pool
-from evaluate import check_results, micro_batches, pieces, prompt_groups, respond, sample_answers, token_numbers, viewer
-from hub import load_policy, open_gpt2
-from log import side_by_side
-from metrics import kl_text, table_text
+from evaluate import check_results, micro_batches, pieces, sample_answers, token_numbers, viewer
 from model import GPT2
 from ppo import gae, token_rewards
 from reward import SentimentReward
+from runtime import hub
+from runtime.checkpoint import CARD_MARK
+from runtime.errors import BadInput
+from runtime.hub import load_policy, open_gpt2
+from runtime.log import side_by_side
 
 CFG = EvaluateConfig(prompts=16, max_prompt_len=4, response_len=12, batch_size=3, resamples=200, samples=3)
 CPU = torch.device("cpu")

@@ -10,16 +10,17 @@ import pytest
 import torch
 from conftest import reviews_csv
 
-import checkpoint
 import finetune_gpt2
-from checkpoint import CARD_MARK, latest_checkpoint, load_checkpoint, save_checkpoint
-from config import BadInput, FinetuneConfig
+from config import FinetuneConfig
 from data import block_order, digest, encode, language_model_texts, load_splits, pack
 from finetune_gpt2 import blocks, learning_rate, train_step, validate, validation_texts
-from hub import load_gpt2, open_gpt2, read_tensors, save_gpt2
-from log import RunLog
 from model import GPT2, GPT2Config
-from optimizer import Stepper
+from runtime import checkpoint
+from runtime.checkpoint import CARD_MARK, latest_checkpoint, load_checkpoint, save_checkpoint
+from runtime.errors import BadInput
+from runtime.hub import load_gpt2, open_gpt2, read_tensors, save_gpt2
+from runtime.log import RunLog
+from runtime.optimizer import Stepper
 
 LN2 = math.log(2)
 

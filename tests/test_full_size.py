@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from config import EvaluateConfig, GenerateConfig, PPOConfig
 from data import load_splits
-from hub import locate
+from runtime.hub import locate
 
 GPT2, IMDB = "openai-community/gpt2", "stanfordnlp/imdb"
 BERT_IMDB, SIEBERT = "lvwerra/bert-imdb", "siebert/sentiment-roberta-large-english"

@@ -10,11 +10,13 @@ from conftest import reviews_csv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoint import RUN_CONFIG, check_run, latest_checkpoint, load_checkpoint, save_checkpoint
-from config import SAME_RESULT, BadInput, EvaluateConfig, FinetuneConfig, GenerateConfig, PPOConfig, RewardConfig, parse
+from config import EvaluateConfig, FinetuneConfig, GenerateConfig, PPOConfig, RewardConfig
 from data import SHARES, load_splits
-from hub import load_gpt2, load_tokenizer, read_config
 from reward import positive_index
+from runtime.checkpoint import RUN_CONFIG, check_run, latest_checkpoint, load_checkpoint, save_checkpoint
+from runtime.cli import SAME_RESULT, parse
+from runtime.errors import BadInput
+from runtime.hub import load_gpt2, load_tokenizer, read_config
 
 CLASSES = [FinetuneConfig, RewardConfig, PPOConfig, EvaluateConfig, GenerateConfig]
 VALUES = st.one_of(

@@ -21,10 +21,10 @@ from conftest import ROOT, TEXTS, hf_gpt2, message
 import generate
 from config import GenerateConfig
 from data import encode, train_bpe
-from device import random_generator
 from generate import answer, growing_answers, prompt_ids
-from hub import load_policy, open_gpt2, open_pair, save_gpt2
 from model import GPT2, GPT2Config, Policy
+from runtime.device import random_generator
+from runtime.hub import load_policy, open_gpt2, open_pair, save_gpt2
 
 CFG = GenerateConfig(response_len=40, temperature=1.0)
 PROMPT = "I loved"

@@ -19,18 +19,19 @@ import pytest
 import torch
 from conftest import ROOT
 
-import bench
 import ppo
-from checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from analysis import bench
 from config import PRESETS, BenchConfig, PPOConfig
 from data import load_splits
-from device import ONE_PROCESS, micro_batch_size, pick_device, random_generator, to_device
-from hub import load_policy, open_gpt2
-from log import rollout_metrics
 from model import GPT2, ROUNDING, GPT2Config, Policy, cached_logprobs, check_policy, draw
-from optimizer import Stepper, make_optimizers
 from ppo import compile_passes, rollout, update
 from reward import SentimentReward, check_reward
+from runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from runtime.device import micro_batch_size, pick_device, random_generator, to_device
+from runtime.distributed import ONE_PROCESS
+from runtime.hub import load_policy, open_gpt2
+from runtime.log import rollout_metrics
+from runtime.optimizer import Stepper, make_optimizers
 
 NAME = os.environ.get("CHECK_DEVICE", "cuda")
 ON_GPU = NAME == "cuda"

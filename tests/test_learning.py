@@ -8,11 +8,11 @@ import torch
 from test_ppo import EOS, Words
 from test_ppo import tiny_policy as any_policy
 
+from analysis.metrics import distinct
 from config import PPOConfig
-from log import rollout_metrics
-from metrics import distinct
-from optimizer import Stepper
 from ppo import rollout, update
+from runtime.log import rollout_metrics
+from runtime.optimizer import Stepper
 
 
 def config(**changes):

@@ -18,21 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
-from config import BadInput, PPOConfig
+from config import PPOConfig
 from data import check_context
-from device import random_generator
-from hub import (
-    SUPPORTED,
-    TRANSPOSED,
-    VALUE_HEAD,
-    load_gpt2,
-    load_policy,
-    load_tokenizer,
-    open_gpt2,
-    read_config,
-    read_tensors,
-    save_gpt2,
-)
 from model import (
     GPT2,
     ROUNDING,
@@ -45,6 +32,20 @@ from model import (
     exact_kl,
     linear,
     token_logprobs,
+)
+from runtime.device import random_generator
+from runtime.errors import BadInput
+from runtime.hub import (
+    SUPPORTED,
+    TRANSPOSED,
+    VALUE_HEAD,
+    load_gpt2,
+    load_policy,
+    load_tokenizer,
+    open_gpt2,
+    read_config,
+    read_tensors,
+    save_gpt2,
 )
 
 CLOSE = dict(atol=1e-9, rtol=0)
@@ -870,7 +871,7 @@ def test_loading_draws_no_random_number(gpt2_folder):
 PEAK = """
 import sys
 from pathlib import Path
-from hub import load_gpt2, read_config
+from runtime.hub import load_gpt2, read_config
 
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from config import PPOConfig
-from log import rollout_metrics
 from model import GPT2, GPT2Config, Policy
 from ppo import AdaptiveKL, gae, ppo_loss, rollout, token_rewards, whiten
+from runtime.log import rollout_metrics
 
 
 def tensors(x):

@@ -19,15 +19,10 @@ from conftest import reviews_csv, write_bert
 from torch import nn, tensor
 from torch._subclasses import FakeTensor  # torch.compile keeps some
 
-import checkpoint
 import ppo
-from checkpoint import latest_checkpoint, save_checkpoint
-from config import BadInput, PPOConfig
+from config import PPOConfig
 from data import load_splits, prompt_pool
-from hub import load_policy, open_gpt2
-from log import RunLog, rollout_metrics, show
 from model import GPT2, GPT2Config, Policy
-from optimizer import Stepper
 from ppo import (
     AdaptiveKL,
     BestPolicy,
@@ -42,6 +37,12 @@ from ppo import (
     whiten,
 )
 from reward import NotFinite, SentimentReward
+from runtime import checkpoint
+from runtime.checkpoint import latest_checkpoint, save_checkpoint
+from runtime.errors import BadInput
+from runtime.hub import load_policy, open_gpt2
+from runtime.log import RunLog, rollout_metrics, show
+from runtime.optimizer import Stepper
 
 EOS = 0
 VOCAB = 12

@@ -16,8 +16,8 @@ from test_ppo import TABLES, VOCAB, close, config, moved_policy, sgd, state, tin
 from config import FinetuneConfig, PPOConfig
 from data import EOS, block_order, encode, pack, prompt_batch, train_bpe
 from finetune_gpt2 import blocks, plan
-from log import rollout_metrics
 from ppo import Rollout, gae, response_mask, token_rewards, update, whiten
+from runtime.log import rollout_metrics
 
 many = settings(derandomize=True, deadline=None, max_examples=60)
 few = settings(many, max_examples=12)  # each example takes optimizer steps

@@ -8,18 +8,9 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from config import (
-    BenchConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    FrontierConfig,
-    GenerateConfig,
-    PPOConfig,
-    RewardConfig,
-    differing,
-    parse,
-)
+from config import BenchConfig, EvaluateConfig, FinetuneConfig, FrontierConfig, GenerateConfig, PPOConfig, RewardConfig
 from evaluate import table_text
+from runtime.cli import differing, parse
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = {

@@ -16,7 +16,7 @@ from conftest import TEXTS, message, reviews_csv, write_bert
 from tokenizers import ByteLevelBPETokenizer
 
 import reward
-from config import BadInput, EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig
+from config import EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig
 from data import EOS, digest, encode, load_splits
 from ppo import rollout
 from reward import (
@@ -33,6 +33,7 @@ from reward import (
     tokenize,
     training_texts,
 )
+from runtime.errors import BadInput
 
 PAIR = ["A good film.", "A bad film, and a long one."]
 MIXED = ["Good.", *TEXTS[:4], "A film " * 30, "x", "Bad."]  # lengths in no order

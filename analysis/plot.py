@@ -1,0 +1,380 @@
+"""The figures of the README, from what runs left on disk; no torch here, so figures can be redrawn anywhere.
+
+    python plot.py                        # all of them, into asset/images/, from the logs and results in asset/
+    python plot.py ppo_checkpoints/mini   # the learning curves of one run, into its folder
+
+Every figure is 10 inches wide. Drawings are measured in inches from the lower left, texts in points.
+"""
+
+import contextlib
+import csv
+import json
+import statistics
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+from matplotlib.colors import to_rgba
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.textpath import text_to_path
+
+matplotlib.use("Agg")  # files only, no screen
+import matplotlib.pyplot as plt
+
+from runtime.errors import printable
+
+ASSET = Path("asset")
+WIDTH, SMALL, LINE = 10, 10, 0.19  # inches; points, 11.5 pixels at the 830 of GitHub's README; inches between two lines
+INK, GREY = "#222222", "#6b6b6b"
+# Okabe and Ito 2008, dark enough for text on white: told apart without red-green vision too
+BLUE, AMBER, PURPLE = "#0072b2", "#b26a00", "#93478f"  # GPT-2, the reward, the judge
+GREEN, RED = "#007d5a", "#c24e00"  # POSITIVE, NEGATIVE
+
+plt.rcParams.update({
+    "text.parse_math": False,  # a $ in a generated text is a $
+    "text.hinting": "none",  # so that wrap measures what is drawn
+    "font.family": "DejaVu Sans", "font.size": 11, "text.color": INK, "axes.labelcolor": INK,
+    "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL, "legend.frameon": False,
+    "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.grid": True, "grid.alpha": 0.3,
+    "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.4,
+    "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.1,
+    "figure.dpi": 150, "savefig.facecolor": "white",
+})  # fmt: skip
+
+# what evaluate.py measures, as tables call it
+CAPTIONS = {
+    "score": "score",
+    "positive_by_reward": "positive, by the reward",
+    "positive_by_judge": "positive, by the judge",
+    "agrees_negative": "behind [negative], by the judge",
+    "agrees_positive": "behind [positive], by the judge",
+    "judge": "probability, by the judge",
+    "kl": "KL, nats a response",
+    "kl_k3": "KL by k3",
+    "kl_exact": "KL over the whole vocabulary",
+    "perplexity": "perplexity, fine-tuned model",
+    "bits_per_character": "bits a character, second model",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "repetition": "repetition, 4-grams",
+    "response_length": "length, tokens",
+}
+DIGITS = {"repetition": 4}  # behind the point; of the others 2
+
+PANELS = (  # (metrics of one panel, label of its y axis)
+    (("positive_by_reward", "positive_by_judge"), "share positive"),
+    (("kl", "kl_exact"), "KL, nats a response"),
+    (("response_length",), "response length, tokens"),
+    (("entropy",), "entropy, nats a token"),
+)
+CURVES = {  # metric of a panel with a legend: (colour, text)
+    "positive_by_reward": (AMBER, "by the reward"),
+    "positive_by_judge": (PURPLE, "by the judge, which PPO never sees"),
+    "kl": (BLUE, "kl, sampled tokens, ± standard error"),
+    "kl_exact": (INK, "kl_exact, whole vocabulary"),
+}
+
+
+def read_jsonl(file):
+    """The JSON values of a file's lines; a last line that a crash left half written is ignored."""
+    *lines, rest = Path(file).read_bytes().split(b"\n")
+    values = [json.loads(line) for line in lines]
+    with contextlib.suppress(ValueError):
+        values.append(json.loads(rest))
+    return values
+
+
+def read_metrics(folder):
+    """The lines of log.jsonl as dicts."""
+    return read_jsonl(Path(folder) / "log.jsonl")
+
+
+def read_results(folder):
+    return json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+
+
+def columns(lines, *names):
+    """A list of numbers for each name, all of one length: from the lines that have every name."""
+    return [[line[name] for line in lines if all(n in line for n in names)] for name in names]
+
+
+def kl_target(folder):
+    """What the KL controller of a run aimed at, nats a response; 0 for nothing, or where no run_config.json says it."""
+    file = Path(folder) / "run_config.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("kl_target", 0) if file.is_file() else 0
+
+
+def panels(lines):
+    """PANELS with the metrics that lines of a log have; the score where they have no share positive."""
+    for names, label in PANELS:
+        names = [name for name in names if any(name in line for line in lines)]
+        yield (names, label) if names else (["score"], "score")
+
+
+def curves(folder):
+    """PANELS against the rollout, of the log in the folder."""
+    lines = read_metrics(folder)
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.5), layout="constrained", sharex=True)
+    for axis, (names, label) in zip(axes.flat, panels(lines)):
+        for name in names:
+            colour, text = CURVES.get(name, (BLUE, None))
+            axis.plot(*columns(lines, "step", name), color=colour, label=text)
+        if "kl" in names:
+            steps, kl, stderr = columns(lines, "step", "kl", "kl_stderr")
+            low, high = ([k + sign * s for k, s in zip(kl, stderr)] for sign in (-1, 1))
+            axis.fill_between(steps, low, high, color=BLUE, alpha=0.2, linewidth=0)
+            if (target := kl_target(folder)) > 0:
+                axis.axhline(target, color=GREY, linestyle="--", label="target")
+        if label == "share positive":
+            axis.set_ylim(0, 1)
+        if names[0] in CURVES:
+            axis.legend()
+        axis.set_ylabel(label)
+    for axis in axes[-1]:
+        axis.set_xlabel("rollout")
+    figure.align_ylabels()
+    return figure
+
+
+def learning_curves(folder):
+    """Draw PANELS against the rollout into learning_curves.png in the folder; returns its path."""
+    return save(curves(folder), Path(folder) / "learning_curves.png")
+
+
+def save(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+# ---- drawings
+
+
+def canvas(height, title=""):
+    """A figure, and axes over all of it whose units are inches."""
+    figure = plt.figure(figsize=(WIDTH, height))
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, height))
+    axis.axis("off")
+    note(axis, 0.3, height - 0.35, title, ha="left", size=14, weight="bold")
+    return figure, axis
+
+
+def chart(figure, xlabel, ylabel):
+    """Axes for data, at the right of a drawing."""
+    height = figure.get_figheight()
+    return figure.add_axes((0.725, 0.7 / height, 0.25, 1 - 1.25 / height), xlabel=xlabel, ylabel=ylabel)
+
+
+def note(axis, x, y, text, **style):
+    y += 0.02  # capitals and digits look centred
+    axis.text(x, y, text, **{"size": SMALL, "ha": "center", "va": "center_baseline", "linespacing": 1.3} | style)
+
+
+def box(axis, x, y, width, height, text, colour=GREY, frozen=False, solid=False, size=11):
+    """A box with its centre at (x, y), dashed around what is frozen. Returns the middle of each side."""
+    dx, dy = width / 2, height / 2
+    face, line = to_rgba(colour, 1 if solid else 0.1), "--" if frozen else "-"
+    shape = dict(boxstyle="round,pad=0,rounding_size=0.08", facecolor=face, edgecolor=colour, linestyle=line)
+    axis.add_patch(FancyBboxPatch((x - dx, y - dy), width, height, linewidth=1.4, **shape))
+    note(axis, x, y, text, size=size, color="white" if solid else INK)
+    return SimpleNamespace(left=(x - dx, y), right=(x + dx, y), top=(x, y + dy), bottom=(x, y - dy))
+
+
+def arrow(axis, *points):
+    """An arrow along straight lines through the points (x, y)."""
+    path = matplotlib.path.Path(points)
+    axis.add_patch(FancyArrowPatch(path=path, arrowstyle="-|>", mutation_scale=13, color=INK, linewidth=1.2))
+
+
+def finetune_model(folder):
+    """Fine-tuning: each token predicts the next one; beside it the validation loss in the folder's log."""
+    tokens, bits = columns(read_metrics(folder), "tokens", "val_bits_per_character")
+    figure, axis = canvas(3.6, "1. Fine-tuning")
+    gpt2 = box(axis, 3.88, 1.75, 4.76, 0.6, "GPT-2", BLUE)
+    for i, (token, target) in enumerate(pairwise(("This", "movie", "was", "great", "<|endoftext|>"))):
+        x = 2.05 + 1.22 * i
+        arrow(axis, box(axis, x, 0.85, 1.1, 0.4, token, size=SMALL).top, (x, gpt2.bottom[1]))
+        arrow(axis, (x, gpt2.top[1]), box(axis, x, 2.65, 1.1, 0.4, target, size=SMALL).bottom)
+    note(axis, 0.3, 0.85, "review", ha="left")
+    note(axis, 0.3, 2.65, "next token", ha="left")
+    note(axis, 3.88, 0.3, "loss = cross-entropy of the next token, mean over all tokens")
+
+    axis = chart(figure, "training tokens, millions", "validation bits a character")
+    axis.plot([n / 1e6 for n in tokens], bits, color=BLUE, marker=".", clip_on=False)
+    axis.annotate(f"{bits[-1]:.2f}", (tokens[-1] / 1e6, bits[-1]), (0, 8), textcoords="offset points", ha="center")
+    axis.set_xlim(left=0)
+    return figure
+
+
+def reward_model(folder):
+    """Reward: a text and its score; beside it how the classifier of the folder tells held-out short texts apart."""
+    histogram = read_results(folder)["after"]["histogram"]
+    figure, axis = canvas(3.6, "2. Reward")
+    bert = box(axis, 3.3, 2.1, 1.3, 1.3, "BERT", AMBER)
+    for y, text, label, colour in ((2.45, "prompt", "NEGATIVE", GREY), (1.75, "response", "POSITIVE", GREEN)):
+        logit = box(axis, 5.4, y, 1.8, 0.5, f"logit of {label}", colour)
+        arrow(axis, box(axis, 1.1, y, 1.6, 0.5, text).right, (bert.left[0], y))
+        arrow(axis, (bert.right[0], y), logit.left)
+    arrow(axis, logit.bottom, box(axis, 5.4, 0.65, 1.8, 0.5, "score", GREEN, solid=True).top)
+    arrow(axis, box(axis, 3.3, 0.65, 1.8, 0.5, "labelled reviews").top, bert.bottom)
+    note(axis, 3.2, 1.15, "training", ha="right")
+
+    axis = chart(figure, "log-odds of POSITIVE", "held-out short texts")
+    for name, colour, x, side in (("negative", RED, 0, "left"), ("positive", GREEN, 1, "right")):
+        style = dict(facecolor=to_rgba(colour, 0.3), edgecolor=colour, linewidth=1.4)
+        axis.stairs(histogram[name], histogram["edges"], fill=True, **style)
+        note(axis, x, 1.05, f"{name} reviews", color=colour, ha=side, transform=axis.transAxes)
+    return figure
+
+
+def ppo():
+    """PPO: from a prompt to new weights of the policy."""
+    figure, axis = canvas(4.7, "3. PPO")
+    prompt = box(axis, 0.9, 3.05, 1.2, 0.6, "prompt")
+    policy = box(axis, 2.8, 3.05, 1.8, 1.0, "policy GPT-2,\nwith value head", BLUE)
+    response = box(axis, 4.7, 3.05, 1.2, 0.7, "prompt +\nresponse")
+    reward = box(axis, 6.75, 4.05, 1.9, 0.7, "reward BERT\nfrozen", AMBER, frozen=True)
+    reference = box(axis, 6.75, 3.05, 1.9, 0.7, "reference GPT-2\nfrozen", BLUE, frozen=True)
+    judge = box(axis, 6.75, 2.05, 1.9, 0.7, "judge BERT\nfrozen, only watches", PURPLE, frozen=True, size=SMALL)
+    rewards = box(axis, 8.95, 3.55, 1.5, 1.7, "rewards\nscore − β KL")
+    advantages = box(axis, 8.95, 0.75, 1.5, 0.7, "advantages\nGAE")
+    update = box(axis, 5.2, 0.75, 2.2, 0.7, "clipped update\na few epochs")
+
+    arrow(axis, prompt.right, policy.left)
+    arrow(axis, policy.right, response.left)
+    for model in (reward, reference, judge):
+        arrow(axis, response.right, (5.55, 3.05), (5.55, model.left[1]), model.left)
+    for model, text in ((reward, "score"), (reference, "KL")):
+        x, y = model.right
+        arrow(axis, (x, y), (rewards.left[0], y))
+        note(axis, x + 0.23, y + 0.15, text)
+    arrow(axis, (9.3, rewards.bottom[1]), (9.3, advantages.top[1]))
+    arrow(axis, (3.3, policy.bottom[1]), (3.3, 1.4), (8.7, 1.4), (8.7, advantages.top[1]))
+    note(axis, 4.2, 1.55, "values")
+    arrow(axis, advantages.left, update.right)
+    arrow(axis, update.left, (2.3, 0.75), (2.3, policy.bottom[1]))
+    note(axis, 2.2, 1.6, "new weights", ha="right")
+    return figure
+
+
+def wrap(text, width, weight="normal"):
+    """Text as lines of at most this width, too long words broken. Control characters and newlines become spaces."""
+    font, lines = FontProperties(size=SMALL, weight=weight), [""]
+    for c in printable(text):
+        line = lines[-1] + c
+        if text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] <= width * 72:
+            lines[-1:] = [line]
+        else:
+            head, space, rest = line.rpartition(" ")
+            lines[-1:] = [head, rest] if space else [line[:-1], c]
+    return lines
+
+
+def example_results(folder):
+    """The first four samples in the folder's results: prompts, responses before and after, and what the judge says."""
+    results = read_results(folder)
+    samples, temperature = results["samples"][:4], results["config"]["sample_temperature"]
+    layout = ((0.3, 1.7, "bold", "prompt"), (2.75, 3.1, "normal", "before PPO"), (6.6, 3.1, "normal", "after PPO"))
+    rows = []
+    for sample in samples:
+        texts = sample["prompt"], sample["before"]["text"], sample["after"]["text"]
+        rows.append([wrap(text, width, weight) for text, (_, width, weight, _) in zip(texts, layout)])
+    heights = [0.3 + LINE * max(map(len, row)) for row in rows]
+    y = sum(heights) + 0.4
+    figure, axis = canvas(y + 0.5)
+    for x, _, _, title in layout:
+        note(axis, x, y + 0.16, title, ha="left", va="baseline", size=11, weight="bold")
+    for sample, row, height in zip(samples, rows, heights):
+        axis.axhline(y, 0.03, 0.97, color=GREY, linewidth=0.6)
+        for (x, _, weight, _), lines in zip(layout, row):
+            for i, line in enumerate(lines):
+                note(axis, x, y - 0.3 - i * LINE, line, ha="left", va="baseline", weight=weight)
+        for x, p in ((2.4, sample["before"]["judge"]), (6.25, sample["after"]["judge"])):
+            box(axis, x, y - 0.25, 0.5, 0.24, f"{p:.2f}", GREEN if p > 0.5 else RED, solid=True, size=SMALL)
+        y -= height
+    axis.axhline(y, 0.03, 0.97, color=GREY, linewidth=0.6)
+    caption = f"sampled at temperature {temperature}; in colour: the judge's probability of POSITIVE"
+    note(axis, 0.3, y - 0.2, caption, ha="left", color=GREY)
+    return figure
+
+
+METHOD_COLOURS = {  # of frontier.csv; the shape of the marker tells them apart without colour
+    "PPO": (BLUE, "o"), "RLOO": (AMBER, "s"), "GRPO": (GREEN, "^"),
+    "best-of-n": (PURPLE, "D"), "positive-only fine-tuning": (RED, "v"),
+}  # fmt: skip
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 95 %, by seeds
+
+
+def half_width(values):
+    """Of the 95 % interval of the mean over a few seeds: Student's t times the standard error."""
+    return STUDENT_T.get(len(values), 2.2) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def frontier(folder):
+    """Score and judge against KL, from the folder's frontier.csv: a marker for each run.
+
+    No lines: between the markers nothing was measured.
+    """
+    with open(Path(folder) / "frontier.csv", newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    start = next(row for row in rows if row["method"] not in METHOD_COLOURS)
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.6), layout="constrained")
+    for axis, (name, label) in zip(axes, (("score", "score"), ("positive_by_judge", "share positive by the judge"))):
+        axis.plot(
+            0,
+            float(start[name]),
+            color=INK,
+            marker="*",
+            markersize=11,
+            linestyle="none",
+            label=start["method"],
+            clip_on=False,
+        )
+        for method, (colour, marker) in METHOD_COLOURS.items():
+            runs = [row for row in rows if row["method"] == method]
+            if runs:
+                kl, values = ([float(row[n]) for row in runs] for n in ("kl_exact", name))
+                axis.plot(kl, values, marker, color=colour, markersize=5, alpha=0.7, label=method)
+        # the root, as Gao et al. 2022 draw it: most happens in the first nats
+        axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
+        axis.set_xticks((0, 1, 2, 4, 8, 16, 32, 64))
+        axis.set(xlabel="KL, nats a response, root scale", ylabel=label, xlim=(0, 70))
+    axes[1].legend(loc="lower right", title="a marker for each run")
+    return figure
+
+
+FIGURES = [  # (file in asset/images, what draws it, the folder that it reads)
+    ("learning_curves.png", curves, ASSET),
+    ("finetune_model.png", finetune_model, ASSET / "mini" / "gpt2"),
+    ("reward_model.png", reward_model, ASSET / "mini" / "reward"),
+    ("ppo.png", ppo),
+    ("example_results.png", example_results, ASSET),
+    ("frontier.png", frontier, ASSET / "frontier"),
+]
+
+
+def main(argv):
+    """Draw and print the paths. Returns the exit status, 2 after one line on bad usage or a file that is not there."""
+    message = "usage: python plot.py [FOLDER], a folder of ppo.py with its log.jsonl; without it: the README's figures"
+    try:
+        if not argv:
+            for name, draw, *source in FIGURES:
+                print(save(draw(*source), ASSET / "images" / name))
+            return 0
+        if len(argv) == 1:
+            print(learning_curves(argv[0]))
+            return 0
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}"
+    except (KeyError, ValueError) as error:
+        message = f"a log or results.json is damaged, or of another version: {error!r}"
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""How a run is carried out: command line, devices, processes, checkpoints, the Hugging Face hub, logs, optimizers."""

@@ -1,0 +1,102 @@
+"""The command line of the scripts: a flag for each field of a config, and one line for each error."""
+
+import argparse
+import errno
+import inspect
+import re
+import sys
+from dataclasses import fields
+from typing import get_args
+
+from config import PRESETS, defaults
+from runtime.errors import BadInput, Stopped, print_error
+
+# fields that do not change the result, or only its rounding
+SAME_RESULT = ("force", "resume", "device", "report_to", "micro_batch_size", "compile", "out")
+SAME_RESULT += ("keep", "save_share", "sample_every", "sample_prompts")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message} (see --help)")
+
+
+def parse(cls, argv=None):
+    """Return the config of a run: the defaults of its preset, overridden by the flags in argv (None: sys.argv).
+
+    Raises BadInput for an unknown flag, a value of the wrong type or one out of range.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="gpt2", choices=PRESETS)
+    first.add_argument("--init_from", default="")
+    given, _ = first.parse_known_args(argv)
+    default = defaults(cls, given.preset, given.init_from)
+    parser = Parser(description=inspect.getdoc(cls), allow_abbrev=False)
+    for f in fields(cls):
+        value = getattr(default, f.name)
+        text = f"{comment(cls, f.name)} (default: {value!r})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=value, help=text, **options(f.type))
+    values = vars(parser.parse_args(argv))
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def options(kind):
+    """Return the arguments of add_argument for a field of this type."""
+    choices = get_args(kind)
+    if kind is bool:
+        return {"nargs": "?", "const": True, "type": boolean, "metavar": "True|False"}
+    if choices and kind.__origin__ is tuple:
+        return {"nargs": "+", "type": choices[0], "metavar": choices[0].__name__.upper()}
+    return {"choices": choices} if choices else {"type": kind, "metavar": kind.__name__.upper()}
+
+
+def boolean(text):
+    if text not in ("True", "False"):
+        raise ValueError
+    return text == "True"
+
+
+def comment(cls, name):
+    """Return the comment beside a field in config.py."""
+    sources = (inspect.getsource(base) for base in cls.__mro__[:-1])
+    return next(found[1] for text in sources if (found := re.search(rf"(?m)^    {name}: .*?  # (.*)$", text)))
+
+
+def sources(cfg):
+    """Return which of the fields that change results were set by the preset, and which by flags, as text."""
+    default = defaults(type(cfg), cfg.preset, getattr(cfg, "init_from", ""))
+    plain = {f.name: f.default for f in fields(cfg) if f.name not in SAME_RESULT}
+    flags = [name for name in plain if getattr(cfg, name) != getattr(default, name)]
+    overrides = [name for name in plain if name not in (*flags, "preset") and getattr(default, name) != plain[name]]
+    parts = {f"preset {cfg.preset} sets": overrides, "flags set": flags}
+    return "; ".join(f"{source} {', '.join(names)}" for source, names in parts.items() if names) or "all defaults"
+
+
+def differing(cfg, other):
+    """Return the fields that change results and differ in `other`, a dict from JSON, as ["name old -> new"].
+
+    A field that `other` does not have, since an earlier version wrote it, counts as the default.
+    """
+    changes = [(f.name, other.get(f.name, f.default), getattr(cfg, f.name)) for f in fields(cfg)]
+    return [f"{name} {old!r} -> {new!r}" for name, old, new in changes if name not in SAME_RESULT and old != new]
+
+
+def run(main, cls):
+    """Parse the flags and call main(cfg). BadInput, a full disk and signals end with one line and an exit status."""
+    try:
+        main(parse(cls))
+    except BadInput as error:
+        sys.exit(print_error(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        resume = "; --resume resumes from the latest checkpoint" if hasattr(cls, "resume") else ""
+        sys.exit(print_error(f"the disk is full: {error}{resume}"))
+    except Stopped as stop:
+        print("stopped; --resume resumes the run", file=sys.stderr)
+        sys.exit(128 + stop.args[0])
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,310 @@
+"""The log of a run: its config, log.jsonl, TensorBoard or W&B; and tables for the terminal."""
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import textwrap
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from runtime.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    REVISIONS,
+    RUN_CONFIG,
+    delete_checkpoints,
+    delete_results,
+    remove_leftovers,
+    write_text,
+)
+from runtime.cli import sources
+from runtime.device import peak_flops, warn
+from runtime.errors import BadInput, printable
+
+SIDES = ("before PPO", "after PPO")  # titles of two columns
+CPU_SHARE = 0.6  # a training run on a CPU reaches this share of the speed of a large product: .5 to .74 in bench.py
+
+
+class RunLog:
+    """The log of a run in cfg.out, or of a part of it in a subfolder: one JSON line per step, also to cfg.report_to.
+
+    The constructor prepares the folder: it writes the config, with the commits of what was read from the hub. A new run
+    deletes log and checkpoints of an earlier one; a run that is resumed at first_step keeps its checkpoints and the log
+    before that step. BadInput if the folder cannot be written. Only rank 0 writes.
+    """
+
+    def __init__(self, cfg, model, part="", first_step=0, rank=0):
+        self.out, self.start, self.tensorboard, self.wandb = Path(cfg.out, part), time.time(), None, None
+        self.cfg, self.file, self.bar = cfg, None, None
+        if rank:
+            return
+        wandb = importlib.util.find_spec("wandb")
+        if cfg.report_to == "wandb" and not (wandb and wandb.origin):  # without an origin: a folder of W&B's own files
+            raise BadInput("report_to is wandb, which is not installed: pip install wandb, or --report_to tensorboard")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.out)
+            if not first_step:
+                delete_checkpoints(self.out)  # before writing the config, so that a kill here cannot mix two runs
+                (self.out / CHECKPOINTS).mkdir()
+            write_text(Path(cfg.out, RUN_CONFIG), json.dumps(asdict(cfg) | {"revisions": REVISIONS}, indent=1))
+            earlier = self.keep("log.jsonl", first_step)
+            self.file = open(self.out / "log.jsonl", "a", encoding="utf-8")
+            if earlier:
+                self.start -= earlier[-1]["seconds"]
+            self.keep("samples.jsonl", first_step)
+            if not first_step:
+                (self.out / "wandb_id").unlink(missing_ok=True)
+                shutil.rmtree(self.out / BEST, ignore_errors=True)
+                delete_results(self.out)  # of the earlier run's weights
+        except OSError as error:
+            raise BadInput(f"cannot write to {self.out}: {error}") from None
+        if cfg.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            if not first_step:
+                shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
+            self.tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=first_step)
+        elif cfg.report_to == "wandb":
+            import wandb
+
+            file = self.out / "wandb_id"  # a resumed run continues the same run on W&B
+            if not (file.is_file() and file.read_text()):
+                write_text(file, wandb.util.generate_id())
+            self.wandb = wandb.init(
+                project="mini-rlhf", name=self.out.as_posix(), config=asdict(cfg), id=file.read_text(), resume="allow"
+            )
+
+    def keep(self, name, first_step):
+        """Drop the lines of a JSON lines file from first_step on, and the file if none is left; return the others."""
+        file = self.out / name
+        lines = [line for line in read_lines(file) if isinstance(line, dict) and isinstance(line.get("step"), int)]
+        earlier = [line for line in lines if line["step"] < first_step]
+        if earlier:
+            write_text(file, "".join(json.dumps(line) + "\n" for line in earlier))
+        else:
+            file.unlink(missing_ok=True)
+        return earlier
+
+    def progress(self, checkpoints, steps, name, unit):
+        """Return the steps of a loop, from the first or the resumed one on, with a progress bar."""
+        first, hidden = checkpoints.first_step, self.file is None
+        self.bar = tqdm(checkpoints.steps(steps), name, initial=first, total=steps, unit=unit, disable=hidden)
+        return self.bar
+
+    def write(self, step, **metrics):
+        """Log the metrics of a step: floats and ints by name."""
+        if not self.file:
+            return
+        self.write_line(self.file, dict(step=step, seconds=round(time.time() - self.start, 2), **metrics))
+        if self.tensorboard:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def write_rollout(self, step, metrics, samples):
+        """Log the metrics of a PPO step and show the main ones; with samples, see monitor.sample, print a table."""
+        self.write(step, **metrics)
+        score, kl = metrics["score"], metrics["kl"]
+        self.bar.set_postfix(
+            score=f"{score:+.2f}", kl=f"{kl:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}", refresh=False
+        )
+        if (
+            kl < -1
+        ):  # k1 falls a little below 0 by chance, and by more only if the policy sampled from another distribution
+            self.print(f"warning: KL is {kl:.2f} nats: are sampling and log-probabilities one distribution?")
+        if samples is None:
+            return
+        if samples and self.file:
+            with open(self.out / "samples.jsonl", "a", encoding="utf-8") as file:
+                self.write_line(file, dict(step=step, samples=samples))
+        lines = [
+            f"step {step} | score {score:+.2f} | kl {kl:.2f} +- {metrics['kl_stderr']:.2f} nats | "
+            f"clip {metrics['clip_frac']:.3f} | entropy {metrics['entropy']:.2f}"
+        ]
+        for sample in samples:
+            score = math.nan if sample["score"] is None else sample["score"]
+            lines.append(f"  {score:+6.2f}  {one_line(sample['prompt'] + sample['response'], 110)}")
+        self.print("\n".join(lines))
+
+    def skip(self, step, problem, stepper):
+        """Log a PPO step that was skipped because a number in its rollout is not finite."""
+        stepper.skip(f"a rollout is not finite: {problem}")
+        self.print(f"step {step} is skipped: {problem}")
+        self.write(step, skipped_steps=stepper.skipped)
+
+    def print(self, text):
+        """Print a line above the progress bar."""
+        self.bar.write(text)
+
+    def write_line(self, file, line):
+        try:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+        except OSError as error:
+            raise BadInput(f"{file.name} cannot be written: {error}; --resume resumes the run") from None
+
+    def close(self):
+        """Close the log; return the seconds that the run took, including its earlier parts."""
+        if self.file:
+            self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+        return round(time.time() - self.start, 2)
+
+
+def read_lines(file):
+    """Return the JSON lines of a file as a list, without those that a crash left incomplete; [] if there is no file."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def time_on_cpu(flops, cfg, device):
+    """Return {"time": an estimate for a run of so many FLOPs} on a CPU, else {}; warn if it is over an hour.
+
+    The estimate uses the speed of fp32 products also for bf16, in which a PPO step on a CPU is hardly faster.
+    """
+    if device.type != "cpu":
+        return {}
+    peak = peak_flops(device, n=1024, seconds=0.3)
+    seconds = flops / (CPU_SHARE * peak) / int(os.environ.get("WORLD_SIZE", 1))
+    if seconds > 3600:
+        hint = "" if cfg.preset == "mini" else "; --preset mini is made for a CPU"
+        warn(f"this run takes about {duration(seconds)} on this CPU{hint}")
+    return {"time": f"about {duration(seconds)} on this CPU"}
+
+
+def duration(seconds):
+    """Format seconds in the unit that leaves two or three digits: 90 s, 90 min, 41 h, 12 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def classifier_flops(model, tokens):
+    """Return the FLOPs of a forward pass of a Hugging Face classifier; embeddings are lookups and take none."""
+    return 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if "embeddings" not in name)
+
+
+def ppo_flops(cfg, gpt2, rewards):
+    """Return the FLOPs of a PPO run: generation, scoring, log-probabilities of policy and reference, and updates.
+
+    A backward pass takes twice a forward pass. rewards: the reward and the judge; only classifiers count.
+    """
+    tokens = (cfg.min_prompt_len + cfg.max_prompt_len) / 2 + cfg.response_len
+    passes = 3 + 3 * cfg.ppo_epochs
+    classifiers = sum(classifier_flops(reward.model, tokens) for reward in rewards if hasattr(reward, "model"))
+    return cfg.steps * cfg.batch_size * (passes * gpt2.flops(tokens, cfg.response_len) + classifiers)
+
+
+def ppo_sheet(cfg, policy, reward_fn, judge, n_prompts, device):
+    """Return a table of the run before it starts: models, episodes, optimizer steps, memory, time on a CPU."""
+    c, V = policy.gpt2.config, policy.gpt2.n_tokens
+    weights = sum(p.numel() for p in policy.parameters())
+    reward_weights = sum(p.numel() for p in reward_fn.model.parameters()) if hasattr(reward_fn, "model") else 0
+    judge_weights = sum(p.numel() for p in judge.model.parameters()) if judge else 0
+    tokens = cfg.micro_batch_size * (cfg.max_prompt_len + cfg.response_len)
+    trunk = (
+        tokens * c.n_layer * 16 * c.n_embd
+    )  # activations kept for the backward pass, per token and block 16 * n_embd
+    logits = 2 * cfg.micro_batch_size * cfg.response_len * V  # logits and their gradient
+    # weights, gradient, two moments of Adam, the reference; 4 bytes each
+    estimate = 4 * (5 * weights + reward_weights + judge_weights + trunk + logits)
+    updates = cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
+    rows = {
+        "policy": f"{weights:,} parameters from {cfg.policy}",
+        "reward": cfg.reward + (f", {reward_weights:,} parameters, {cfg.reward_kind}" if reward_weights else ""),
+        "episodes": f"{cfg.steps * cfg.batch_size:,}: {cfg.steps} rollouts of {cfg.batch_size}, {n_prompts:,} prompts",
+        "tokens": f"prompts of {cfg.min_prompt_len} to {cfg.max_prompt_len}, responses of up to {cfg.response_len}",
+        "optimizer steps": f"{cfg.steps * updates:,}: {updates} a rollout, over {cfg.ppo_epochs} epochs",
+        "forward passes": f"{cfg.micro_batch_size} episodes each",
+        "KL": f"coefficient {cfg.kl_coef}, " + (f"adaptive, target {cfg.kl_target} nats" if cfg.kl_target else "fixed"),
+        "device": f"{device}, {'bf16' if policy.gpt2.bf16 else 'fp32'}, about {estimate / 1e9:.1f} GB",
+        **time_on_cpu(ppo_flops(cfg, policy.gpt2, [reward_fn, judge]), cfg, device),
+        "config": sources(cfg),
+        "writes": cfg.out,
+    }  # fmt: skip
+    return sheet("PPO", rows)
+
+
+def finetune_sheet(cfg, model, steps, n_reviews, n_tokens, n_held_out, n_validation, device):
+    """Return a table of the fine-tuning before it starts; n_tokens are packed from n_reviews."""
+    trained, evaluated = steps * cfg.batch_size * cfg.block_size, (math.ceil(steps / cfg.eval_every) + 2) * n_validation
+    flops = model.flops(3 * trained + evaluated, 3 * trained + evaluated)  # a backward pass takes twice a forward pass
+    rows = {
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "reviews": f"{n_reviews:,} for training, {n_held_out:,} for validation",
+        "tokens": f"{n_tokens:,} packed, {cfg.epochs} epochs of them; {n_validation:,} for validation",
+        "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
+        "device": f"{device}, {'bf16' if model.bf16 else 'fp32'}",
+        **time_on_cpu(flops, cfg, device),
+        "config": sources(cfg),
+        "writes": cfg.out,
+    }
+    return sheet(f"fine-tuning {cfg.init_from} on {cfg.dataset}", rows)
+
+
+def one_line(text, width):
+    """Return text on one line without control characters, cut to width with an ellipsis."""
+    text = printable(text)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def sheet(title, rows):
+    """Return a table: names and values in two aligned columns under a title."""
+    width = max(len(name) for name in rows)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def column_width(width=None):
+    """Characters of each of two columns that fill width, the terminal's when None."""
+    return max(20, min(width or shutil.get_terminal_size().columns, 160)) // 2 - 2
+
+
+def columns(texts, column, codes=(0, 0)):
+    """Two texts side by side, as lines: each wrapped to column characters and in its colour, an ANSI code or 0."""
+    cells = [textwrap.wrap(text, column) for text in texts]
+    return [
+        "    ".join(paint(text, code) + " " * (column - len(text)) for text, code in zip(row, codes)).rstrip()
+        for row in itertools.zip_longest(*cells, fillvalue="")
+    ]
+
+
+def paint(text, code):
+    """Text in a colour, 0 for none: only for a terminal (or FORCE_COLOR), and never with NO_COLOR (no-color.org)."""
+    colours = not os.environ.get("NO_COLOR") and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+    return f"\033[{code}m{text}\033[0m" if colours and code and text else text
+
+
+def tint(probability):
+    """The colour of what the judge finds positive with this probability: green, or else red."""
+    return 32 if probability > 0.5 else 31
+
+
+def side_by_side(samples, width=None):
+    """Answers before and after PPO in two columns, as text, in the judge's colours.
+
+    samples: (prompt, [(response, judge's probability of POSITIVE) before, and after]) each. width: as in column_width.
+    """
+    column = column_width(width)
+    lines = columns(SIDES, column)
+    for prompt, answers in samples:
+        lines += ["", paint(one_line(prompt, 2 * column) + " …", 1)]
+        texts = [f"({p:.2f}) {one_line(text, 600)}" for text, p in answers]
+        lines += columns(texts, column, [tint(p) for _, p in answers])
+    return "\n".join(lines)

@@ -1,0 +1,214 @@
+"""What is measured during PPO: metrics of a rollout, samples, alarms, and the best policy so far."""
+
+import copy
+import math
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import decode
+from model import exact_kl
+from runtime.checkpoint import BEST, BestWeights, delete_checkpoints
+from runtime.device import random_generator
+from runtime.hub import load_policy, open_gpt2, save_gpt2
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B episodes: the data of an update, and what is logged. (B, T) each unless noted otherwise."""
+
+    sequences: torch.Tensor  # (B, P + T)
+    prompt_len: int  # P
+    mask: torch.Tensor  # True on real tokens
+    logprobs: torch.Tensor  # nats, of the policy that sampled
+    values: torch.Tensor
+    advantages: torch.Tensor  # whitened
+    returns: torch.Tensor  # in units of the rewards
+    kl: torch.Tensor  # k1, nats per token
+    scores: torch.Tensor  # (B,), as given by the reward
+    objective: torch.Tensor  # (B,), what PPO maximizes: the score, clipped and penalized, minus kl_coef times the KL
+    positive_by_reward: torch.Tensor | None  # (B,), 1 if the classifier finds the text positive; None for a function
+    positive_by_judge: torch.Tensor | None  # (B,), None without a judge
+    ended: torch.Tensor  # (B,), True if the response has <|endoftext|>
+    texts: list  # B prompts with their responses
+    seconds: dict  # of each phase
+
+
+class Stopwatch:
+    """seconds: {name: time between this lap and the one before}."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.time()
+
+    def lap(self, name):
+        now = time.time()
+        self.seconds[name], self.last = now - self.last, now
+
+
+@torch.no_grad()
+def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
+    """Return the metrics of a Rollout as floats; README.md says which values are healthy.
+
+    kl is the KL of the penalty (k1, summed over a response, mean over responses) with its standard error. kl_k3 is
+    never negative; kl_exact sums over the vocabulary at each token, of 8 episodes.
+    """
+    mask, few = batch.mask, slice(8)
+    kl = batch.kl.where(mask, 0)  # (B, T)
+    exact = exact_kl(policy, ref_policy, batch.sequences[few], mask[few], batch.prompt_len, cfg.temperature)
+    responses, returns = kl.sum(1), batch.returns[mask]
+    metrics = {
+        "score": batch.scores.mean(),
+        "score_std": batch.scores.std(unbiased=False),
+        "objective": batch.objective.mean(),
+        "kl": responses.mean(),
+        "kl_stderr": responses.std(unbiased=False) / len(responses) ** 0.5,
+        "kl_k3": ((-kl).exp() - 1 + kl).sum(1).mean(),
+        "kl_exact": exact.mean(),
+        "entropy": -batch.logprobs[mask].mean(),  # nats a token, of the policy's own samples: unbiased
+        "explained_variance": 1
+        - (returns - batch.values[mask]).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8),
+        "response_length": mask.sum(1).float().mean(),
+        "eos_frac": batch.ended.float().mean(),
+        "truncated_frac": truncated_frac,
+    }
+    shares = {"positive_by_reward": batch.positive_by_reward, "positive_by_judge": batch.positive_by_judge}
+    metrics |= {name: positive.mean() for name, positive in shares.items() if positive is not None}
+    return {k: float(v) for k, v in metrics.items()} | {f"seconds_{k}": v for k, v in batch.seconds.items()} | {
+        "tokens_per_second": int(mask.sum()) / batch.seconds["generate"],
+        "peak_memory_gb": peak_memory(mask.device),
+    }  # fmt: skip
+
+
+def average(parts, shares):
+    """Average dicts of metrics with the same names, weighted by shares; of a maximum, max_..., take the largest."""
+    return {
+        name: max(part[name] for part in parts)
+        if name.startswith("max_")
+        else sum(part[name] * share for part, share in zip(parts, shares))
+        for name in parts[0]
+    }
+
+
+def peak_memory(device):
+    """Return the peak memory of this process in GB: allocated on the GPU on CUDA, else resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def sample(policy, tokenizer, reward_fn, pool, step, cfg):
+    """Respond to the first prompts of the pool (M, P), every cfg.sample_every steps and in the last one.
+
+    Returns a list of dicts for samples.jsonl, or None in other steps. The random numbers are the same in each call.
+    """
+    if step % cfg.sample_every and step < cfg.steps - 1:
+        return None
+    if not cfg.sample_prompts:
+        return []
+    device = policy.gpt2.wte.weight.device
+    prompts, generator = torch.from_numpy(pool[: cfg.sample_prompts]).to(device), random_generator(device, cfg.seed)
+    sequences = policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, tokenizer.eos_token_id, generator)
+    texts = decode(sequences, tokenizer)
+    scores = [round(score, 4) if math.isfinite(score) else None for score in reward_fn(texts).tolist()]
+    rows = zip(decode(prompts, tokenizer), texts, scores)
+    return [{"prompt": prompt, "response": text[len(prompt) :], "score": score} for prompt, text, score in rows]
+
+
+class Alarms:
+    """Alarms of a run: the KL is above its ceiling, or the judge's share of positive texts falls as the score rises.
+
+    The second is overoptimization (Gao et al. 2022, arXiv:2210.10760): the policy exploits the reward model. Score and
+    judge of the last cfg.alarm_window rollouts are compared half by half; a change counts if it exceeds twice its
+    standard error. history: [score, share positive by the judge] of those rollouts.
+    """
+
+    saved = ("history",)
+
+    def __init__(self, cfg):
+        self.ceiling, self.window, self.on_alarm = cfg.kl_ceiling, cfg.alarm_window // 2 * 2, cfg.on_alarm
+        self.history, self.above, self.stopped = [], False, False
+
+    def stop(self, step, metrics, log, ranks):
+        """Print an alarm if there is one after this rollout; return whether the run must stop."""
+        alarm = self.check(metrics)
+        if alarm:
+            log.print(f"alarm at step {step}: {alarm}")
+        self.stopped = self.on_alarm == "stop" and bool(ranks.any(bool(alarm)))
+        return self.stopped
+
+    def check(self, metrics):
+        """Return the alarm for the metrics of the next rollout as text, or an empty text."""
+        before, self.above = self.above, 0 < self.ceiling < metrics["kl"]
+        if self.above and not before:  # once each time that the KL crosses the ceiling
+            kl = f"{metrics['kl']:.1f} nats per response"
+            return f"KL is {kl}, above kl_ceiling {self.ceiling}: raise kl_coef or lower lr"
+        if not self.window or "positive_by_judge" not in metrics:
+            return ""
+        self.history.append([metrics["score"], metrics["positive_by_judge"]])
+        del self.history[: -self.window]
+        if len(self.history) == self.window:
+            score, judge = (change(values) for values in zip(*self.history))
+            if score > 2 and judge < -2:
+                self.history.clear()  # once per window
+                return (
+                    f"in {self.window} rollouts the score rose and the share positive by the judge fell: the policy "
+                    "exploits the reward model: raise kl_coef, or stop here"
+                )
+        return ""
+
+
+def change(values):
+    """Return the mean of the second half of the values minus that of the first half, in standard errors."""
+    halves = torch.tensor(values, dtype=torch.float64).view(2, -1)
+    stderr = (halves.var(1, correction=0).sum() / halves.shape[1]).sqrt()
+    return float((halves[1].mean() - halves[0].mean()) / (stderr + 1e-12))
+
+
+class BestPolicy(BestWeights):
+    """The policy with the highest objective, by means over cfg.save_every rollouts; until then the initial one.
+
+    Scores and KLs are compared at one KL coefficient, the latest. best, rollouts: [score, KL] of windows and rollouts.
+    """
+
+    saved = ("best", "rollouts")
+
+    def __init__(self, policy, tokenizer, cfg):
+        super().__init__(policy, self.save_best)
+        self.tokenizer, self.cfg, self.best, self.rollouts = tokenizer, cfg, None, []
+
+    def update(self, metrics, kl_coef):
+        """Call after each rollout and before its update, so that the policy is the one that sampled."""
+        self.rollouts.append([metrics["objective"] + kl_coef * metrics["kl"], metrics["kl"]])  # (score, KL)
+        complete, best = len(self.rollouts) == self.cfg.save_every, self.best
+        if complete or not best:
+            score, kl = (statistics.fmean(values) for values in zip(*self.rollouts))
+            rollouts = len(self.rollouts)
+            if not best or best["rollouts"] < rollouts or score - best["score"] > kl_coef * (kl - best["kl"]):
+                self.best = {"score": score, "kl": kl, "rollouts": rollouts}
+                self.keep()
+        if complete:
+            self.rollouts.clear()
+
+    def save_best(self, weights):
+        folder, head = Path(self.cfg.out, BEST), copy.deepcopy(self.model.value_head).cpu()
+        head.load_state_dict({name: weights.pop(f"value_head.{name}") for name in head.state_dict()})
+        gpt2 = {name.removeprefix("gpt2."): tensor for name, tensor in weights.items()}
+        folder.mkdir(exist_ok=True)
+        save_gpt2(self.model.gpt2, self.tokenizer, folder, head, weights=gpt2)
+
+    def finish(self, stopped):
+        """Write the policy of a run that is over: the last one, or the best one if an alarm stopped the run."""
+        self.write()
+        policy, out = self.model, self.cfg.out
+        if stopped:
+            policy = load_policy(*open_gpt2(f"{out}/{BEST}"))
+        save_gpt2(policy.gpt2, self.tokenizer, out, policy.value_head)
+        delete_checkpoints(out)
+        print(
+            f"the policy is in {out}; compare it with the fine-tuned model: python evaluate.py --preset {self.cfg.preset}"
+        )

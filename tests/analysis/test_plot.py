@@ -1,0 +1,292 @@
+"""The figures of the README: true to the files they are drawn from, legible, and safe for any generated text."""
+
+import itertools
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, StepPatch
+
+from analysis import plot
+from analysis.plot import FIGURES, PANELS, curves, example_results, finetune_model, frontier, main, reward_model, wrap
+
+SOURCES = ["log.jsonl", "mini/gpt2/log.jsonl", "mini/reward/results.json", "results.json"]
+SHARES = ("positive_by_reward", "positive_by_judge")
+NASTY = "$x_1$ $\\frac{$ ^ & \\ %\x00\x1b[31m\u202e\u2028\n\ttail"
+
+
+def write_lines(file, lines):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_samples(folder, *texts):
+    sides = [{"text": text, "judge": judge} for text, judge in zip(texts, (0.5, 0.51))]
+    samples = [{"prompt": texts[0], "before": sides[0], "after": sides[1]}] * 5
+    (folder / "results.json").write_text(json.dumps({"samples": samples, "config": {"sample_temperature": 0.7}}))
+
+
+def ppo_log(without=()):
+    names = ["step", "kl_stderr", "score"] + [name for names, _ in PANELS for name in names]
+    numbers = np.random.default_rng(0).random((6, len(names))).tolist()
+    lines = [dict(zip(names, row)) | {"step": step} for step, row in enumerate(numbers)]
+    return [{name: value for name, value in line.items() if name not in without} for line in lines]
+
+
+@pytest.fixture
+def asset(tmp_path, monkeypatch):
+    """The files that all figures are drawn from, in asset/ of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "asset"
+    write_lines(folder / "log.jsonl", ppo_log())
+    numbers = [{"step": i, "tokens": 1000 * i, "loss": 5.0} for i in range(5)]
+    numbers[0]["val_bits_per_character"], numbers[4]["val_bits_per_character"] = 3.0, 1.5
+    write_lines(folder / "mini/gpt2/log.jsonl", numbers)
+    (folder / "mini/reward").mkdir()
+    histogram = {"edges": [-1.5, -0.5, 0.5, 1.5], "negative": [4, 2, 1], "positive": [0, 3, 9]}
+    (folder / "mini/reward/results.json").write_text(json.dumps({"after": {"histogram": histogram}}))
+    write_samples(folder, "A film about a dog", "that is good")
+    (folder / "frontier").mkdir()
+    (folder / "frontier" / "frontier.csv").write_text(FRONTIER)
+    yield folder
+    plt.close("all")
+
+
+FRONTIER = """method,setting,seed,score,positive_by_judge,kl_exact
+fine-tuned model,0,0,0.0,0.5,0.0
+PPO,0.3,0,0.1,0.60,0.9
+PPO,0.3,1,0.2,0.62,1.0
+PPO,0.3,2,0.3,0.64,1.1
+PPO,0.1,0,0.5,0.70,2.0
+PPO,0.1,1,0.5,0.70,3.0
+PPO,0.1,2,0.5,0.70,4.0
+best-of-n,2,0,0.4,0.8,0.2
+best-of-n,2,1,0.4,0.8,0.2
+"""
+
+
+def test_a_frontier_has_a_marker_for_each_run_and_no_line_between_them(asset):
+    """A line from 8 to 40 nats would show a method's score where no run of it ended."""
+    for axis, column in zip(frontier(asset / "frontier").axes, (3, 4)):
+        lines = {line.get_label(): line for line in axis.lines}
+        assert list(lines) == ["fine-tuned model", "PPO", "best-of-n"]
+        for method, line in lines.items():
+            rows = [row.split(",") for row in FRONTIER.splitlines() if row.startswith(method)]
+            assert line.get_xydata().tolist() == [[float(row[5]), float(row[column])] for row in rows]
+            assert line.get_linestyle() == "None" and line.get_marker() != "None"
+        assert not axis.collections
+
+
+def texts_of(axis):
+    """The texts of a drawing that are not empty, with their boxes in pixels."""
+    renderer = axis.figure.canvas.get_renderer()
+    return [(t.get_text(), t.get_window_extent(renderer)) for t in axis.texts if t.get_text()]
+
+
+def crossing(a, b):
+    return min(a.x1, b.x1) - max(a.x0, b.x0) > 0 and min(a.y1, b.y1) - max(a.y0, b.y0) > 0
+
+
+def inside(a, b):
+    return b.x0 <= a.x0 and a.x1 <= b.x1 and b.y0 <= a.y0 and a.y1 <= b.y1
+
+
+# ---- pictures
+
+
+def test_without_a_folder_every_figure_of_the_readme_is_drawn_white_and_1500_pixels_wide(asset, capsys):
+    assert main([]) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert paths == [Path("asset/images") / name for name, *_ in FIGURES]
+    sizes = {path.stem: struct.unpack(">II", path.read_bytes()[16:24]) for path in paths}
+    height = sizes.pop("example_results")[1]
+    assert 300 < height < 700
+    assert sizes == {
+        "learning_curves": (1500, 825), "finetune_model": (1500, 540), "reward_model": (1500, 540), "ppo": (1500, 705),
+        "frontier": (1500, 690),
+    }  # fmt: skip
+    assert all(np.all(plt.imread(path)[[0, -1]][:, [0, -1]] == 1) for path in paths)  # corners, opacity included
+
+
+@pytest.mark.parametrize("name, draw, source", [(name, draw, source) for name, draw, *source in FIGURES[1:5]])
+def test_no_text_of_a_drawing_runs_into_another_or_over_the_edge_of_a_box(asset, name, draw, source):
+    figure = draw(*source)
+    axis = figure.axes[0]
+    texts = texts_of(axis)
+    boxes = [patch.get_window_extent() for patch in axis.patches if isinstance(patch, FancyBboxPatch)]
+    assert len(boxes) >= 7
+    for (text, a), (other, b) in itertools.combinations(texts, 2):
+        assert not crossing(a, b), (text, other)
+    for text, extent in texts:
+        assert inside(extent, figure.bbox), text
+        assert all(inside(extent, b) for b in boxes if crossing(extent, b)), text
+    if len(figure.axes) > 1:
+        beside = figure.axes[1].get_tightbbox()
+        assert inside(beside, figure.bbox)
+        assert not any(crossing(extent, beside) for extent in boxes + [extent for _, extent in texts])
+
+
+@pytest.mark.parametrize("name, draw, source", [(name, draw, source) for name, draw, *source in FIGURES[1:4]])
+def test_every_arrow_runs_from_the_edge_of_a_box_to_the_edge_of_another(asset, name, draw, source):
+    patches = draw(*source).axes[0].patches
+    boxes = [patch.get_bbox() for patch in patches if isinstance(patch, FancyBboxPatch)]
+    arrows = [patch._path_original.vertices for patch in patches if isinstance(patch, FancyArrowPatch)]
+
+    def at_edge(x, y):
+        def on(b):
+            across, up = b.x0 - 1e-9 <= x <= b.x1 + 1e-9, b.y0 - 1e-9 <= y <= b.y1 + 1e-9
+            return across and up and min(abs(x - b.x0), abs(x - b.x1), abs(y - b.y0), abs(y - b.y1)) < 1e-9
+
+        return [i for i, b in enumerate(boxes) if on(b)]
+
+    assert len(arrows) >= 6
+    for points in arrows:
+        (start,), (end,) = at_edge(*points[0]), at_edge(*points[-1])
+        assert start != end
+        assert all(x == u or y == v for (x, y), (u, v) in itertools.pairwise(points.tolist()))  # level or upright
+
+
+# ---- curves
+
+
+def test_the_curves_are_the_numbers_of_the_log_under_the_names_of_their_panels(asset):
+    lines = ppo_log()
+    axes = curves(asset).axes
+    units = ["share positive", "KL, nats a response", "response length, tokens", "entropy, nats a token"]
+    assert [axis.get_ylabel() for axis in axes] == [label for _, label in PANELS] == units
+    for axis, (names, _) in zip(axes, PANELS):
+        assert [curve.get_xdata().tolist() for curve in axis.lines] == [list(range(6))] * len(names)
+        assert [curve.get_ydata().tolist() for curve in axis.lines] == [[x[name] for x in lines] for name in names]
+    assert axes[0].get_ylim() == (0, 1)
+    assert [text.get_text().split()[2].strip(",") for text in axes[0].get_legend().texts] == ["reward", "judge"]
+    assert [text.get_text().split(",")[0] for text in axes[1].get_legend().texts] == ["kl", "kl_exact"]
+
+
+def test_the_band_is_one_standard_error_of_the_kl_to_either_side(asset):
+    (band,) = curves(asset).axes[1].collections
+    points = {tuple(point) for point in band.get_paths()[0].vertices.tolist()}
+    for line in ppo_log():
+        edges = [y for x, y in points if x == line["step"]]
+        assert min(edges) == pytest.approx(line["kl"] - line["kl_stderr"])
+        assert max(edges) == pytest.approx(line["kl"] + line["kl_stderr"])
+
+
+@pytest.mark.parametrize("missing, drawn", [(SHARES, ["score"]), (SHARES[:1], SHARES[1:])], ids=["both", "reward"])
+def test_the_score_is_drawn_where_the_log_has_no_share_positive(asset, missing, drawn):
+    lines = ppo_log(without=missing)
+    write_lines(asset / "log.jsonl", lines)
+    axis = curves(asset).axes[0]
+    assert [curve.get_ydata().tolist() for curve in axis.lines] == [[line[name] for line in lines] for name in drawn]
+    assert axis.get_ylabel() == ("score" if "score" in drawn else "share positive")
+    assert (axis.get_ylim() == (0, 1)) == ("score" not in drawn)
+    assert bool(axis.get_legend()) == ("score" not in drawn)
+
+
+@pytest.mark.parametrize("config", [None, {}, {"kl_target": 0.0}, {"kl_target": 6.5}], ids=str)
+def test_the_target_line_is_there_where_the_run_had_a_kl_target(asset, config):
+    if config is not None:
+        (asset / "run_config.json").write_text(json.dumps(config))
+    targets = [line for line in curves(asset).axes[1].lines if line.get_label() == "target"]
+    assert [set(line.get_ydata()) for line in targets] == ([{6.5}] if config and config["kl_target"] else [])
+
+
+def test_the_validation_curve_has_the_steps_that_were_validated_in_millions_of_tokens(asset):
+    axis = finetune_model(asset / "mini/gpt2").axes[1]
+    (curve,) = axis.lines
+    assert curve.get_xydata().tolist() == [[0, 3.0], [0.004, 1.5]]
+    assert [text.get_text() for text in axis.texts] == ["1.50"]
+
+
+def test_the_histograms_are_the_counts_of_each_label_with_positive_in_green(asset):
+    steps = [patch for patch in reward_model(asset / "mini/reward").axes[1].patches if isinstance(patch, StepPatch)]
+    assert [step.get_data().values.tolist() for step in steps] == [[4, 2, 1], [0, 3, 9]]
+    assert all(step.get_data().edges.tolist() == [-1.5, -0.5, 0.5, 1.5] for step in steps)
+    colours = [step.get_edgecolor() for step in steps]
+    assert colours == [plt.matplotlib.colors.to_rgba(colour) for colour in (plot.RED, plot.GREEN)]
+
+
+# ---- samples
+
+
+def test_four_samples_are_shown_each_with_the_judges_verdicts_in_their_colour(asset):
+    axis = example_results(asset).axes[0]
+    said = [text for text, _ in texts_of(axis)]
+    assert {text for text, extent in texts_of(axis) if extent.x0 > 0.6 * axis.bbox.x1} == {
+        "after PPO", "that is good", "0.51"
+    }  # fmt: skip
+    assert said.count("A film about a dog") == 4 * 2  # as the prompt and as the response before
+    assert said.count("that is good") == said.count("0.50") == said.count("0.51") == 4
+    before, after = (plt.matplotlib.colors.to_rgba(colour) for colour in (plot.RED, plot.GREEN))
+    assert [patch.get_facecolor() for patch in axis.patches] == [before, after] * 4
+
+
+def test_generated_text_is_drawn_letter_by_letter_and_never_as_mathematics(asset):
+    write_samples(asset, NASTY, NASTY)
+    figure = example_results(asset)
+    figure.canvas.draw()
+    shown = " ".join(text for text, _ in texts_of(figure.axes[0]))
+    assert shown.isprintable()
+    letters = [c for c in NASTY if c.isprintable() and c != " "]
+    assert "".join(letters * 2) in shown.replace(" ", "")
+
+
+@pytest.mark.parametrize("text", ["W" * 150, "A GREAT " * 25, "i" * 150, "\u0301" * 20, "word " * 30, ""])
+def test_a_text_of_any_letters_stays_in_its_column_and_its_row(asset, text):
+    write_samples(asset, text, text)
+    figure = example_results(asset)
+    texts, tags = texts_of(figure.axes[0]), [patch.get_window_extent() for patch in figure.axes[0].patches]
+    assert all(inside(extent, figure.bbox) for _, extent in texts)
+    assert all(extent.width < 3.2 * figure.dpi for _, extent in texts[:-1])  # the last is the caption below
+    for words, extent in texts:
+        assert words[0].isdigit() or not any(crossing(extent, tag) for tag in tags)
+    assert not any(crossing(a, b) for (_, a), (_, b) in itertools.combinations(texts, 2) if text.isascii())
+    rules = [figure.axes[0].transData.transform((0, line.get_ydata()[0]))[1] for line in figure.axes[0].lines]
+    assert not any(extent.y0 < y < extent.y1 for _, extent in texts for y in rules)
+
+
+def test_wrapping_breaks_at_spaces_and_loses_nothing():
+    words = "a very long sentence about a film " * 10 + "W" * 100
+    lines = wrap(words, 3.1)
+    assert "".join(lines).replace(" ", "") == words.replace(" ", "")
+    assert set(" ".join(lines[:-5]).split()) <= set(words.split())
+    assert len(lines) > 5
+    assert wrap("", 3.1) == [""]
+    assert wrap("WWW", 0.01)[-1] == "W"
+
+
+# ---- the command
+
+
+def test_a_folder_gets_its_learning_curves_and_nothing_else(asset, tmp_path, capsys):
+    write_lines(tmp_path / "run" / "log.jsonl", ppo_log())
+    assert main(["run"]) == 0
+    assert capsys.readouterr().out.split() == [str(Path("run/learning_curves.png"))]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["learning_curves.png", "log.jsonl"]
+    assert not (asset / "images").exists()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_missing_file_is_one_line_that_names_it(asset, capsys, source):
+    (asset / source).unlink()
+    assert main([]) == 2
+    assert capsys.readouterr().err.splitlines() == [f"error: {Path('asset', source)}: No such file or directory"]
+
+
+@pytest.mark.parametrize(
+    "arguments, named", [(["nowhere"], "nowhere"), (["a", "b"], "usage"), (["asset/log.jsonl"], "log")]
+)
+def test_bad_usage_is_one_line_and_status_2(asset, capsys, arguments, named):
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+
+
+def test_redrawing_needs_no_torch():
+    code = "import sys, plot; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(plot.__file__).parent).returncode == 0

@@ -1,0 +1,170 @@
+"""Optimizer steps: clipping, gradients that are not finite, schedules, weight decay, Muon."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from model import GPT2, GPT2Config
+from runtime.errors import BadInput
+from runtime.optimizer import Muon, Stepper, decay_groups, make_optimizers, orthogonal, warm_up_and_decay
+
+
+@pytest.fixture
+def stepper():
+    """SGD at rate 1 on one weight vector of zeros, clipped at 1."""
+    module = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    return Stepper(module, [torch.optim.SGD(module.parameters(), lr=1.0)], grad_clip=1.0)
+
+
+def take_step(stepper, *gradient):
+    stepper.model.weight.grad = torch.tensor([gradient])
+    norm = stepper.step()
+    assert stepper.model.weight.grad is None
+    return norm, stepper.model.weight.tolist()[0]
+
+
+def test_a_step_clips_the_gradient_to_the_norm_and_reports_the_norm_before(stepper):
+    norm, weight = take_step(stepper, 6.0, 8.0)
+    assert norm == pytest.approx(10)
+    assert weight == pytest.approx([-0.6, -0.8], abs=1e-5)
+    norm, weight = take_step(stepper, 0.3, 0.0)  # below the bound: as it is
+    assert norm == pytest.approx(0.3)
+    assert weight == pytest.approx([-0.9, -0.8], abs=1e-5)
+    assert stepper.skipped == 0
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(stepper, bad):
+    """Clipping by an infinite norm would make every weight nan."""
+    assert take_step(stepper, bad, 1.0)[1] == [0, 0]
+    assert stepper.skipped == 1
+
+
+def test_three_bad_gradients_in_a_row_stop_the_run_and_two_with_a_good_one_between_do_not(stepper):
+    for gradient in (math.nan, math.nan, 0.5, math.nan, math.nan):
+        take_step(stepper, gradient, 0.0)
+    assert stepper.skipped == 4
+    with pytest.raises(BadInput, match="three steps in a row were skipped, .*norm nan"):
+        take_step(stepper, math.nan, 0.0)
+    assert stepper.model.weight.tolist() == [[-0.5, 0]]
+
+
+def test_every_group_of_every_optimizer_follows_the_schedule_from_its_own_peak():
+    """O5: catches a rate that only the first group gets, and one that is cut from what the last step left."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    adamw = torch.optim.AdamW(decay_groups(model[0].parameters(), 0.1), lr=0.5)
+    stepper = Stepper(model, [adamw, Muon([model[1].weight], lr=0.2)], grad_clip=1.0)
+    for share in (0.1, 0.5):
+        stepper.set_lr(share)
+        assert [[group["lr"] for group in o.param_groups] for o in stepper.optimizers] == [
+            [0.5 * share] * 2,
+            [0.2 * share],
+        ]
+
+
+def test_the_rate_rises_for_a_tenth_of_the_steps_and_falls_to_0_after_the_last():
+    """Linearly, at most to 1: with 20 steps two of them rise, and the last has a share of 1/18."""
+    shares = [warm_up_and_decay(step, 20) for step in range(20)]
+    assert shares == pytest.approx([0.5, 1] + [(20 - step) / 18 for step in range(2, 20)])
+    assert warm_up_and_decay(20, 20) == 0
+    assert warm_up_and_decay(0, 110) == pytest.approx(1 / 11)
+    assert [warm_up_and_decay(step, 15) for step in (0, 1, 2)] == pytest.approx([0.5, 1, 13 / 13.5])  # two of 15 too
+
+
+def test_muon_has_a_rate_of_its_own_and_adamw_leaves_its_matrices_out():
+    model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2))
+    adamw, muon = make_optimizers(model, [model[1].weight], 0.5, 0.1, betas=(0.8, 0.9), muon_lr=0.2)
+    decayed, spared = adamw.param_groups
+    assert [group["params"] for group in (decayed, spared)] == [[model[0].weight], [model[1].bias]]
+    assert [(group["lr"], group["weight_decay"]) for group in (decayed, spared)] == [(0.5, 0.1), (0.5, 0.0)]
+    assert decayed["betas"] == (0.8, 0.9)
+    (group,) = muon.param_groups
+    assert group["params"] == [model[1].weight]
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.2, 0.1, 0.95)
+
+
+@pytest.mark.parametrize(("kind", "fused"), [("cpu", True), ("cuda", True), ("mps", False)])
+def test_adamw_is_fused_except_on_mps(kind, fused, monkeypatch):
+    class Parameter:
+        device = torch.device(kind)
+
+        def dim(self):
+            return 2
+
+    model, settings = nn.Module(), {}
+    monkeypatch.setattr(model, "parameters", lambda: iter([Parameter()]), raising=False)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **options: settings.update(options))
+    make_optimizers(model, [], 0.5, 0.1)
+    assert settings["fused"] is fused
+
+
+def test_weight_decay_takes_matrices_and_leaves_biases_and_gains():
+    with torch.device("meta"):
+        gpt2 = GPT2(GPT2Config())
+    decayed, spared = decay_groups(gpt2.parameters(), 0.1)
+    counts = [(len(g["params"]), sum(p.numel() for p in g["params"]), g["weight_decay"]) for g in (decayed, spared)]
+    assert counts == [(50, 124_318_464, 0.1), (98, 121_344, 0.0)]
+
+
+def test_orthogonal_keeps_the_directions_and_brings_all_singular_values_near_1():
+    """Catches a wrong coefficient, a product the wrong way round and a matrix that comes back transposed."""
+    torch.manual_seed(0)
+    for shape in ((3, 16, 16), (2, 40, 12), (2, 12, 40)):
+        matrices = torch.randn(shape, dtype=torch.float64)
+        U, S, V = torch.linalg.svd(orthogonal(matrices), full_matrices=False)
+        assert S.min() > 0.6 and S.max() < 1.3
+        of, _, by = torch.linalg.svd(matrices, full_matrices=False)
+        inner = of.mT @ orthogonal(matrices) @ by.mT  # diagonal: the singular vectors are those of the matrices
+        assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 1e-9
+
+
+def test_orthogonal_of_a_tiny_gradient_keeps_its_sign():
+    """A norm below the 1e-7 that keeps 0 finite."""
+    matrices = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0)) * 1e-9
+    assert ((orthogonal(matrices) * matrices).sum(dim=(1, 2)) > 0).all()
+    assert orthogonal(torch.zeros(1, 8, 8)).abs().max() == 0
+
+
+def test_muon_stores_its_momentum_and_decays_only_if_told():
+    p = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+    before, p.grad = p.detach().clone(), torch.zeros(4, 4)
+    muon = Muon([p], lr=0.1)
+    muon.step()
+    assert torch.equal(p.detach(), before)
+    p.grad = torch.ones(4, 4)
+    muon.step()
+    assert list(muon.state[p]) == ["momentum"]  # its name in checkpoints
+    torch.testing.assert_close(muon.state[p]["momentum"], torch.full((4, 4), 0.05))
+
+
+def test_muon_steps_as_torch_does_up_to_its_bf16():
+    """torch.optim.Muon is the reference: momentum, Nesterov, decay and the scale of tall matrices."""
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape) / 4) for shape in ((16, 16), (40, 16), (40, 16), (16, 40))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    settings = dict(lr=0.02, weight_decay=0.1, momentum=0.9)
+    pairs = (Muon(ours, **settings), ours), (torch.optim.Muon(theirs, **settings), theirs)
+    start = [p.detach().clone() for p in ours]
+    for _ in range(4):
+        gradients = [torch.randn_like(p) for p in ours]
+        for optimizer, parameters in pairs:
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient.clone()
+            optimizer.step()
+    for a, b, p in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.02 * (a - p).norm()
+
+
+def test_muon_takes_a_c_attn_as_the_three_matrices_it_is():
+    torch.manual_seed(0)
+    whole, gradient = nn.Parameter(torch.randn(24, 8)), torch.randn(24, 8)
+    thirds = [nn.Parameter(third.clone()) for third in whole.detach().split(8)]
+    whole.grad = gradient
+    for third, part in zip(thirds, gradient.split(8)):
+        third.grad = part
+    Muon([whole], lr=0.1).step()
+    Muon(thirds, lr=0.1).step()
+    torch.testing.assert_close(whole.detach(), torch.cat([third.detach() for third in thirds]))
