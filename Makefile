@@ -2,7 +2,7 @@
 # in ppo_checkpoints/mini.
 # test: the linter and all tests.
 # mutants: the tests against known mistakes and a sample of generated mutants, which they must all catch.
-# mutation: against all generated mutants, more than an hour; writes tests/mutation_report.md.
+# mutation: against all generated mutants, more than an hour; writes tests/mutation/report.md.
 # A test that hangs for a quarter of an hour ends the tests, with a traceback of where.
 # soak: 50 kills of saves and 50 of a run, at random moments; minutes.
 PYTHON ?= python3
@@ -20,11 +20,11 @@ test: .venv/installed
 	$(BIN)/python -m pytest -q tests -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 mutants: .venv/installed
-	$(BIN)/python tests/mutants.py
-	$(BIN)/python tests/mutation.py --sample 60
+	$(BIN)/python tests/mutation/mutants.py
+	$(BIN)/python tests/mutation/mutation.py --sample 60
 
 mutation: .venv/installed
-	$(BIN)/python tests/mutation.py
+	$(BIN)/python tests/mutation/mutation.py
 
 soak: .venv/installed
 	$(BIN)/python tests/soak.py

@@ -34,13 +34,13 @@ import torch
 from config import PPOConfig
 from data import decode, load_prompts, prompt_batch
 from model import compile_passes
-from reward import check_finite, load_rewards, reward_fingerprint, scored, tokenizer_text
+from reward import check_finite, load_rewards, reward_fingerprint, scored
 from runtime.checkpoint import Checkpoints, check_run, fingerprint
 from runtime.cli import run
 from runtime.device import micro_batch_size, pick_device, random_generator, to_device
 from runtime.distributed import ONE_PROCESS, join
 from runtime.errors import BadInput, NotFinite
-from runtime.hub import load_policy, open_gpt2
+from runtime.hub import load_policy, open_gpt2, policy_fingerprint
 from runtime.log import RunLog, ppo_sheet
 from runtime.monitor import Alarms, BestPolicy, Rollout, Stopwatch, average, rollout_metrics, sample
 from runtime.optimizer import Stepper
@@ -271,7 +271,7 @@ def main(cfg):
     stepper = Stepper(policy, [optimizer], cfg.grad_clip, ranks)
     controller, alarms = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon), Alarms(cfg)
     best = BestPolicy(policy, tokenizer, cfg)
-    inputs = {"prompts": fingerprint(str(pool.tolist())), "policy": fingerprint(policy, tokenizer_text(tokenizer))}
+    inputs = {"prompts": fingerprint(str(pool.tolist())), "policy": policy_fingerprint(policy, tokenizer)}
     inputs |= {"reward": reward_fingerprint(reward_fn), "judge": reward_fingerprint(judge)}
     saved = {"stepper": stepper, "controller": controller, "alarms": alarms, "best": best}
     checkpoints = Checkpoints(cfg, cfg.out, policy, [optimizer], inputs, saved, ranks, best.write)

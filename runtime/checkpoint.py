@@ -382,8 +382,8 @@ class Checkpoints:
         """Save a checkpoint from before the current step; return the error with a hint to resume."""
         self.save()
         return BadInput(
-            f"{error}. The run is saved: --resume resumes it at step {self.step}, with --force if the reward's file was "
-            "changed"
+            f"{error}. The run is saved: --resume resumes it at step {self.step}, with --force if you changed the file "
+            "of the reward"
         )
 
     def _handle(self, number, frame):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from config import PRESETS
 from model import GPT2, GPT2Config, Policy
-from runtime.checkpoint import REVISIONS, match, read_file, read_json, replacing
+from runtime.checkpoint import REVISIONS, fingerprint, match, read_file, read_json, replacing
 from runtime.errors import BadInput, first_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -235,6 +235,11 @@ def tokenizer_text(tokenizer):
     if tokenizer.is_fast:
         return tokenizer.backend_tokenizer.to_str()
     return json.dumps(sorted(tokenizer.get_vocab().items()))
+
+
+def policy_fingerprint(policy, tokenizer):
+    """Return a hash of the weights, config and tokenizer of a policy."""
+    return fingerprint(policy, str(policy.gpt2.config), tokenizer_text(tokenizer))
 
 
 def open_gpt2(name):

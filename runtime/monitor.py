@@ -209,6 +209,4 @@ class BestPolicy(BestWeights):
             policy = load_policy(*open_gpt2(f"{out}/{BEST}"))
         save_gpt2(policy.gpt2, self.tokenizer, out, policy.value_head)
         delete_checkpoints(out)
-        print(
-            f"the policy is in {out}; compare it with the fine-tuned model: python evaluate.py --preset {self.cfg.preset}"
-        )
+        print(f"the policy is in {out}: python evaluate.py --preset {self.cfg.preset} --after {out} evaluates it")

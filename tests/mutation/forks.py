@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS, TIMES = 15, 5  # a test may take this long, or this many times its usual time
 LONGEST = 60  # assumed of a test whose usual time is unknown
 MEMORY = 16 * 2**30  # bytes that a process of a run may allocate
@@ -112,7 +112,7 @@ def start(worker, function, write_bytecode=False):
         output = os.open("../output", os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests")]
+        sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests", ROOT / "tests/mutation")]
         sys.dont_write_bytecode = not write_bytecode
         os.environ |= {"TMPDIR": temporary, "PYTHONDONTWRITEBYTECODE": "1", "STORED": str(worker / "stored")}
         tempfile.tempdir = None
@@ -125,8 +125,9 @@ def start(worker, function, write_bytecode=False):
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(ValueError):  # a test may have closed them
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
 
 

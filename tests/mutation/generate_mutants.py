@@ -11,7 +11,8 @@ and default arguments that are expressions. These are excluded by a rule:
     case      the upper- and lower-case variants of a string; "XX...XX" is kept
     invalid   mutants that do not compile or that equal another one
 
-An id has the file, the function, and a hash of the changed lines before and after. Edits elsewhere do not change it.
+An id has the file, the function, and a hash of the changed lines before and after, without comments. Edits elsewhere do
+not change it.
 """
 
 import hashlib
@@ -179,7 +180,8 @@ def code_of(node):
 
 
 def changed_lines(old, new):
-    """(index of the first changed line, the changed lines of old, those of new), each as one text."""
+    """(index of the first changed line, the changed lines of old, those of new), as texts without comments."""
+    old, new = ([re.sub(r"  # .*", "", line) for line in lines] for lines in (old, new))
     start = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new))))
     old, new = old[start:], new[start:]
     while old and new and old[-1] == new[-1]:

@@ -1,11 +1,11 @@
 """Mistakes that people make in RLHF code: a wrong line for each, and the test that must fail with it.
 
     make mutants                                      # all of them, and a sample of generated mutants (mutation.py)
-    python tests/mutants.py "last token" kl           # those whose description holds one of the words
+    python tests/mutation/mutants.py "last token" kl           # those whose description holds one of the words
 
 Each mistake replaces a part of the source, which must occur exactly once, in a copy of the tree, where its one test is
 run. A mistake that the test does not notice has survived; one whose code or test is no longer there is stale. Either
-makes the exit status 1. tests/mutation.py runs thousands of mutants that a tool generates; this list is to be read.
+makes the exit status 1. tests/mutation/mutation.py runs thousands of mutants that a tool generates; this list is to be read.
 """
 
 import sys
@@ -198,7 +198,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ),
         ],
     },
-    "optimizer.py": {
+    "runtime/optimizer.py": {
         "test_ppo::test_a_minibatch_leaves_no_gradient_to_the_next": [
             ("the gradients are not set to zero", "self.model.zero_grad(set_to_none=True)", "pass"),
         ],
@@ -265,7 +265,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ("the value head starts with random weights", "nn.init.zeros_(self.value_head.weight)", "pass"),
         ],
     },
-    "hub.py": {
+    "runtime/hub.py": {
         "test_model::test_logits_are_those_of_transformers": [
             (
                 "a Conv1D weight of GPT-2 is not transposed",
@@ -281,7 +281,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ),
         ],
     },
-    "checkpoint.py": {
+    "runtime/checkpoint.py": {
         "test_finetune::test_a_run_that_was_killed_and_goes_on_equals_the_unbroken_one_to_the_bit": [
             (
                 "the moments of Adam are not restored",
@@ -297,7 +297,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ),
         ],
     },
-    "distributed.py": {
+    "runtime/distributed.py": {
         "test_distributed::test_two_processes_take_the_steps_of_one": [
             ("gradients are not averaged over processes", "return DistributedDataParallel(model)", "return model"),
         ],
@@ -368,7 +368,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ),
         ],
     },
-    "log.py": {
+    "runtime/log.py": {
         "test_ppo::test_metrics_sum_kl_over_a_response_and_average_over_responses": [
             (
                 "the KL of a response is logged as a mean over its tokens, not as their sum",
@@ -396,7 +396,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ),
         ],
     },
-    "frontier.py": {
+    "analysis/frontier.py": {
         "test_frontier::test_a_value_at_a_kl_needs_a_run_near_it_and_none_is_extrapolated": [
             (
                 "methods are compared at a KL that none of their runs is near",
@@ -405,7 +405,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ),
         ],
     },
-    "metrics.py": {
+    "analysis/metrics.py": {
         "test_metrics::test_an_interval_is_that_of_95_percent": [
             ("quantiles of a 90 % interval for one of 95 %", "(0.025, 0.975)", "(0.05, 0.95)"),
         ],
@@ -432,7 +432,8 @@ def main(words):
         if not words or any(word in mistake for word in words)
     ]
     texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in MISTAKES}
-    names = {test: f"tests/{test.replace('::', '.py::')}" for _, _, test, _, _ in chosen}
+    folders = {path.stem: path.parent.relative_to(ROOT) for path in (ROOT / "tests").glob("**/test_*.py")}
+    names = {test: f"{folders[test.split('::')[0]]}/{test.replace('::', '.py::')}" for _, _, test, _, _ in chosen}
     stale = [(mistake, file) for mistake, file, _, right, _ in chosen if texts[file].count(right) != 1]
     bad = len(stale)
     for mistake, file in stale:

@@ -24,7 +24,6 @@ from forks import ROOT, run_pytest, store
 
 UNMEASURED = ("tests/test_full_size.py", "tests/test_gpu.py")  # too slow for any mutant, or skipped
 STORE = ROOT / ".cache" / "mutation" / "coverage"
-NOT_STAMPED = {"forks.py", "selection.py", "generate_mutants.py", "mutation.py", "mutants.py"}
 
 
 class Recorder:
@@ -136,7 +135,7 @@ class Coverage:
                 tests.update(*(self.lines[file][line] for line in found))
             using = set().union(*here.values())
             tests.update(sorted(using, key=lambda test: (self.seconds[test], test))[:30])
-            tests |= {test for test in using if test.startswith(f"tests/test_{Path(mutant.file).stem}.py::")}
+            tests |= {test for test in using if f"/test_{Path(mutant.file).stem}.py::" in test}
         return tests
 
 
@@ -167,13 +166,12 @@ def source_files():
 
 
 def all_test_files():
-    return sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py"))
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("**/test_*.py"))
 
 
 @cache
 def stamp(*files):
     """A hash of these files and of what the tests share."""
-    shared = [path for path in (ROOT / "tests").glob("*.py") if not path.match("test_*.py")]
-    shared = [path for path in sorted(shared) if path.name not in NOT_STAMPED]
+    shared = [path for path in sorted((ROOT / "tests").glob("*.py")) if not path.match("test_*.py")]
     texts = [path.read_bytes() for path in [*shared, *(ROOT / file for file in files)]]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
