@@ -125,8 +125,9 @@ def start(worker, function, write_bytecode=False):
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(ValueError):  # a test may have closed them
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
 
 
