@@ -19,9 +19,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def pick_device(cfg):
     """(torch.device, bf16): where to compute, and whether the trunk runs in bf16; BadInput for what is not there.
 
-    fp32 products stay in fp32: nothing here allows TF32, which is torch's default. Where `auto` picks the CPU although
-    there is an NVIDIA GPU, a warning on stderr says why.
+    fp32 products stay in fp32: TF32 is turned off, also where an environment variable turned it on. Where `auto` picks
+    the CPU although there is an NVIDIA GPU, a warning on stderr says why.
     """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about a GPU that it cannot use: unused_gpu has the reason
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

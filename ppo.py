@@ -334,7 +334,7 @@ def main(cfg):
 
     inputs = {
         "prompts": fingerprint(*(str(prompt) for prompt in pool.tolist())),
-        "policy": fingerprint(policy, tokenizer.backend_tokenizer.to_str()),
+        "policy": fingerprint(policy, str(policy.gpt2.config), tokenizer.backend_tokenizer.to_str()),
         "reward": reward_fingerprint(reward_fn),
         "judge": reward_fingerprint(judge),
     }
@@ -397,7 +397,7 @@ def main(cfg):
             policy = load_policy(*open_gpt2(f"{cfg.out}/{BEST}"))
         save_gpt2(policy.gpt2, tokenizer, cfg.out, policy.value_head)
         delete_checkpoints(cfg.out)
-        print(f"the policy is in {cfg.out}; compare it with its start: python evaluate.py --preset {cfg.preset}")
+        print(f"the policy is in {cfg.out}: python evaluate.py --preset {cfg.preset} --after {cfg.out} evaluates it")
 
 
 if __name__ == "__main__":

@@ -259,7 +259,8 @@ def scored(reward_fn, texts):
 def reward_fingerprint(reward_fn):
     """The fingerprint of a classifier with its tokenizer, or of the file of a user's function; "" for none."""
     if isinstance(reward_fn, SentimentReward):
-        return fingerprint(reward_fn.model, tokenizer_text(reward_fn.tokenizer))
+        config = {name: value for name, value in reward_fn.model.config.to_dict().items() if "version" not in name}
+        return fingerprint(reward_fn.model, str(config), str(reward_fn.positive), tokenizer_text(reward_fn.tokenizer))
     return fingerprint(Path(reward_fn.file).read_text(encoding="latin-1")) if hasattr(reward_fn, "file") else ""
 
 
