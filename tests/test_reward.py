@@ -730,3 +730,12 @@ def test_code_beside_a_classifier_is_neither_run_nor_asked_about(bert_folder, tm
 def test_one_label_is_too_few():
     with pytest.raises(BadInput, match=": it needs at least two labels$"):
         reward.positive_index({0: "POSITIVE"}, "", "m")
+
+
+def test_the_fingerprint_of_a_classifier_changes_with_its_config_and_its_positive_label(bert_folder):
+    one, swapped = (SentimentReward.load(str(bert_folder), label) for label in ("POSITIVE", "NEGATIVE"))
+    assert reward.reward_fingerprint(one) == reward.reward_fingerprint(SentimentReward.load(str(bert_folder)))
+    assert reward.reward_fingerprint(one) != reward.reward_fingerprint(swapped)
+    before = reward.reward_fingerprint(one)
+    one.model.config.layer_norm_eps = 0.5
+    assert reward.reward_fingerprint(one) != before

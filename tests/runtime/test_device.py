@@ -229,3 +229,14 @@ def test_on_a_cpu_a_micro_batch_has_2048_tokens_and_a_given_size_stays():
         (PPOConfig(micro_batch_size=4), 48, 4),
     ):
         assert micro_batch_size(cfg, 64, tokens, gpt2, 4, torch.device("cpu"), ONE_PROCESS) == expected
+
+
+def test_tf32_is_off_also_where_the_environment_turned_it_on():
+    code = (
+        "import torch; from config import PPOConfig; from device import pick_device; "
+        "before = torch.backends.cuda.matmul.allow_tf32; pick_device(PPOConfig(device='cpu')); "
+        "print(before, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)"
+    )
+    environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True)
+    assert printed.split() == ["True", "False", "False"]

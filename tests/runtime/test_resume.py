@@ -335,14 +335,18 @@ def changed_inputs(home, folder):
     save_gpt2(policy, load_tokenizer(folder / "gpt2"), folder / "other")
     write_bert(folder / "judge", seed=1)
     (folder / "other.py").write_text((folder / "rewards.py").read_text() + "# another version\n")
+    shutil.copytree(folder / "gpt2", folder / "heads")
+    config = json.loads((folder / "gpt2/config.json").read_text())
+    (folder / "heads/config.json").write_text(json.dumps(config | {"n_head": config["n_head"] * 2}))
     return {
         "policy": (folder / "other", folder / "gpt2"),
+        "policy, in its config alone": (folder / "heads", folder / "gpt2"),
         "judge": (folder / "judge", folder / "bert"),
         "reward": (folder / "other.py", folder / "rewards.py"),
     }
 
 
-@pytest.mark.parametrize("what", ["policy", "judge", "reward"])
+@pytest.mark.parametrize("what", ["policy", "policy, in its config alone", "judge", "reward"])
 def test_a_run_is_resumed_only_with_the_weights_reward_and_judge_that_it_had(home, tmp_path, what, capsys):
     """Files that were replaced in between: the KL used to be measured from another reference, without a word."""
     files, out = changed_inputs(home, tmp_path / "home"), tmp_path / "out"
@@ -353,7 +357,7 @@ def test_a_run_is_resumed_only_with_the_weights_reward_and_judge_that_it_had(hom
         shutil.rmtree(old)
     os.replace(new, old)
     flags = [*ppo_flags(tmp_path / "home", out), "--resume"]
-    text = message(ppo.main, parse(PPOConfig, flags))
+    text, what = message(ppo.main, parse(PPOConfig, flags)), what.partition(",")[0]
     assert re.fullmatch(
         rf".*00000002 was made with another content of: {what} \(\w+ then, \w+ now\)\. --force .*", text
     )
