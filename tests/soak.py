@@ -25,7 +25,14 @@ from conftest import TEXTS, hf_gpt2, reviews_csv, train_bpe, write_bert
 from tqdm import tqdm
 
 from config import FinetuneConfig, PPOConfig, RewardConfig
-from runtime.checkpoint import CHECKPOINTS, check_sums, latest_checkpoint, load_checkpoint, save_checkpoint, sweep
+from runtime.checkpoint import (
+    CHECKPOINTS,
+    check_sums,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
 from runtime.cli import run
 from runtime.log import RunLog, read_lines
 
@@ -139,7 +146,7 @@ def kill_runs(flags, out, unbroken, kills, rng):
         assert process.exitcode == 0 or number <= kills and process.exitcode == -9, Path(f"{out}.txt").read_text()
         check_whole(out)
         if (out / "model.safetensors").is_file() and not (out / CHECKPOINTS).is_dir():
-            sweep(out)  # a kill while the checkpoints were deleted leaves some
+            remove_leftovers(out)  # a kill while the checkpoints were deleted leaves some
             differ = differences(outcome(out), outcome(unbroken))
             assert not differ, f"{out} is not {unbroken}: {differ}"
             shutil.rmtree(out)

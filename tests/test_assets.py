@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data import digest, key, language_model_texts, load_splits, pack
+from data import key, language_model_texts, load_splits, pack
 from finetune_gpt2 import validate, validation_texts
 from reward import SentimentReward, check_reward
+from runtime.checkpoint import fingerprint
 from runtime.hub import load_gpt2, open_gpt2, read_tensors
 
 MINI = ROOT / "asset" / "mini"
@@ -56,7 +57,7 @@ def test_no_review_of_the_evaluation_or_of_the_prompts_was_trained_on(splits):
     }
     held_out = {key(text) for name in ("evaluation", "prompts") for text in splits[name].texts}
     for name, texts in learned.items():
-        assert results(name)["data"] == digest(texts)
+        assert results(name)["data"] == fingerprint(*texts)
         assert held_out and not held_out & {key(text) for text in texts}
     assert not {key(text) for text in learned["reward"]} & {key(text) for text in learned["judge"]}
 

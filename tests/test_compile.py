@@ -14,8 +14,8 @@ from torch._dynamo.utils import counters
 
 import finetune_gpt2
 from config import FinetuneConfig, PPOConfig
-from model import GPT2, GPT2Config, Policy
-from ppo import compile_passes, rollout, update
+from model import GPT2, GPT2Config, Policy, compile_passes
+from ppo import rollout, update
 from runtime.device import random_generator
 from runtime.optimizer import Stepper
 

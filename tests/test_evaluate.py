@@ -17,10 +17,10 @@ from conftest import ROOT, LogitsMemory, message, nan_after_the_end, reviews_csv
 import config
 import evaluate
 from analysis.metrics import kl_text, table_text
-from analysis.responses import prompt_groups, respond
+from analysis.responses import micro_batches, pieces, prompt_groups, respond
 from config import EvaluateConfig, FrontierConfig, PPOConfig
 from data import CONTROLS, load_splits, prompt_pool
-from evaluate import check_results, micro_batches, pieces, sample_answers, token_numbers, viewer
+from evaluate import check_results, sample_responses, token_metrics, viewer
 from model import GPT2
 from ppo import gae, token_rewards
 from reward import SentimentReward
@@ -251,7 +251,7 @@ def test_the_samples_are_as_many_as_wanted_at_their_own_temperature_with_the_pro
             return torch.tensor([float(len(text)) for text in texts]).log()  # its sigmoid: length / (length + 1)
 
     cfg = replace(CFG, samples=samples, sample_temperature=1e-4)
-    found = sample_answers({"before": before, "after": after}, tokenizer, Judge(), GROUPS, cfg, CPU)
+    found = sample_responses({"before": before, "after": after}, tokenizer, Judge(), GROUPS, cfg, CPU)
     prompts = {tokenizer.decode(row): row for group in GROUPS for row in group}
     assert len(found) == len({prompt for prompt, _ in found}) == min(samples, 4)
     for i, (prompt, sides) in enumerate(found):
@@ -270,7 +270,7 @@ def test_the_prompts_of_the_samples_are_drawn_by_the_seed(opened):
     cfg = replace(LONG, response_len=1, samples=5)
 
     def prompts(seed):
-        found = sample_answers(
+        found = sample_responses(
             {"before": policy, "after": other}, tokenizer, judge, groups, replace(cfg, seed=seed), CPU
         )
         return [prompt for prompt, _ in found]
@@ -308,7 +308,7 @@ def test_the_numbers_of_each_token_are_those_that_ppo_would_have_learned_from():
     policies = {"after": lambda *_: (logprobs, values), "before": lambda *_: (ref_logprobs, None)}
     ppo = PPOConfig(kl_coef=0.1, lam=0.5, gamma=1.0, score_clip=2.5, missing_eos_penalty=0.5)
     sequences = torch.tensor([[9, 5, 0], [9, 5, 6], [9, 5, 6]])
-    found, mask = token_numbers(policies, sequences, 1, scores, ppo, 1.0, eos_id=0)
+    found, mask = token_metrics(policies, sequences, 1, scores, ppo, 1.0, eos_id=0)
     assert mask.all()
     torch.testing.assert_close(found["kl"], torch.tensor([[0.5, -1], [0, 0], [0, 0]]))
     torch.testing.assert_close(found["ratio"], torch.tensor([[0.5, -1], [0, 0], [0, 0]]).exp())
@@ -321,7 +321,7 @@ def test_the_ratio_of_a_token_that_the_reference_all_but_excludes_is_cut_to_a_nu
         "after": lambda *_: (torch.tensor([[-1.0]]), None),
         "before": lambda *_: (torch.tensor([[-999.0]]), None),
     }
-    found, _ = token_numbers(policies, torch.tensor([[9, 5]]), 1, None, None, 1.0, eos_id=0)
+    found, _ = token_metrics(policies, torch.tensor([[9, 5]]), 1, None, None, 1.0, eos_id=0)
     assert found["kl"].item() == 998 and found["ratio"].item() == pytest.approx(np.exp(20))
 
 
@@ -354,7 +354,7 @@ def test_a_policy_trained_without_a_value_head_has_no_value_and_no_advantage(ope
 def test_the_numbers_of_each_token_ignore_nan_after_the_end():
     dirty = torch.tensor([[-1.0, -2, torch.nan]])
     policies = {"after": lambda *_: (dirty, dirty), "before": lambda *_: (dirty + 0.5, None)}
-    found, mask = token_numbers(policies, torch.tensor([[9, 5, 0, 0]]), 1, torch.tensor([2.0]), PPOConfig(), 1.0, 0)
+    found, mask = token_metrics(policies, torch.tensor([[9, 5, 0, 0]]), 1, torch.tensor([2.0]), PPOConfig(), 1.0, 0)
     assert mask.tolist() == [[True, True, False]]
     assert all(found[name].isfinite().all() for name in ("kl", "ratio", "advantage"))
 

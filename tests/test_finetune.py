@@ -12,11 +12,11 @@ from conftest import reviews_csv
 
 import finetune_gpt2
 from config import FinetuneConfig
-from data import block_order, digest, encode, language_model_texts, load_splits, pack
+from data import block_order, encode, language_model_texts, load_splits, pack
 from finetune_gpt2 import blocks, learning_rate, train_step, validate, validation_texts
 from model import GPT2, GPT2Config
 from runtime import checkpoint
-from runtime.checkpoint import CARD_MARK, latest_checkpoint, load_checkpoint, save_checkpoint
+from runtime.checkpoint import CARD_MARK, fingerprint, latest_checkpoint, load_checkpoint, save_checkpoint
 from runtime.errors import BadInput
 from runtime.hub import load_gpt2, open_gpt2, read_tensors, save_gpt2
 from runtime.log import RunLog
@@ -261,7 +261,7 @@ def test_a_run_learns_from_the_reviews_of_the_two_classifiers_alone(scratch_run)
     """By the hash that it wrote down: of what gives prompts or is held out nothing may be known by heart."""
     cfg, _ = scratch_run
     told = json.loads((Path(cfg.out) / "results.json").read_text())
-    assert told["data"] == digest(language_model_texts(load_splits(cfg.dataset)))
+    assert told["data"] == fingerprint(*language_model_texts(load_splits(cfg.dataset)))
 
 
 def test_transformers_opens_the_folder_and_finds_the_same_perplexity(scratch_run):

@@ -21,7 +21,7 @@ from conftest import ROOT, TEXTS, hf_gpt2, message
 import generate
 from config import GenerateConfig
 from data import encode, train_bpe
-from generate import answer, growing_answers, prompt_ids
+from generate import answer, complete, prompt_ids
 from model import GPT2, GPT2Config, Policy
 from runtime.device import random_generator
 from runtime.hub import load_policy, open_gpt2, open_pair, save_gpt2
@@ -127,7 +127,7 @@ def test_what_has_grown_in_the_end_is_what_generate_gives_with_the_same_seed(ope
     """And it only grew, but for letters that were not whole yet."""
     policies, tokenizer = opened
     ids = encode([PROMPT], tokenizer)[0]
-    steps = list(growing_answers(ids, policies, tokenizer, CFG))
+    steps = list(complete(ids, policies, tokenizer, CFG))
     for side, policy in enumerate(policies):
         generator = random_generator("cpu", CFG.seed)
         whole = policy.gpt2.generate(torch.tensor([ids]), 40, 1.0, tokenizer.eos_token_id, generator)[0]
@@ -141,14 +141,14 @@ def test_the_same_prompt_and_seed_have_the_same_answer_and_another_seed_another(
     policies, tokenizer = opened
     ids = encode([PROMPT], tokenizer)[0]
     first, again, other = (
-        list(growing_answers(ids, policies, tokenizer, GenerateConfig(seed=seed)))[-1] for seed in (3, 3, 4)
+        list(complete(ids, policies, tokenizer, GenerateConfig(seed=seed)))[-1] for seed in (3, 3, 4)
     )
     assert first == again and first[0] != other[0]
 
 
 def test_a_model_that_ends_first_waits_and_none_goes_on_behind_its_end(tokenizer):
     policies = [scripted(tokenizer, text) for text in ("!", "a great film")]
-    steps = list(growing_answers(encode([PROMPT], tokenizer)[0], policies, tokenizer, CFG))
+    steps = list(complete(encode([PROMPT], tokenizer)[0], policies, tokenizer, CFG))
     assert steps[-1] == ["!", "a great film"] and steps[1][0] == "!" and steps[1][1] != "a great film"
     assert len(steps) == 1 + len(encode(["a great film"], tokenizer)[0])  # the longer one's, not up to STOP_CHECK
 

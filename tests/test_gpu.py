@@ -23,15 +23,16 @@ import ppo
 from analysis import bench
 from config import PRESETS, BenchConfig, PPOConfig
 from data import load_splits
-from model import GPT2, ROUNDING, GPT2Config, Policy, cached_logprobs, check_policy, draw
-from ppo import compile_passes, rollout, update
+from model import GPT2, GPT2Config, Policy, compile_passes, draw
+from ppo import rollout, update
 from reward import SentimentReward, check_reward
 from runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from runtime.device import micro_batch_size, pick_device, random_generator, to_device
 from runtime.distributed import ONE_PROCESS
 from runtime.hub import load_policy, open_gpt2
-from runtime.log import rollout_metrics
+from runtime.monitor import rollout_metrics
 from runtime.optimizer import Stepper, make_optimizers
+from runtime.self_check import ROUNDING, cached_logprobs, check_policy
 
 NAME = os.environ.get("CHECK_DEVICE", "cuda")
 ON_GPU = NAME == "cuda"

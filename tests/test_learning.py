@@ -11,7 +11,7 @@ from test_ppo import tiny_policy as any_policy
 from analysis.metrics import distinct
 from config import PPOConfig
 from ppo import rollout, update
-from runtime.log import rollout_metrics
+from runtime.monitor import rollout_metrics
 from runtime.optimizer import Stepper
 
 

@@ -20,19 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as model_file
 from config import PPOConfig
 from data import check_context
-from model import (
-    GPT2,
-    ROUNDING,
-    GPT2Config,
-    KVCache,
-    Policy,
-    cached_logprobs,
-    check_policy,
-    draw,
-    exact_kl,
-    linear,
-    token_logprobs,
-)
+from model import GPT2, GPT2Config, KVCache, Policy, draw, exact_kl, linear, token_logprobs
 from runtime.device import random_generator
 from runtime.errors import BadInput
 from runtime.hub import (
@@ -47,6 +35,7 @@ from runtime.hub import (
     read_tensors,
     save_gpt2,
 )
+from runtime.self_check import ROUNDING, cached_logprobs, check_policy
 
 CLOSE = dict(atol=1e-9, rtol=0)
 N_POSITIONS = 48  # of conftest.hf_gpt2

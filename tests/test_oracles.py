@@ -16,7 +16,7 @@ import torch
 from config import PPOConfig
 from model import GPT2, GPT2Config, Policy
 from ppo import AdaptiveKL, gae, ppo_loss, rollout, token_rewards, whiten
-from runtime.log import rollout_metrics
+from runtime.monitor import rollout_metrics
 
 
 def tensors(x):

@@ -25,7 +25,6 @@ from data import load_splits, prompt_pool
 from model import GPT2, GPT2Config, Policy
 from ppo import (
     AdaptiveKL,
-    BestPolicy,
     Rollout,
     gae,
     group_advantages,
@@ -36,12 +35,13 @@ from ppo import (
     update,
     whiten,
 )
-from reward import NotFinite, SentimentReward
+from reward import SentimentReward
 from runtime import checkpoint
 from runtime.checkpoint import latest_checkpoint, save_checkpoint
-from runtime.errors import BadInput
+from runtime.errors import BadInput, NotFinite
 from runtime.hub import load_policy, open_gpt2
-from runtime.log import RunLog, rollout_metrics, show
+from runtime.log import RunLog, show
+from runtime.monitor import BestPolicy, rollout_metrics
 from runtime.optimizer import Stepper
 
 EOS = 0

@@ -17,7 +17,7 @@ from config import FinetuneConfig, PPOConfig
 from data import EOS, block_order, encode, pack, prompt_batch, train_bpe
 from finetune_gpt2 import blocks, plan
 from ppo import Rollout, gae, response_mask, token_rewards, update, whiten
-from runtime.log import rollout_metrics
+from runtime.monitor import rollout_metrics
 
 many = settings(derandomize=True, deadline=None, max_examples=60)
 few = settings(many, max_examples=12)  # each example takes optimizer steps

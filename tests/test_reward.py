@@ -17,7 +17,7 @@ from tokenizers import ByteLevelBPETokenizer
 
 import reward
 from config import EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig
-from data import EOS, digest, encode, load_splits
+from data import EOS, encode, load_splits
 from ppo import rollout
 from reward import (
     PROBES,
@@ -33,6 +33,7 @@ from reward import (
     tokenize,
     training_texts,
 )
+from runtime.checkpoint import fingerprint
 from runtime.errors import BadInput
 
 PAIR = ["A good film.", "A bad film, and a long one."]
@@ -588,7 +589,7 @@ def test_training_learns_the_toy_reviews(trained):
         assert results["after"]["reviews"]["accuracy"] > 0.9
         assert results["after"]["short_texts"]["accuracy"] > 0.9
         assert results["after"]["reviews"]["calibration_error"] < 0.2
-        assert results["data"] == digest(learned[name])
+        assert results["data"] == fingerprint(*learned[name])
         counts = results["after"]["histogram"]
         assert len(counts["edges"]) == len(counts["negative"]) + 1 == len(counts["positive"]) + 1
         assert sum(counts["negative"]) + sum(counts["positive"]) == results["held_out"]

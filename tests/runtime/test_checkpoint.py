@@ -35,9 +35,9 @@ from runtime.checkpoint import (
     need_disk,
     read_file,
     read_json,
+    remove_leftovers,
     replacing,
     save_checkpoint,
-    sweep,
     write_text,
 )
 from runtime.errors import BadInput, Stopped, first_line
@@ -142,7 +142,7 @@ def test_what_a_kill_leaves_of_a_save_is_in_the_folder_of_the_run_and_is_swept(t
 
     def killed(tensors, file):
         assert file.parent.is_dir() and latest_checkpoint(tmp_path) is None
-        sweep(tmp_path)
+        remove_leftovers(tmp_path)
         assert not file.parent.exists() and not list((tmp_path / "checkpoints").iterdir())
         raise KeyboardInterrupt
 
@@ -533,9 +533,9 @@ def test_checkpoints_that_cannot_be_deleted_stop_no_run_and_are_swept_later(brok
     with monkeypatch.context() as patch:
         patch.setattr(os, "rmdir", denied)
         delete_checkpoints(out)
-        sweep(out)
+        remove_leftovers(out)
         assert latest_checkpoint(out) is None and list(out.iterdir())
-    sweep(out)
+    remove_leftovers(out)
     assert not list(out.iterdir())
 
 

@@ -28,7 +28,8 @@ from runtime.device import random_generator
 from runtime.distributed import ONE_PROCESS, join
 from runtime.errors import BadInput
 from runtime.hub import load_gpt2, load_policy, open_gpt2
-from runtime.log import RunLog, rollout_metrics
+from runtime.log import RunLog
+from runtime.monitor import rollout_metrics
 
 CFG = config(ppo_epochs=2, vf_coef=1.0, micro_batch_size=2)
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")

@@ -16,7 +16,8 @@ from runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoi
 from runtime.cli import parse
 from runtime.errors import BadInput
 from runtime.hub import save_gpt2
-from runtime.log import RunLog, Watch, peak_memory
+from runtime.log import RunLog
+from runtime.monitor import Alarms, peak_memory
 from runtime.optimizer import Muon, Stepper
 
 
@@ -93,7 +94,7 @@ def test_moments_of_another_optimizer_are_refused(tmp_path):
 
 def alarms(metrics, **changes):
     """What Watch says after each of some (kl, score, share positive by the judge)."""
-    watch = Watch(PPOConfig(**changes), [])
+    watch = Alarms(PPOConfig(**changes), [])
     return [watch(dict(kl=kl, score=score, positive_by_judge=judge)) for kl, score, judge in metrics]
 
 
