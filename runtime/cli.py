@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import get_args
 
 from config import PRESETS, defaults
@@ -60,8 +61,12 @@ def boolean(text):
 
 def comment(cls, name):
     """Return the comment beside a field in config.py."""
-    sources = (inspect.getsource(base) for base in cls.__mro__[:-1])
-    return next(found[1] for text in sources if (found := re.search(rf"(?m)^    {name}: .*?  # (.*)$", text)))
+    config = Path(inspect.getfile(cls)).read_text(encoding="utf-8")
+    for base in cls.__mro__[:-1]:
+        body = re.search(rf"^class {base.__name__}\b.*?(?=^@|\Z)", config, re.MULTILINE | re.DOTALL)[0]
+        if field := re.search(rf"^    {name}: .*?  # (.*)$", body, re.MULTILINE):
+            return field[1]
+    raise KeyError(name)
 
 
 def sources(cfg):
