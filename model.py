@@ -318,8 +318,10 @@ def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
     return torch.stack(kl).where(mask, 0).sum(1)
 
 
-def compile_passes(policy, ref_policy):
+def compile_passes(policy, ref_policy, enabled=True):
     """torch.compile the forward passes and the decoding step that a rollout and an update call."""
+    if not enabled:
+        return
     policy.compile(dynamic=True)  # every rollout has another length of prompts and of responses
     ref_policy.compile(dynamic=True)
     policy.gpt2.compile_decoding()

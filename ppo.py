@@ -3,14 +3,13 @@
     python ppo.py                                        # gpt2, as published: 25,600 episodes
     python ppo.py --preset mini                          # minutes on a CPU, offline
     python ppo.py --reward my_reward.py:my_function      # your own function: list of B texts -> (B,) tensor
-    torchrun --nproc_per_node 8 ppo.py                   # on eight GPUs, see runtime/distributed.py
+    torchrun --nproc_per_node 8 ppo.py                   # on eight GPUs
 
 Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347) with generalized advantage estimation (Schulman
 et al. 2016, arXiv:1506.02438) and the KL-penalized reward of Ziegler et al. 2019 (arXiv:1909.08593).
 
-Shapes: B episodes (a prompt and its response), P prompt tokens, T response tokens, N real tokens: those of the
-responses up to and including <|endoftext|>. A score belongs to an episode, a reward to a token.
-
+Shapes: B episodes (prompt and response), P prompt tokens, T response tokens, N real tokens: those of the responses up
+to and including <|endoftext|>. An episode has a score, each of its tokens a reward.
 The details that matter, in the order of the code:
     response_mask  <|endoftext|> is an action: it stays in the mask, only the tokens after it are excluded
     token_rewards  the score is on the last real token, the KL penalty on every one; the penalty is k1, the log-ratio
@@ -58,8 +57,7 @@ def response_mask(responses, eos_id):
 def token_rewards(scores, kl, mask, kl_coef):
     """Distribute R(x, y) of Ziegler et al. 2019, Eq. 2, over the tokens: -kl_coef * kl on each, the score on the last.
 
-    scores: (B,). kl: (B, T), the log-probability minus that of the reference in nats: k1, which can be negative.
-    mask: (B, T). Returns (B, T), 0 outside the mask.
+    scores: (B,). kl: (B, T), log-probability minus that of the reference, nats (k1). Returns (B, T), 0 outside the mask.
     """
     last = mask.sum(1, keepdim=True) - 1  # (B, 1)
     return (-kl_coef * kl).where(mask, 0).scatter_add(1, last, scores[:, None])
@@ -138,8 +136,8 @@ class AdaptiveKL:
 
     saved = ("coef",)
 
-    def __init__(self, coef, target, horizon):
-        self.coef, self.target, self.horizon = coef, target, horizon
+    def __init__(self, cfg):
+        self.coef, self.target, self.horizon = cfg.kl_coef, cfg.kl_target, cfg.kl_horizon
 
     def update(self, kl, episodes):
         """Call once per rollout. kl: mean nats per response; episodes: their number. A target of 0 keeps coef fixed."""
@@ -155,8 +153,8 @@ class AdaptiveKL:
 def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng=None, judge=None, ranks=ONE_PROCESS):
     """Generate a response to each prompt, score it, and compute the advantage of each token: a Rollout.
 
-    prompts: (B, P) ids. reward_fn, judge: list of texts -> scores; the judge is only logged. rng: of the sampling.
-    ranks: each process computes for its share of the rows, and all of them get the whole rollout.
+    prompts: (B, P) ids. reward_fn, judge: list of B texts -> (B,) scores; the judge is only logged. ranks: each process
+    computes for its share of the rows, and gets the whole rollout.
     """
     watch, prompt_len, eos_id = Stopwatch(), prompts.shape[1], tokenizer.eos_token_id
 
@@ -226,11 +224,7 @@ def logprobs_and_values(policy, sequences, prompt_len, cfg, ranks):
 
 
 def update(policy, stepper, batch, cfg, rng=None, ranks=ONE_PROCESS):
-    """Train for K epochs on the minibatches of a rollout, one optimizer step each. Return the means of the metrics.
-
-    Losses are means over the real tokens of a minibatch: each micro-batch is weighted by its share of them, so the
-    micro-batch size does not change the gradient. ranks: each process takes its share of every micro-batch.
-    """
+    """Train for K epochs on the minibatches of a rollout, one optimizer step each. Return the means of the metrics."""
     start, minibatches = time.time(), []
     for _ in range(cfg.ppo_epochs):
         order = torch.randperm(len(batch.mask), generator=rng)  # every episode once per epoch
@@ -242,7 +236,7 @@ def update(policy, stepper, batch, cfg, rng=None, ranks=ONE_PROCESS):
                 logprobs, values = policy(batch.sequences[micro_batch], batch.prompt_len, cfg.temperature)
                 old = (x[micro_batch][mask] for x in (batch.logprobs, batch.values, batch.advantages, batch.returns))
                 loss, metrics = ppo_loss(logprobs[mask], values[mask], *old, cfg)
-                weight = mask.sum() / tokens
+                weight = mask.sum() / tokens  # so that losses are means over the real tokens of the minibatch
                 (loss * weight).backward()
                 parts.append(metrics)
                 weights.append(weight)
@@ -251,7 +245,7 @@ def update(policy, stepper, batch, cfg, rng=None, ranks=ONE_PROCESS):
     for end, minibatch in (("first", minibatches[0]), ("last", minibatches[-1])):
         metrics |= {f"{end}_{name}": minibatch[name] for name in ("approx_kl", "max_log_ratio")}
     metrics = ranks.mean({name: float(value) for name, value in metrics.items()})
-    return metrics | {"skipped_steps": stepper.skipped, "seconds_update": time.time() - start}
+    return metrics | {"skipped_steps": stepper.skipped, "lr": stepper.lr, "seconds_update": time.time() - start}
 
 
 def main(cfg):
@@ -269,15 +263,13 @@ def main(cfg):
     print(ppo_sheet(cfg, policy, reward_fn, judge, len(pool), device), flush=True)
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps, fused=device.type != "mps")
     stepper = Stepper(policy, [optimizer], cfg.grad_clip, ranks)
-    controller, alarms = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon), Alarms(cfg)
-    best = BestPolicy(policy, tokenizer, cfg)
+    controller, alarms, best = AdaptiveKL(cfg), Alarms(cfg), BestPolicy(policy, tokenizer, cfg)
     inputs = {"prompts": fingerprint(str(pool.tolist())), "policy": policy_fingerprint(policy, tokenizer)}
     inputs |= {"reward": reward_fingerprint(reward_fn), "judge": reward_fingerprint(judge)}
     saved = {"stepper": stepper, "controller": controller, "alarms": alarms, "best": best}
     checkpoints = Checkpoints(cfg, cfg.out, policy, [optimizer], inputs, saved, ranks, best.write)
     log = RunLog(cfg, policy, first_step=checkpoints.first_step, rank=ranks.rank)
-    if cfg.compile:
-        compile_passes(policy, ref_policy)
+    compile_passes(policy, ref_policy, cfg.compile)
 
     for step in log.progress(checkpoints, cfg.steps, "ppo", "rollout"):
         stepper.set_lr(1 - (1 - cfg.lr_end) * step / cfg.steps)

@@ -83,6 +83,11 @@ class Stepper:
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.skipped = self.in_a_row = 0
 
+    @property
+    def lr(self):
+        """The current learning rate of the first optimizer."""
+        return self.optimizers[0].param_groups[0]["lr"]
+
     def set_lr(self, share):
         """Set every learning rate to this share of its initial value."""
         for optimizer, peaks in zip(self.optimizers, self.peaks):

@@ -13,16 +13,18 @@ import time
 import types
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import reviews_csv, write_bert
 from torch import nn, tensor
 from torch._subclasses import FakeTensor  # torch.compile keeps some
 
+import data
 import ppo
 from config import PPOConfig
 from data import load_splits, prompt_pool
-from model import GPT2, GPT2Config, Policy
+from model import GPT2, GPT2Config, Policy, compile_passes
 from ppo import (
     AdaptiveKL,
     Rollout,
@@ -40,8 +42,8 @@ from runtime import checkpoint
 from runtime.checkpoint import latest_checkpoint, save_checkpoint
 from runtime.errors import BadInput, NotFinite
 from runtime.hub import load_policy, open_gpt2
-from runtime.log import RunLog, show
-from runtime.monitor import BestPolicy, rollout_metrics
+from runtime.log import RunLog
+from runtime.monitor import BestPolicy, rollout_metrics, sample
 from runtime.optimizer import Stepper
 
 EOS = 0
@@ -351,13 +353,13 @@ def test_loss_and_gradient_stay_finite_at_absurd_ratios(log_ratio, advantage):
 @pytest.mark.parametrize("kl, expected", [(12, 0.201024), (6.3, 0.200256), (-3, 0.198976)])
 def test_controller_moves_the_coefficient_at_most_a_fifth_of_its_horizon(kl, expected):
     """K4. Unclipped, KL 12 would give .20512 and KL -3 .19232."""
-    controller = AdaptiveKL(0.2, target=6, horizon=10_000)
+    controller = AdaptiveKL(config(kl_coef=0.2, kl_target=6.0, kl_horizon=10_000))
     controller.update(kl, episodes=256)
     assert controller.coef == pytest.approx(expected, abs=1e-9)
 
 
 def test_target_0_keeps_the_coefficient():
-    controller = AdaptiveKL(0.2, target=0, horizon=10_000)
+    controller = AdaptiveKL(config(kl_coef=0.2, kl_target=0.0, kl_horizon=10_000))
     controller.update(50, episodes=256)
     assert controller.coef == 0.2
 
@@ -570,10 +572,11 @@ def test_the_shares_that_reward_and_judge_find_positive_are_logged_where_there_a
 @pytest.mark.parametrize("kl, warned", [(-0.9, False), (-1.1, True)])
 def test_kl_far_below_0_is_a_warning(kl, warned):
     """K5: noise of k1 goes a little below 0, sampling from another distribution goes far."""
-    said = []
-    progress = types.SimpleNamespace(set_postfix=lambda **_: None, write=said.append)
-    show(progress, 1, dict(score=0.0, kl=kl, tokens_per_second=1.0), [], config())
-    assert [line.startswith(f"warning: KL is {kl:.2f}") for line in said] == [True] * warned
+    lines = []
+    log = RunLog(config(), None, rank=1)
+    log.bar = types.SimpleNamespace(set_postfix=lambda **_: None, write=lines.append)
+    log.write_rollout(1, dict(score=0.0, kl=kl, tokens_per_second=1.0), samples=None)
+    assert [line.startswith(f"warning: KL is {kl:.2f}") for line in lines] == [True] * warned
 
 
 @pytest.mark.parametrize("share, expected", [(1.0, 1.0), (0.5, 0.75), (-1.0, -3.0)])
@@ -626,7 +629,8 @@ def test_micro_batch_size_does_not_change_the_step(micro_batch_size):
         logs.append(update(policy, sgd(policy), batch, cfg, torch.Generator().manual_seed(0)))
         states.append(state(policy))
     assert (states[0] - state(moved_policy())).abs().max() > 1e-3 and close(states[1], states[0], 1e-10)
-    assert logs[1] == pytest.approx(logs[0], abs=1e-6) and 0 < logs[0]["clip_frac"] < 0.9
+    clocks = [log.pop("seconds_update") for log in logs]
+    assert logs[1] == pytest.approx(logs[0], abs=1e-6) and 0 < logs[0]["clip_frac"] < 0.9 and min(clocks) > 0
 
 
 @pytest.mark.parametrize("ppo_epochs, minibatch_size, steps", [(1, 8, 1), (4, 8, 4), (4, 4, 8), (3, 2, 12)])
@@ -765,13 +769,13 @@ def train(tmp_path_factory, gpt2_folder):
     (home / "my_reward.py").write_text(
         "import torch\ndef e(texts):\n  return torch.tensor([t.count('e') for t in texts])"
     )
-    data = reviews_csv(home / "reviews.csv")
+    reviews = reviews_csv(home / "reviews.csv")
 
     def run(name, **changes):
         torch.set_default_dtype(torch.float32)
         cfg = PPOConfig(
             **dict(
-                dataset=str(data), policy=str(gpt2_folder), reward=f"{home / 'my_reward.py'}:e", out=str(home / name),
+                dataset=str(reviews), policy=str(gpt2_folder), reward=f"{home / 'my_reward.py'}:e", out=str(home / name),
                 steps=3, batch_size=8, minibatch_size=4, micro_batch_size=2, response_len=6, max_prompt_len=4,
                 lr=1e-3, lr_end=0.0, save_every=2, save_share=1.0, judge="", report_to="none", device="cpu",
             ) | changes
@@ -795,13 +799,13 @@ def train(tmp_path_factory, gpt2_folder):
             kept.saved_after.append(len((kept.out / "log.jsonl").read_text().splitlines()))
             save_checkpoint(out, *args)
 
-        def keep_texts(texts, *args, **task):
+        def keep_texts(texts, *args):
             kept.texts = texts
-            return prompt_pool(texts, *args, **task)
+            return prompt_pool(texts, *args)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint, "save_checkpoint", keep_saves)
-            patch.setattr(ppo, "prompt_pool", keep_texts)
+            patch.setattr(data, "prompt_pool", keep_texts)
             patch.setattr(ppo, "Stepper", keep_stepper)
             patch.setattr(ppo, "rollout", keep_policies)
             patch.setattr(ppo, "update", keep_minibatches)
@@ -863,7 +867,7 @@ def test_learning_rate_falls_linearly_to_0_behind_the_last_rollout(trained):
 
 
 def test_coefficient_moves_once_a_rollout_by_that_rollouts_kl(trained):
-    expected = AdaptiveKL(trained.cfg.kl_coef, trained.cfg.kl_target, trained.cfg.kl_horizon)
+    expected = AdaptiveKL(trained.cfg)
     for line in trained.metrics:
         assert line["kl_coef"] == pytest.approx(expected.coef, abs=1e-12)
         expected.update(line["kl"], episodes=8)
@@ -934,7 +938,7 @@ def test_the_best_policy_is_chosen_by_means_over_rollouts(tmp_path, objectives, 
         best.update(metrics_of(objective), kl_coef=0.1)
     expected = {3: 5, 1: 1}[expected]
     assert best.weights["value_head.bias"].item() == expected
-    assert best.state["best"]["rollouts"] == 2 and best.state["rollouts"] == []
+    assert best.best["rollouts"] == 2 and best.rollouts == []
 
 
 def test_the_best_policy_before_the_first_mean_is_that_of_the_first_rollout(tmp_path):
@@ -953,7 +957,7 @@ def test_policies_are_compared_at_the_latest_kl_coefficient(tmp_path, kl_coef, e
         best.model.value_head.bias.data.fill_(step)
         best.update(metrics_of(score - coef * kl, kl), coef)
     assert best.weights["value_head.bias"].item() == expected
-    assert best.state["best"]["score"] == pytest.approx([1.0, 3.0][expected])
+    assert best.best["score"] == pytest.approx([1.0, 3.0][expected])
 
 
 def test_of_two_policies_that_are_equally_good_the_earlier_one_stays(tmp_path):
@@ -1019,7 +1023,7 @@ def test_a_run_takes_its_sizes_from_its_config(train):
     assert (joined, names) == (cfg, "micro_batch_size") and device.type == "cpu"
 
 
-def test_a_run_checks_its_policy_against_a_copy_on_its_first_prompts(train):
+def test_a_run_checks_its_policy_against_a_copy_on_its_first_prompts(train, capsys):
     with pytest.MonkeyPatch.context() as patch:
         checks, batches = calls_of(patch, "check_policy"), calls_of(patch, "prompt_batch")
         train("checked", steps=1)
@@ -1029,18 +1033,17 @@ def test_a_run_checks_its_policy_against_a_copy_on_its_first_prompts(train):
     for ours, copied in zip(policy.parameters(), reference.parameters()):
         assert ours.data_ptr() != copied.data_ptr()
     with pytest.MonkeyPatch.context() as patch:
-        checks = calls_of(patch, "check_policy")
         train("unchecked", steps=1, self_check=False)
-        assert not checks
+    assert "self-check: policy: skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_compiles_its_policy_and_its_reference_where_it_is_asked_to(train, compiled):
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "compile_passes", lambda *models: calls.append(models))
+        patch.setattr(ppo, "compile_passes", lambda *args: calls.append(args))
         run = train(f"compiled {compiled}", steps=1, compile=compiled)
-    assert calls == [(run.policy, run.ref_policy)] * compiled
+    assert calls == [(run.policy, run.ref_policy, compiled)]
 
 
 def test_a_run_computes_in_the_dtype_of_its_config(train):
@@ -1066,7 +1069,9 @@ def test_compiled_passes_and_no_others_are_made_for_all_lengths(monkeypatch):
     for name, policy in zip(("policy", "reference"), policies):
         monkeypatch.setattr(policy, "compile", lambda name=name, **how: compiled.append((name, how)))
         monkeypatch.setattr(policy.gpt2, "compile_decoding", lambda name=name: compiled.append((name, "decoding")))
-    ppo.compile_passes(*policies)
+    compile_passes(*policies, False)
+    assert not compiled
+    compile_passes(*policies, True)
     how = {"dynamic": True}
     assert compiled == [("policy", how), ("reference", how), ("policy", "decoding")]
 
@@ -1107,15 +1112,16 @@ def test_samples_change_nothing_in_a_run_and_are_not_written_where_none_are_want
 
 def test_a_score_that_is_not_finite_is_null_in_the_samples_and_skips_no_rollout():
     policy, words = tiny_policy(), Words()
-    found = ppo.sample(policy, words, lambda texts: [float("nan"), 1.0], torch.ones(2, 3).long(), config())
-    assert [sample["score"] for sample in found] == [None, 1.0] and "NaN" not in json.dumps(found)
+    pool, cfg = np.ones((9, 3), dtype=np.int64), config(sample_prompts=2)
+    samples = sample(policy, words, lambda texts: tensor([math.nan, 1.0]), pool, 0, cfg)
+    assert [one["score"] for one in samples] == [None, 1.0] and "NaN" not in json.dumps(samples)
 
 
 def test_another_seed_gives_other_samples_and_scores_have_four_decimals():
-    policy, words, prompts = tiny_policy(), Words(), torch.ones(4, 3).long()
+    policy, words, pool = tiny_policy(), Words(), np.ones((9, 3), dtype=np.int64)
 
     def samples(seed):
-        return ppo.sample(policy, words, lambda texts: [1 / 3] * 4, prompts, config(seed=seed))
+        return sample(policy, words, lambda texts: tensor([1 / 3] * 4), pool, 0, config(seed=seed))
 
     assert samples(0) == samples(0) != samples(1)
     assert {sample["score"] for sample in samples(0)} == {0.3333}
