@@ -202,7 +202,10 @@ class GPT2(nn.Module):
         return x
 
     def hidden(self, ids, positions, cache):
-        """The network up to its last layer norm, for ids (B, L) at positions, a slice or a tensor (L,): (B, L, C)."""
+        """The network up to its last layer norm, for ids (B, L) at positions, a slice or a tensor (L,): (B, L, C).
+
+        In the dtype of the weights, with bf16 too: autocast leaves the residual stream and the layer norms in it.
+        """
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.wte(ids) + self.wpe.weight[positions]
             for layer, block in enumerate(self.h):
@@ -214,7 +217,7 @@ class GPT2(nn.Module):
         weight = self.wte.weight
         if self.n_tokens < len(weight):  # a slice of all rows would copy the whole gradient
             weight = weight[: self.n_tokens]
-        return linear(hidden.to(weight.dtype), weight)
+        return linear(hidden, weight)
 
     def forward(self, ids, first=0):
         """Logits of what follows positions first, first + 1, ... of ids (B, L): (B, L - first, n_tokens)."""
@@ -242,7 +245,7 @@ class GPT2(nn.Module):
             new = draw(logits / temperature, generator)
             new = torch.where(ended, eos_id, new)
             yield new
-            ended |= new == eos_id
+            ended = new == eos_id  # and stays so: behind its end a row goes on with eos_id
             new = new[:, None]
             if step % STOP_CHECK == 0 and ended.all():
                 return
@@ -330,7 +333,7 @@ class Policy(nn.Module):
         """
         hidden = self.gpt2.trunk(sequences[:, :-1])[:, prompt_len - 1 :]  # (B, T, C)
         logits = self.gpt2.logits(hidden) / temperature  # (B, T, V)
-        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        values = self.value_head(hidden).squeeze(-1)
         return token_logprobs(logits, sequences[:, prompt_len:]), values
 
 
