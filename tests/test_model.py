@@ -171,18 +171,15 @@ def test_the_four_published_sizes_have_their_published_parameter_counts(n_layer,
 
 
 def test_the_default_config_is_the_124m_model():
+    """As in transformers, fields that change no parameter's shape too: heads and the epsilon of the layer norms."""
+    from transformers import GPT2Config as TheirConfig
+
     with torch.device("meta"):
         gpt2 = GPT2(GPT2Config())
     assert len(list(gpt2.parameters())) == 148
     assert sum(p.numel() for p in gpt2.parameters()) == 124_439_808
-
-
-def test_a_field_that_a_config_leaves_out_is_that_of_transformers():
-    """Those that change no parameter's shape too: the number of heads and the epsilon of the layer norms."""
-    from transformers import GPT2Config as TheirConfig
-
     theirs = TheirConfig()
-    assert asdict(GPT2Config()) == {name: getattr(theirs, name) for name in asdict(GPT2Config())}
+    assert asdict(gpt2.config) == {name: getattr(theirs, name) for name in asdict(gpt2.config)}
 
 
 def test_a_copy_keeps_the_lm_head_tied_to_its_own_embedding_and_not_to_the_original(ids, gpt2_folder):
