@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019) with a value head: the network, generation, log-probabilities and values.
 
-Parts to whole, in the manner of nanoGPT; parameter names are Hugging Face's without their prefix `transformer.`.
-The LM head is the token embedding (`wte`), so there is no second matrix that could come untied.
+Laid out as in nanoGPT, from parts to whole. Parameter names are those of Hugging Face without the prefix `transformer.`.
+The LM head uses the token embedding (`wte`) itself, so the two cannot come untied.
 
 Shapes: B sequences, L tokens of a sequence, P tokens of its prompt, T tokens of its response, V vocabulary,
 C width, H attention heads.
@@ -21,7 +21,7 @@ STOP_CHECK = 8  # check every so many tokens whether all rows have ended: the ch
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The fields of Hugging Face's config.json that shape the network; the defaults are the 124M model's."""
+    """The fields of Hugging Face's config.json that define the network. The defaults are those of the 124M model."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -33,16 +33,16 @@ class GPT2Config:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: one preallocated buffer, (n_layer, 2, B, H, L, C / H)."""
+    """Keys and values of the tokens so far, in one preallocated buffer (n_layer, 2, B, H, L, C / H)."""
 
     def __init__(self, config, batch_size, length):
         self.shape = (config.n_layer, 2, batch_size, config.n_head, length, config.n_embd // config.n_head)
         self.buffer, self.filled, self.mask = None, 0, None
 
     def extend(self, layer, k, v):
-        """Append k and v, (B, H, new, C / H), to a layer; returns all its keys and values. `filled` is the caller's."""
+        """Append k and v, (B, H, new, C / H), to a layer; return all its keys and values. The caller sets `filled`."""
         if self.buffer is None:
-            self.buffer = k.new_empty(self.shape)  # in the dtype that autocast computes in
+            self.buffer = k.new_empty(self.shape)  # in the dtype of autocast
         end = self.filled + k.shape[2]
         self.buffer[layer, 0, :, :, self.filled : end] = k
         self.buffer[layer, 1, :, :, self.filled : end] = v
@@ -50,11 +50,10 @@ class KVCache:
 
 
 class StaticKVCache(nn.Module):
-    """A KV cache for decoding steps of one token, of which torch.compile can make a CUDA graph.
+    """A KV cache of fixed shape for decoding steps of one token, so that torch.compile can capture a CUDA graph.
 
-    No shape and no address changes: the position that a step writes to is a tensor, and a step attends to all places,
-    with a mask over those that are still empty. Each layer has a buffer for its keys and one for its values. In one
-    buffer for all layers, Inductor copies the whole buffer at each layer.
+    The position to write to is a tensor, and a step attends to all places, with a mask over the empty ones. Each layer
+    has one buffer for keys and one for values: of a single buffer, Inductor would copy the whole at each layer.
     """
 
     def __init__(self, cache, length):
@@ -68,11 +67,11 @@ class StaticKVCache(nn.Module):
         self.register_buffer("places", torch.arange(length, device=cache.buffer.device)[None])
 
     def keys_and_values(self, layer):
-        """Those of a layer, (B, H, length, C / H) each."""
+        """Return the keys and values of a layer, (B, H, length, C / H) each."""
         return getattr(self, f"keys{layer}"), getattr(self, f"values{layer}")
 
     def fill(self, cache):
-        """Copy the tokens of a KVCache and continue after the last one."""
+        """Initialize from a KVCache."""
         for layer in range(self.n_layer):
             for ours, theirs in zip(self.keys_and_values(layer), cache.buffer[layer]):
                 ours[:, :, : cache.filled] = theirs[:, :, : cache.filled]
@@ -81,7 +80,7 @@ class StaticKVCache(nn.Module):
         return self
 
     def extend(self, layer, k, v):
-        """As KVCache.extend, for one token a row; returns the keys and values of all places."""
+        """Append k and v, (B, H, 1, C / H), to a layer; return the keys and values of all places."""
         keys, values = self.keys_and_values(layer)
         keys.index_copy_(2, self.position, k)
         values.index_copy_(2, self.position, v)
@@ -106,8 +105,8 @@ class Attention(nn.Module):
         )  # (B, H, L, C/H) each
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        # one new token attends to every key: SDPA's causal triangle starts top left and would leave it the first key
-        # only. Without a cache this must not depend on L: torch.compile makes L > 1 a symbol, which SDPA refuses
+        # A single new token attends to every key: SDPA aligns its causal mask to the top left, so it would see only the
+        # first one. Without a cache this must not depend on L: torch.compile makes L > 1 a symbol, which SDPA refuses.
         causal = cache is None or L > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask if cache else None, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, L, C))
@@ -137,11 +136,11 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model. No dropout: PPO needs the same log-probabilities twice, and one epoch does not overfit.
+    """The language model. It has no dropout: PPO computes the same log-probabilities twice.
 
-    n_tokens: the tokenizer's size. Where the embedding has more rows than that (50,304 for 50,257, say), the rows
-    beyond it are padding: they have no logits, so they are never sampled and take no probability. bf16: run the trunk
-    under autocast; weights, logits and values stay in float32.
+    n_tokens: size of the tokenizer. If the embedding has more rows (50,304 for 50,257 tokens, for example), these have
+    no logits, so they are never sampled and get no probability. bf16: run the transformer under autocast; weights,
+    logits and values stay in float32.
     """
 
     def __init__(self, config, n_tokens=None, bf16=False):
@@ -154,7 +153,7 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def init_weights(self):
-        """GPT-2's initialisation: N(0, 0.02), the projections into the residual stream divided by sqrt(2 n_layer)."""
+        """Initialize as GPT-2: N(0, 0.02), projections into the residual stream divided by sqrt(2 n_layer)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -164,20 +163,23 @@ class GPT2(nn.Module):
         return self
 
     def trunk(self, ids, cache=None):
-        """Final hidden states of ids (B, L) behind what the cache holds: (B, L, C). ValueError past n_positions."""
+        """Return the final hidden states of ids (B, L) after the tokens of the cache: (B, L, C)."""
         seen = cache.filled if cache else 0
         end = seen + ids.shape[1]
         if end > self.config.n_positions:
             raise ValueError(f"{end} tokens are more than the model's context of {self.config.n_positions}")
         if seen and ids.shape[1] > 1:
-            raise ValueError(f"behind a filled cache one token at a time, not {ids.shape[1]}")
+            raise ValueError(f"with a non-empty cache only one token at a time is supported, not {ids.shape[1]}")
         x = self.hidden(ids, slice(seen, end), cache)
         if cache:
             cache.filled = end
         return x
 
     def hidden(self, ids, positions, cache):
-        """The network up to its last layer norm, for ids (B, L) at positions, a slice or a tensor (L,): (B, L, C)."""
+        """Run the transformer on ids (B, L) at positions, a slice or a tensor (L,): (B, L, C).
+
+        The result has the dtype of the weights, also under autocast: residual stream and layer norms stay in it.
+        """
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.wte(ids) + self.wpe.weight[positions]
             for layer, block in enumerate(self.h):
@@ -185,18 +187,18 @@ class GPT2(nn.Module):
             return self.ln_f(x)
 
     def logits(self, hidden):
-        """(..., C) -> (..., n_tokens), never in bf16: GPT-2's logits lie near -100, where bf16 steps by 0.5."""
+        """(..., C) -> (..., n_tokens), never in bf16: GPT-2's logits are near -100, where bf16 has steps of 0.5."""
         weight = self.wte.weight
         if self.n_tokens < len(weight):  # a slice of all rows would copy the whole gradient
             weight = weight[: self.n_tokens]
-        return linear(hidden.to(weight.dtype), weight)
+        return linear(hidden, weight)
 
     def forward(self, ids, first=0):
-        """Logits of what follows positions first, first + 1, ... of ids (B, L): (B, L - first, n_tokens)."""
+        """Return the logits of the next token at positions first, first + 1, ... of ids (B, L): (B, L - first, n_tokens)."""
         return self.logits(self.trunk(ids)[:, first:])
 
     def flops(self, tokens, predicted):
-        """FLOPs of a forward pass over some tokens, with logits of `predicted` of them: 2 for each weight and token."""
+        """Return the FLOPs of a forward pass: 2 per weight and token, with the LM head for `predicted` tokens."""
         blocks = sum(p.numel() for p in self.h.parameters())
         return 2 * (tokens * blocks + predicted * self.n_tokens * self.config.n_embd)
 
@@ -218,14 +220,14 @@ class GPT2(nn.Module):
                 cache = self.static_cache(cache)
             new = torch.where(ended, eos_id, draw(logits / temperature, generator))
             sequences[:, t] = new
-            ended |= new == eos_id
+            ended = new == eos_id  # a row that has ended continues with eos_id
             new = new[:, None]
             if (t + 1 - P) % STOP_CHECK == 0 and ended.all():
                 break
         return sequences
 
     def next_logits(self, new, cache):
-        """Logits of what follows ids new (B, L) behind what the cache holds, of either kind: (B, n_tokens)."""
+        """Return the logits of the token after ids new (B, L), appended to a cache of either kind: (B, n_tokens)."""
         if isinstance(cache, KVCache):
             return self.logits(self.trunk(new, cache)[:, -1:]).squeeze(1)
         logits = self.static_step(new, cache)
@@ -233,26 +235,26 @@ class GPT2(nn.Module):
         return logits
 
     def static_step(self, new, cache):
-        """One decoding step on a StaticKVCache: new (B, 1) -> logits (B, n_tokens). What compile_decoding compiles."""
+        """Decode one token with a StaticKVCache: new (B, 1) -> logits (B, n_tokens). See compile_decoding."""
         return self.logits(self.hidden(new, cache.position, cache)).squeeze(1)
 
     def static_cache(self, cache):
-        """A StaticKVCache with what a KVCache holds; one for all of about its length, since each has its own graph."""
+        """Return a StaticKVCache filled from a KVCache; lengths share one per 64 tokens, since each has its own graph."""
         size = cache.shape[2], -(-cache.shape[4] // 64) * 64
         if size not in self.static_caches:
             self.static_caches[size] = StaticKVCache(cache, size[1])
         return self.static_caches[size].fill(cache)
 
     def compile_decoding(self):
-        """From now on a decoding step on a GPU is one CUDA graph instead of some hundred launches."""
+        """Make a decoding step on a GPU one CUDA graph instead of hundreds of kernel launches."""
         self.static_step, self.static_caches = torch.compile(self.static_step, mode="reduce-overhead"), {}
 
 
 def draw(logits, generator=None):
-    """One id a row from softmax(logits): (B, V) -> (B,). Where a uniform number falls in the cumulated probabilities.
+    """Sample from softmax(logits) by inversion of the cumulative distribution: (B, V) -> (B,) ids.
 
-    torch.multinomial draws V exponential numbers a row, which takes as long as a layer or two, and makes a GPU's host
-    wait. In float64: in float32 the sum, near 1, would step over the many tokens that have less than 6e-8 each.
+    torch.multinomial draws V exponential numbers per row, which takes as long as one or two layers, and makes the host
+    wait for the GPU. In float64, since in float32 tokens with a probability below 6e-8 would never be drawn.
     """
     cumulated = logits.softmax(-1).cumsum(-1, dtype=torch.float32 if logits.device.type == "mps" else torch.float64)
     u = torch.rand(len(logits), 1, dtype=cumulated.dtype, device=logits.device, generator=generator)
@@ -260,7 +262,7 @@ def draw(logits, generator=None):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """token_logprobs, with a gradient that is one new tensor of the logits' size. Autograd would make five."""
+    """token_logprobs with a backward pass that allocates one tensor of the size of the logits, where autograd needs five."""
 
     @staticmethod
     def forward(ctx, logits, ids):
@@ -277,12 +279,12 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(logits, ids):
-    """log softmax(logits) at ids: (B, T, V), (B, T) -> (B, T) nats."""
+    """Return log softmax(logits) at ids: (B, T, V), (B, T) -> (B, T) nats."""
     return TokenLogprobs.apply(logits, ids)
 
 
 class Policy(nn.Module):
-    """GPT-2 and a scalar value head on its trunk, zero at the start (openai/lm-human-preferences)."""
+    """GPT-2 with a scalar value head, which starts at zero as in openai/lm-human-preferences."""
 
     def __init__(self, gpt2):
         super().__init__()
@@ -292,22 +294,22 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     def forward(self, sequences, prompt_len, temperature=1.0):
-        """Log-probabilities (nats) and values of the response tokens: sequences (B, P + T) -> (B, T) each.
+        """Return log-probabilities (nats) and values of the response tokens: sequences (B, P + T) -> (B, T) each.
 
-        This is the project's one shift by one: the hidden state before a token gives its logits and its value. Only
-        these T states meet the vocabulary.
+        The only shift by one: the hidden state before a token gives its logits and its value. Only these T states are
+        multiplied by the embedding.
         """
         hidden = self.gpt2.trunk(sequences[:, :-1])[:, prompt_len - 1 :]  # (B, T, C)
         logits = self.gpt2.logits(hidden) / temperature  # (B, T, V)
-        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        values = self.value_head(hidden).squeeze(-1)
         return token_logprobs(logits, sequences[:, prompt_len:]), values
 
 
 @torch.no_grad()
 def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
-    """KL(policy || ref_policy) over the whole vocabulary, summed over the real tokens: (B,) nats, never below 0.
+    """Return KL(policy || ref_policy) over the vocabulary, summed over the real tokens: (B,) nats, never negative.
 
-    The logits are those of one row at a time: less than any micro-batch of training needs.
+    Logits are computed one row at a time, to need less memory than training.
     """
     gpt2s = policy.gpt2, ref_policy.gpt2
     states = (gpt2.trunk(sequences[:, :-1])[:, prompt_len - 1 :] for gpt2 in gpt2s)  # (B, T, C) each

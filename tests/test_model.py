@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -159,10 +161,15 @@ def test_the_four_published_sizes_have_their_published_parameter_counts(n_layer,
 
 
 def test_the_default_config_is_the_124m_model():
+    """As in transformers, fields that change no parameter's shape too: heads and the epsilon of the layer norms."""
+    from transformers import GPT2Config as TheirConfig
+
     with torch.device("meta"):
         gpt2 = GPT2(GPT2Config())
     assert len(list(gpt2.parameters())) == 148
     assert sum(p.numel() for p in gpt2.parameters()) == 124_439_808
+    theirs = TheirConfig()
+    assert asdict(gpt2.config) == {name: getattr(theirs, name) for name in asdict(gpt2.config)}
 
 
 def test_a_copy_keeps_the_lm_head_tied_to_its_own_embedding_and_not_to_the_original(ids, gpt2_folder):
@@ -229,6 +236,13 @@ def test_a_cached_decode_step_gives_the_logits_of_a_full_forward(prompt_len):
         new = ids[:, t : t + 1]
 
 
+def test_a_cache_takes_the_memory_of_the_keys_and_values_of_all_tokens():
+    gpt2 = small_gpt2()
+    cache = KVCache(gpt2.config, 3, 24)
+    gpt2.trunk(some_ids(3, 5), cache)
+    assert cache.buffer.numel() == 2 * 2 * 3 * 24 * 16  # 2 layers, keys and values, 3 rows, 24 tokens, 16 wide
+
+
 def test_behind_a_filled_cache_only_one_token_at_a_time_is_taken():
     gpt2 = small_gpt2()
     cache = KVCache(gpt2.config, 1, 8)
@@ -244,6 +258,14 @@ def test_the_linear_layers_of_a_decoding_step_are_linear_layers(rows, width):
     torch.manual_seed(0)
     x, weight = torch.randn(rows, 1, 12, dtype=torch.float64), torch.randn(width, 12, dtype=torch.float64)
     for bias in (None, torch.randn(width, dtype=torch.float64)):
+        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1), (2, 3), (2, 3, 1), (2, 3, 2), (3, 4, 1)], ids=str)
+def test_a_linear_layer_takes_any_number_of_dimensions(shape):
+    torch.manual_seed(0)
+    x, weight = torch.randn(*shape, 12, dtype=torch.float64), torch.randn(58, 12, dtype=torch.float64)
+    for bias in (None, torch.randn(58, dtype=torch.float64)):
         torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-12, rtol=0)
 
 
@@ -351,6 +373,13 @@ def test_a_draw_is_never_a_token_without_probability(u, monkeypatch):
     assert draw(logits).tolist() == [2 if u == 0 else 1] * 3
 
 
+def test_a_draw_is_in_the_vocabulary_where_probabilities_sum_to_less_than_1(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: torch.zeros(size, dtype=how["dtype"]))
+    logits = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
+    assert (logits.softmax(-1).double().sum(-1) < 1 - 1e-8).any()  # float32 probabilities are rounded
+    assert (draw(logits) < 1000).all()
+
+
 def test_tokens_below_the_rounding_of_float32_are_all_drawn(monkeypatch):
     """100,000 of them at 1e-8 each, behind one of .999: uniform numbers 1e-8 apart draw neighbours, each another one.
 
@@ -425,6 +454,18 @@ def test_generate_samples_from_the_distribution_that_the_policy_reports(monkeypa
     torch.testing.assert_close(policy(sequences, 4, 0.7)[0], probs.log(), **CLOSE)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_all_that_decoding_and_a_policy_make_is_on_the_device_of_the_weights(static):
+    """Whatever torch's default device is; on the meta device a tensor has no numbers."""
+    gpt2, prompts, dice = small_gpt2(), some_ids(3, 4), torch.Generator()
+    gpt2.static_caches = {} if static else None
+    expected = gpt2.generate(prompts, 12, 1.0, 7, dice.manual_seed(0))
+    gpt2.static_caches = {} if static else None
+    with torch.device("meta"):
+        assert torch.equal(gpt2.generate(prompts, 12, 1.0, 7, dice.manual_seed(0)), expected)
+        assert all(parameter.device.type == "cpu" for parameter in Policy(gpt2).parameters())
+
+
 def test_a_generator_draws_the_same_for_the_same_key_only():
     def draws(*key):
         return tuple(torch.rand(4, generator=random_generator("cpu", *key)).tolist())
@@ -482,6 +523,7 @@ def test_exact_kl_is_the_sum_over_the_vocabulary_and_the_real_tokens():
     assert kl.tolist() == pytest.approx(expected, abs=1e-9)
     assert (kl > 0.01).all()
     assert exact_kl(policy, deepcopy(policy), ids, mask, P, 0.7).abs().max() == 0
+    assert torch.equal(exact_kl(policy, reference, ids, mask, P), exact_kl(policy, reference, ids, mask, P, 1.0))
 
 
 def test_exact_kl_has_the_logits_of_one_row_at_a_time():
@@ -510,6 +552,15 @@ def test_bf16_rounds_the_trunk_and_never_the_logits():
     assert (rounded - expected).abs().mean() > 0.05
 
 
+def test_bf16_is_bf16_where_autocast_has_float16_by_default():
+    """As on a GPU. A cache is of the dtype that autocast computes in, what leaves the trunk of that of the weights."""
+    gpt2 = small_gpt2().float()
+    gpt2.bf16, cache = True, KVCache(gpt2.config, 2, 5)
+    with torch.autocast("cpu", torch.float16):
+        hidden = gpt2.trunk(some_ids(2, 5), cache)
+    assert (cache.buffer.dtype, hidden.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_the_head_of_a_bf16_run_is_exact_where_logits_lie_near_minus_100(monkeypatch):
     """L5, from final hidden states on: logits of -100 +- 3 rounded to bf16 cost .17 nats a token, to fp16 .02."""
     policy, ids = Policy(small_gpt2(vocab_size=500, n_embd=64)), some_ids(16, 20, 500)
@@ -535,14 +586,31 @@ def check_args():
 
 
 def refuses(check_args, name):
-    with pytest.raises(BadInput, match=f"self-check: {name} is off by"):
+    largest, mean = ROUNDING[check_args[0].gpt2.bf16]
+    with pytest.raises(BadInput, match=f"self-check: {name} is off by .* rounding explains {largest} and {mean}$"):
         check_policy(*check_args)
     return True
 
 
 def test_the_self_check_passes_for_a_policy_and_its_copy(check_args):
-    text = check_policy(*check_args)
-    assert all(f"|{name}| at most" in text for name in ("log ratio", "KL", "KV cache"))
+    names, number = ("log ratio", "KL", "KV cache"), r"\d[\d.e-]*"
+    line = "; ".join(rf"\|{name}\| at most {number}, mean {number}" for name in names)
+    assert re.fullmatch(f"{line} nats", check_policy(*check_args))
+
+
+def test_the_self_check_looks_at_whole_responses_that_its_seed_alone_draws(monkeypatch):
+    """An id that ended a row would leave the check nothing but that id; global random numbers are the training's."""
+    seen, forward = [], Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda self, ids, *args: seen.append(ids) or forward(self, ids, *args))
+    policy, cfg = small_policy(vocab_size=3), PPOConfig(response_len=16)
+    before = torch.get_rng_state()
+    for seed in (0, 0, 1):
+        check_policy(policy, deepcopy(policy), some_ids(8, 4, 3), replace(cfg, seed=seed))
+    assert torch.equal(torch.get_rng_state(), before)
+    first, again, other = seen[::3]
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    last, new = first[:, 4:-1], first[:, 5:]
+    assert all((new[last == token] != token).any() for token in range(3))
 
 
 def test_the_self_check_refuses_a_reference_that_is_not_the_policy(check_args):
@@ -1021,15 +1089,35 @@ def test_the_compiled_decoding_step_writes_the_same_and_is_traced_once(compiled_
     assert list(compiled.static_caches) == [(4, 64)]
 
 
-def test_a_static_step_gives_the_logits_of_a_full_forward(compiled_eagerly):
-    """In float64 to 1e-9, so that no draw can hide a difference."""
-    model = GPT2(GPT2Config(vocab_size=50, n_positions=70, n_embd=32, n_layer=2, n_head=4)).init_weights().double()
-    model.compile_decoding()
-    ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
-    full = model(ids)
-    with torch.no_grad():
-        cache = KVCache(model.config, 3, 9)
-        model.next_logits(ids[:, :4], cache)
-        cache = model.static_cache(cache)
-        for t in range(4, 9):
-            torch.testing.assert_close(model.next_logits(ids[:, t : t + 1], cache), full[:, t], atol=1e-9, rtol=0)
+@pytest.fixture
+def static_gpt2():
+    """A GPT-2 that decodes with a static cache as after compile_decoding, and that nothing compiles."""
+    gpt2 = small_gpt2(n_positions=70, n_layer=3)
+    gpt2.static_caches = {}
+    return gpt2
+
+
+@pytest.mark.parametrize("length", [9, 65])  # 64 places are the least
+@torch.no_grad()
+def test_a_static_step_gives_the_logits_of_a_full_forward(static_gpt2, length):
+    """In float64 to 1e-9, so that no draw can hide a difference; up to the last place of the cache."""
+    ids, start = some_ids(3, length), length - 5
+    full, cache = static_gpt2(ids), KVCache(static_gpt2.config, 3, length)
+    static_gpt2.next_logits(ids[:, :start], cache)
+    cache = static_gpt2.static_cache(cache)
+    for t in range(start, length):
+        torch.testing.assert_close(static_gpt2.next_logits(ids[:, t : t + 1], cache), full[:, t], **CLOSE)
+
+
+def test_every_token_but_the_first_takes_a_static_step(static_gpt2, monkeypatch):
+    steps, step = [], static_gpt2.static_step
+    monkeypatch.setattr(static_gpt2, "static_step", lambda new, cache: steps.append(new.shape) or step(new, cache))
+    static_gpt2.generate(some_ids(3, 4), 6, 1.0, -1, random_generator("cpu", 0))
+    assert steps == 5 * [(3, 1)]
+
+
+def test_the_decoding_step_is_compiled_with_cuda_graphs(static_gpt2, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda function, mode: modes.append(mode) or function)
+    static_gpt2.compile_decoding()
+    assert [torch._inductor.list_mode_options(mode)["triton.cudagraphs"] for mode in modes] == [True]

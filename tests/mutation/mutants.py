@@ -227,8 +227,8 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         "test_model::test_a_value_is_read_from_the_hidden_state_before_its_token": [
             (
                 "values are read one position late",
-                "values = self.value_head(hidden.to",
-                "values = self.value_head(hidden.roll(-1, 1).to",
+                "values = self.value_head(hidden)",
+                "values = self.value_head(hidden.roll(-1, 1))",
             ),
         ],
         "test_ppo::test_without_a_step_every_ratio_is_1_in_every_epoch": [
@@ -241,15 +241,15 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         "test_model::test_bf16_rounds_the_trunk_and_never_the_logits": [
             (
                 "logits in bf16",
-                "return linear(hidden.to(weight.dtype), weight)",
+                "return linear(hidden, weight)",
                 "return linear(hidden.bfloat16(), weight.bfloat16()).to(weight.dtype)",
             ),
         ],
         "test_model::test_gradients_are_those_of_transformers": [
             (
                 "the tied embedding gets no gradient from the LM head",
-                "return linear(hidden.to(weight.dtype), weight)",
-                "return linear(hidden.to(weight.dtype), weight.detach())",
+                "return linear(hidden, weight)",
+                "return linear(hidden, weight.detach())",
             ),
         ],
         "test_model::test_rows_of_the_embedding_beyond_the_tokenizer_have_no_logit_and_are_never_sampled": [
