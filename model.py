@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019) with a value head: the network, generation, log-probabilities and values.
 
-Laid out as in nanoGPT, from parts to whole. Parameter names are those of Hugging Face without the prefix `transformer.`.
+Laid out as in nanoGPT, from parts to whole. Parameter names are Hugging Face's without the prefix `transformer.`.
 The LM head uses the token embedding (`wte`) itself, so the two cannot come untied.
 
 Shapes: B sequences, L tokens of a sequence, P tokens of its prompt, T tokens of its response, V vocabulary,
@@ -194,7 +194,7 @@ class GPT2(nn.Module):
         return linear(hidden, weight)
 
     def forward(self, ids, first=0):
-        """Return the logits of the next token at positions first, first + 1, ... of ids (B, L): (B, L - first, n_tokens)."""
+        """Return the logits after positions first, first + 1, ... of ids (B, L): (B, L - first, n_tokens)."""
         return self.logits(self.trunk(ids)[:, first:])
 
     def flops(self, tokens, predicted):
@@ -239,7 +239,7 @@ class GPT2(nn.Module):
         return self.logits(self.hidden(new, cache.position, cache)).squeeze(1)
 
     def static_cache(self, cache):
-        """Return a StaticKVCache filled from a KVCache; lengths share one per 64 tokens, since each has its own graph."""
+        """Return a StaticKVCache filled from a KVCache, one for up to 64 lengths, since each has its own graph."""
         size = cache.shape[2], -(-cache.shape[4] // 64) * 64
         if size not in self.static_caches:
             self.static_caches[size] = StaticKVCache(cache, size[1])
@@ -262,7 +262,7 @@ def draw(logits, generator=None):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """token_logprobs with a backward pass that allocates one tensor of the size of the logits, where autograd needs five."""
+    """token_logprobs with a backward pass that needs one tensor of the size of the logits; autograd needs five."""
 
     @staticmethod
     def forward(ctx, logits, ids):

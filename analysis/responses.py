@@ -12,8 +12,8 @@ from runtime.device import random_generator, rows_that_fit
 
 
 def prompt_groups(pool, cfg):
-    """Yield cfg.prompts prompts of the pool as batches (B, P) int64 of one length each; all lengths are as frequent."""
-    control_len = pool.shape[1] - cfg.max_prompt_len  # 0 where the task has no controls
+    """Yield cfg.prompts prompts of the pool as batches (B, P) int64 of one length each; lengths are equally frequent."""
+    control_len = pool.shape[1] - cfg.max_prompt_len  # 0 if the task has no controls
     lengths = range(cfg.min_prompt_len, cfg.max_prompt_len + 1)
     for prompt_len, rows in zip(lengths, np.array_split(np.arange(cfg.prompts), len(lengths))):
         for batch in np.split(rows, range(cfg.batch_size, len(rows), cfg.batch_size)):
@@ -23,11 +23,11 @@ def prompt_groups(pool, cfg):
 
 @torch.no_grad()
 def respond(policy, ref_policy, tokenizer, groups, cfg, device, name):
-    """Sample a response to every prompt. Returns a dict of lists, one entry per response.
+    """Sample a response to every prompt. Return a dict of lists, one entry per response.
 
-    prompts, texts: str. tokens: ids up to <|endoftext|>. kl, kl_k3, kl_exact: nats, see metrics.kl_three_ways. ref_nll:
-    nats of the response under the reference, at temperature 1. The random numbers depend on cfg.seed and the batch
-    only, so that two models get the same ones.
+    prompts, texts: str. tokens: ids up to and including <|endoftext|>. kl, kl_k3, kl_exact: nats, see
+    metrics.kl_three_ways. ref_nll: nats of the response under the reference, at temperature 1. The random numbers
+    depend only on cfg.seed and the batch, so that two models get the same ones.
     """
     out = {name: [] for name in ("prompts", "texts", "tokens", "kl", "kl_k3", "kl_exact", "ref_nll")}
     eos_id = tokenizer.eos_token_id
@@ -47,17 +47,17 @@ def respond(policy, ref_policy, tokenizer, groups, cfg, device, name):
 
 
 def micro_batches(policy, sequences):
-    """Return slices of the rows of sequences (B, L) that fit into a forward pass."""
+    """Return slices of the rows of sequences (B, L), each of as many as fit in a forward pass, at least one."""
     gpt2, (rows, tokens) = policy.gpt2, sequences.shape
-    fit = rows_that_fit(tokens, gpt2.config.n_embd, gpt2.config.n_layer, gpt2.n_tokens, sequences.device)
-    return [slice(start, start + max(1, fit)) for start in range(0, rows, max(1, fit))]
+    size = max(1, rows_that_fit(tokens, gpt2.config.n_embd, gpt2.config.n_layer, gpt2.n_tokens, sequences.device))
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 @torch.no_grad()
 def likelihoods(policy, ref_policy, sequences, mask, cfg):
-    """Return {"kl", "kl_k3", "kl_exact", "ref_nll"} of responses, (B,) nats each, see respond.
+    """Return {"kl", "kl_k3", "kl_exact", "ref_nll"} of responses, (B,) nats each; see respond.
 
-    sequences: (B, P + T). mask: (B, T). Needs at most four tensors of the size of the logits.
+    sequences: (B, P + T). mask: (B, T). Needs at most four tensors of the logits' size.
     """
     prompt_len = sequences.shape[1] - mask.shape[1]
     responses = sequences[:, prompt_len:]
@@ -70,16 +70,16 @@ def likelihoods(policy, ref_policy, sequences, mask, cfg):
 
 
 def pieces(tokenizer, prompt, tokens):
-    """Return the text that each token of a response adds, a list of str: joined they are the text of the response.
+    """Return the text that each token of a response adds, a list of str. Joined, they are the text of the response.
 
-    prompt, tokens: lists of ids. A token that ends inside a character adds "", and the character comes with a later
-    token. <|endoftext|> is shown as such.
+    prompt, tokens: lists of ids. A token that ends inside a character adds "", and the token that completes the
+    character adds it. <|endoftext|> is shown as such.
     """
     words = tokens[:-1] if tokens[-1] == tokenizer.eos_token_id else tokens
-    shown, *texts = decode([[*prompt, *words[:n]] for n in range(len(words) + 1)], tokenizer)
-    seen, added = len(shown), []
+    start, *texts = decode([[*prompt, *words[:n]] for n in range(len(words) + 1)], tokenizer)
+    length, added = len(start), []
     for i, text in enumerate(texts):
-        whole = i == len(texts) - 1 or not text.endswith("\ufffd")  # an incomplete character
-        added.append(text[seen:] if whole else "")
-        seen = len(text) if whole else seen
+        complete = i == len(texts) - 1 or not text.endswith("\ufffd")  # an incomplete character
+        added.append(text[length:] if complete else "")
+        length = len(text) if complete else length
     return added + [tokenizer.eos_token] * (len(tokens) - len(words))

@@ -1,8 +1,8 @@
-"""Checkpoints: written atomically, resumed exactly; and the files in the folder of a run.
+"""Checkpoints, written atomically and resumed exactly; and the files in the folder of a run.
 
-A checkpoint is a folder, <out>/checkpoints/<step>/: tensors.safetensors with the weights and the optimizer's moments,
-and state.json with everything else. It has no state of a random number generator: random numbers depend on the seed and
-the step (device.random_generator), so that a resumed run draws the same ones.
+A checkpoint is a folder, <out>/checkpoints/<step>/: tensors.safetensors has the weights and the optimizers' moments,
+state.json everything else. The state of a random number generator is not in it: random numbers depend on the seed and
+the step alone (device.random_generator), so that a resumed run draws the same ones.
 """
 
 import hashlib
@@ -28,43 +28,36 @@ from runtime.errors import BadInput, Stopped, first_line
 
 RUN_CONFIG = "run_config.json"  # the config of the run, beside Hugging Face's config.json of the model
 RESULTS = "results.json"  # the results of a finished run or of an evaluation
-CHECKPOINTS = "checkpoints"  # subfolder of a run: a folder for each checkpoint
-BEST = "best"  # in the folder of a PPO run: the policy with the highest objective so far, as a model folder
-VIEWER = "viewer.json"  # per-token metrics of some responses, written by evaluate.py
-OTHER_CARD = "MODEL_CARD.md"  # the model card if there is a README.md that evaluate.py did not write
-CARD, CARD_MARK = "README.md", "<!-- written by evaluate.py, which replaces it -->"  # the model card
-WRITTEN = (
-    RESULTS,
-    VIEWER,
-    "samples.md",
-    "example_results.png",
-    "learning_curves.png",
-    "report.html",
-)  # all by evaluate.py
+CHECKPOINTS = "checkpoints"  # subfolder of a run, with a folder per checkpoint
 TENSORS, STATE = "tensors.safetensors", "state.json"  # the files of a checkpoint
-REVISIONS = {}  # {name: commit} of what this process read from the Hugging Face hub, for run_config.json
+BEST = "best"  # in the folder of a PPO run: the policy with the highest objective so far, as a model folder
+VIEWER = "viewer.json"  # per-token metrics of sampled responses, written by evaluate.py
+WRITTEN = (RESULTS, VIEWER, "samples.md", "example_results.png", "learning_curves.png", "report.html")  # by evaluate.py
+CARD, CARD_MARK = "README.md", "<!-- written by evaluate.py, which replaces it -->"  # the model card
+OTHER_CARD = "MODEL_CARD.md"  # the model card if there is a README.md that evaluate.py did not write
+SAVING = ".saving-"  # prefix of a temporary folder
 DISK_SPEED = 2e8  # bytes per second at which a slow disk writes a checkpoint
-SAVING = ".saving-"  # prefix of a temporary folder; leftovers of a killed run are removed
+REVISIONS = {}  # {name: commit} of what this process read from the Hugging Face hub, for run_config.json
 
 # ---- reading
 
 
 def read_json(path):
-    """The object in a JSON file; BadInput with the path when it is missing or broken, or holds no object."""
+    """Return the object in a JSON file. BadInput with its path if it is missing, damaged, or not an object."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise BadInput(f"{path} cannot be read: it holds a {type(values).__name__}, not an object")
+        raise BadInput(f"{path} cannot be read: it contains a {type(values).__name__}, not an object")
     return values
 
 
 def read_file(file):
-    """Yield (name, tensor) of a weight file; BadInput with its path when it is damaged.
+    """Yield (name, tensor) of a weight file. BadInput with its path if it is damaged.
 
-    A safetensors file is mapped anew for each tensor, the largest first: so a model that is filled from it never has
-    much more than its own size in memory.
+    A safetensors file is mapped into memory again for each tensor, the largest first, so that filling a model from it
+    never needs much more memory than the model.
     """
     try:
         if file.suffix == ".safetensors":
@@ -77,201 +70,143 @@ def read_file(file):
         else:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
             if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-                raise BadInput(f"{file} holds more than named tensors")
+                raise BadInput(f"{file} is not a dictionary of tensors")
             yield from tensors.items()
     except pickle.UnpicklingError:
-        raise BadInput(
-            f"{file} is damaged or missing, or holds more than plain tensors, and nothing else is read"
-        ) from None
+        raise BadInput(f"{file} is damaged, or contains more than plain tensors, which is not read") from None
     except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise BadInput(f"{file} is damaged or missing: {first_line(error)}") from None
 
 
-def match(found, expected, where):
-    """Raise BadInput unless `found` has exactly the names and shapes of `expected`: {name: tensor} both."""
-    shapes, wanted = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (found, expected))
-    problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in shapes]
-    problems += [f"unexpected {name} {shapes[name]}" for name in shapes if name not in wanted]
-    both = [name for name in wanted if name in shapes]
-    problems += [f"{name} is {shapes[name]}, expected {wanted[name]}" for name in both if shapes[name] != wanted[name]]
+def match(tensors, expected, source):
+    """Raise BadInput unless `tensors` has exactly the names and shapes of `expected`: {name: tensor} both."""
+    shapes, needed = ({name: tuple(t.shape) for name, t in group.items()} for group in (tensors, expected))
+    problems = [f"missing {name} {needed[name]}" for name in needed if name not in shapes]
+    problems += [f"unexpected {name} {shapes[name]}" for name in shapes if name not in needed]
+    both = [name for name in needed if name in shapes]
+    problems += [f"{name} is {shapes[name]}, expected {needed[name]}" for name in both if shapes[name] != needed[name]]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise BadInput(f"{where} does not fit: {'; '.join(problems[:5])}{more}")
+        raise BadInput(f"{source} does not fit: {'; '.join(problems[:5])}{more}")
 
 
 # ---- writing
 
 
 @contextmanager
-def new_folder(parent, tensors):
-    """A folder to write into, on the disk and not only in its cache when the block ends; gone with what is in it then.
-
-    tensors: {name: tensor} that will be written; none of them may hold a number that is not finite. BadInput when they
-    do, or when the disk is full: it names the folder and the bytes that were needed.
-    """
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise BadInput(
-            f"{parent} was not written: {bad[0]} holds a number that is not finite in {tensors[bad[0]].dtype}"
-        )
-    try:
-        with tempfile.TemporaryDirectory(prefix=SAVING, dir=parent) as temporary:
-            yield Path(temporary)
-    except Exception as error:
-        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # as tokenizers raises
-            raise
-        free = shutil.disk_usage(parent).free
-        need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        raise BadInput(
-            f"{parent} was not written, what it held stays: {first_line(error)}; {need:,} bytes are needed, {free:,} "
-            "are free on that disk"
-        ) from None
-
-
-@contextmanager
 def replacing(out, tensors):
-    """A temporary folder beside the files of `out`; at the end of the block its files take their places there.
+    """Yield a temporary folder inside `out`; after the block, its files and folders replace those of `out`.
 
-    tensors: as in new_folder. A crash inside the block leaves `out` as it was; files that the block does not write
-    stay.
+    If the block fails, `out` is left unchanged. tensors: {name: tensor} to be written. BadInput if one of them is not
+    finite, or if the disk is full.
     """
-    with new_folder(out, tensors) as temporary:
-        yield temporary
-        for file in synced(temporary):
-            os.replace(file, Path(out) / file.name)
-        sync_folder(out)
-
-
-def synced(folder):
-    """The files of a folder, when they are on the disk and not only in its cache, readable as open() makes files."""
-    files = sorted(Path(folder).iterdir())
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise BadInput(f"{out} was not written: {name} has a value that is not finite in {tensor.dtype}")
     umask = os.umask(0)
     os.umask(umask)
-    for file in files:
-        os.chmod(file, 0o666 & ~umask)  # safetensors makes its files unreadable to others
-        with open(file, "rb+") as f:
-            os.fsync(f.fileno())
-    return files
+    try:
+        with tempfile.TemporaryDirectory(prefix=SAVING, dir=out) as temporary:
+            yield Path(temporary)
+            for path in Path(temporary).rglob("*"):
+                if path.is_file():
+                    path.chmod(0o666 & ~umask)  # safetensors makes its files unreadable to others
+                flush(path)
+            for path in sorted(Path(temporary).iterdir()):
+                os.replace(path, Path(out) / path.name)
+            flush(out)
+    except Exception as error:
+        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:  # the last one of tokenizers
+            raise BadInput(f"{out} was not written, its old files are kept: {first_line(error)}") from None
+        raise
 
 
-def sync_folder(folder):
-    """Put the names in a folder on the disk: a rename that is only in the cache is undone by a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path):
+    """Write a file or the names in a folder from the cache to the disk: a power cut undoes what is only cached."""
+    descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def write_text(path, text):
-    """Write a text file so that a reader sees the old or the new one, never half of it."""
+    """Write a text file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
+# ---- the folder of a run
+
+
+def check_run(cfg, *results):
+    """Raise BadInput if cfg.out has files that a run of cfg would replace, or if there is nothing to resume.
+
+    cfg.force allows to replace them. results: the files in cfg.out that a finished run has. Nothing is written here:
+    RunLog prepares the folder.
+    """
+    out, other = Path(cfg.out), "--out names another folder"
+    parts = [out, out / "reward", out / "judge"]  # the last two are of reward.py
+    done = [(out / file).is_file() for file in results]
+    if not cfg.force:
+        if (out / RUN_CONFIG).is_file():
+            if changed := differing(cfg, read_json(out / RUN_CONFIG)):
+                effect = "resumes it with this one" if cfg.resume else "replaces it"
+                changes = ", ".join(changed[:5])
+                raise BadInput(f"{out} contains a run of another config ({changes}): --force {effect}, {other}")
+        elif paths := [path for part in parts for path in replaced(part)]:
+            raise BadInput(f"{paths[0]} is of no known run (no {RUN_CONFIG}): --force replaces it, {other}")
+        if not cfg.resume and (any(map(latest_checkpoint, parts)) or any(done) and not all(done)):
+            raise BadInput(f"{out} contains an unfinished run: --resume resumes it, --force replaces it, {other}")
+    started = any((part / CHECKPOINTS).is_dir() for part in parts)  # over a finished run, by --force
+    if all(done) and not started and (cfg.resume or not cfg.force):
+        effect = "there is nothing to resume; without --resume, " if cfg.resume else ""
+        raise BadInput(f"{out} contains a finished run: {effect}--force replaces it, {other}")
+
+
+def replaced(out):
+    """Return the paths in a folder that a new run there deletes or replaces."""
+    names = (BEST, "tensorboard", "log.jsonl", "samples.jsonl", *WRITTEN)
+    return [out / name for name in names if (out / name).exists()] + sorted((out / CHECKPOINTS).glob("*"))
+
+
+def check_finished(policy):
+    """Raise BadInput for the folder of an unfinished run, which may have the weights of an earlier run."""
+    if (Path(policy) / CHECKPOINTS).is_dir():
+        best = Path(policy, BEST)
+        raise BadInput(
+            f"{policy} contains an unfinished run: python ppo.py --resume finishes it; its best policy so far is {best}"
+        )
+
+
 def is_our_card(file):
-    """Whether a file is a model card that evaluate.py wrote: nobody else's is replaced or deleted."""
+    """Return whether a file is a model card that evaluate.py wrote; others are never replaced or deleted."""
     return file.is_file() and f"\n{CARD_MARK}\n" in file.read_text(encoding="utf-8", errors="replace")
 
 
 def delete_results(out):
-    """Delete what evaluate.py and plot.py wrote of the weights in a folder."""
-    for name in WRITTEN:
+    """Delete what evaluate.py and analysis/plot.py wrote about the weights in a folder."""
+    cards = [name for name in (CARD, OTHER_CARD) if is_our_card(Path(out, name))]
+    for name in (*WRITTEN, *cards):
         Path(out, name).unlink(missing_ok=True)
-    for card in (Path(out, CARD), Path(out, OTHER_CARD)):
-        if is_our_card(card):
-            card.unlink()
 
 
-# ---- before a run
+def delete_checkpoints(out):
+    """Delete all checkpoints of a run. If the process is killed, all or none of them are left."""
+    if (Path(out) / CHECKPOINTS).is_dir():
+        renamed = Path(out) / (SAVING + CHECKPOINTS)  # a later run removes it if this one is killed
+        os.replace(Path(out) / CHECKPOINTS, renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
-def check_run(cfg, result, *results):
-    """BadInput if cfg.out holds a run that cfg would replace or cannot resume. Nothing is written: see RunLog.
-
-    result, results: files in cfg.out; all of them are there when a run is finished.
-    """
-    file, resume = Path(cfg.out) / RUN_CONFIG, cfg.resume
-    parts = [Path(cfg.out, part) for part in ("", "reward", "judge")]  # reward.py's run has two
-    if file.is_file() and not cfg.force:
-        changed = differing(cfg, read_json(file))
-        if changed:
-            effect = "resumes it with this one" if resume else "replaces it"
-            raise BadInput(
-                f"{cfg.out} holds a run of another config ({', '.join(changed[:5])}): --force {effect}, --out names "
-                "another folder"
-            )
-    done = [Path(cfg.out, file).is_file() for file in (result, *results)]
-    if (any(map(latest_checkpoint, parts)) or any(done) and not all(done)) and not (cfg.force or resume):
-        raise BadInput(
-            f"{cfg.out} holds an unfinished run: --resume resumes it, --force replaces it, --out names another folder"
-        )
-    if not (file.is_file() or cfg.force):
-        foreign = [path for part in parts for path in replaced(part)]
-        if foreign:
-            raise BadInput(
-                f"{cfg.out} holds {foreign[0].relative_to(cfg.out)}, and no {RUN_CONFIG} of the run that it is of: "
-                "--force replaces such files, --out names another folder"
-            )
-    started = any((part / CHECKPOINTS).is_dir() for part in parts)  # over a finished run, by --force
-    if all(done) and not started and (resume or not cfg.force):
-        effect = "there is nothing to resume; without --resume, " if resume else ""
-        raise BadInput(f"{cfg.out} holds a finished run: {effect}--force replaces it, --out names another folder")
-
-
-def replaced(out):
-    """The paths in a folder that a new run there deletes or writes over. An empty folder of checkpoints is none."""
-    names = (BEST, "tensorboard", "log.jsonl", "samples.jsonl", *WRITTEN)
-    found = [Path(out, name) for name in names if Path(out, name).exists()]
-    return found + sorted((Path(out) / CHECKPOINTS).glob("*"))
-
-
-def check_finished(policy):
-    """BadInput for the folder of an unfinished run: weights in it are of an earlier one, its config and log are not."""
-    if (Path(policy) / CHECKPOINTS).is_dir():
-        raise BadInput(
-            f"{policy} holds an unfinished run: python ppo.py --resume finishes it; its best policy so far is in "
-            f"{Path(policy, BEST)}"
-        )
-
-
-# ---- checkpoints
-
-
-def save_checkpoint(out, model, optimizers, state, keep=2):
-    """Write weights, the optimizers' moments and state, a dict for JSON with "step", as out/checkpoints/<step>/.
-
-    The folder appears complete or not at all; then all but the `keep` latest are deleted.
-    """
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for i, optimizer in enumerate(optimizers):
-        for j, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{j}.{name}": tensor for name, tensor in moments.items()}
-    parent, name = Path(out) / CHECKPOINTS, step_name(state["step"])
-    parent.mkdir(exist_ok=True)
-    with new_folder(parent, tensors) as temporary:
-        folder = temporary / name
-        folder.mkdir()
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSORS)
-        (folder / STATE).write_text(json.dumps(state, indent=1))
-        synced(folder)
-        os.replace(folder, parent / name)
-        sync_folder(parent)
-    for old in sorted(parent.glob("[0-9]*"))[:-keep]:
-        shutil.rmtree(old)
-
-
-def step_name(step):
-    """Return the name of a checkpoint's folder."""
-    return f"{step:08d}"
-
-
-def latest_checkpoint(out):
-    """Return the folder of the latest checkpoint of a run, or None."""
-    return max((Path(out) / CHECKPOINTS).glob("[0-9]*"), default=None)
+def remove_leftovers(out):
+    """Delete the temporary folders of runs that were killed while saving."""
+    for parent in (Path(out), Path(out) / CHECKPOINTS, Path(out) / BEST):
+        for folder in parent.glob(SAVING + "*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def fingerprint(*parts):
-    """Return 16 hexadecimal digits of a SHA-256 hash of texts and of models' weights."""
+    """Return 16 hexadecimal digits of a SHA-256 hash of texts and of the weights of models."""
     whole = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):
@@ -283,39 +218,67 @@ def fingerprint(*parts):
     return whole.hexdigest()[:16]
 
 
+# ---- checkpoints
+
+
+def save_checkpoint(out, model, optimizers, state, keep=2):
+    """Write weights, the optimizers' moments and state, a dict for JSON with "step", as out/checkpoints/<step>/.
+
+    Then delete all but the `keep` latest checkpoints.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for j, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{j}.{name}": tensor for name, tensor in moments.items()}
+    parent = Path(out) / CHECKPOINTS
+    parent.mkdir(exist_ok=True)
+    with replacing(parent, tensors) as temporary:
+        folder = temporary / f"{state['step']:08d}"
+        folder.mkdir()
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSORS)
+        (folder / STATE).write_text(json.dumps(state, indent=1))
+    for old in sorted(parent.glob("[0-9]*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def latest_checkpoint(out):
+    """Return the folder of the latest checkpoint of a run, or None."""
+    return max((Path(out) / CHECKPOINTS).glob("[0-9]*"), default=None)
+
+
 def load_checkpoint(folder, model, optimizers):
-    """Restore weights and moments from a checkpoint's folder; return its state, a dict. BadInput if they do not fit."""
-    state = read_json(folder / STATE)
-    tensors, moments = {}, [{} for _ in optimizers]
-    parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
-    shapes = {(i, j): p.shape for i, some in enumerate(parameters) for j, p in enumerate(some)}
+    """Restore weights and moments from a checkpoint; return its state, a dict. BadInput if they do not fit."""
+    state, weights, shapes = read_json(folder / STATE), {}, {}
+    for i, optimizer in enumerate(optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        shapes |= {f"optimizer.{i}.{j}": p.shape for j, p in enumerate(parameters)}
+    moments = {parameter: {} for parameter in shapes}
     for name, tensor in read_file(folder / TENSORS):
-        kind, _, name = name.partition(".")
-        if kind == "model":
-            tensors[name] = tensor
+        parameter, _, moment = name.rpartition(".")
+        if name.startswith("model."):
+            weights[name.removeprefix("model.")] = tensor
+        elif parameter in shapes and tensor.shape in ((), shapes[parameter]):
+            moments[parameter][moment] = tensor.clone()  # otherwise it stays mapped to the file
         else:
-            i, j, name = name.split(".")
-            i, j = int(i), int(j)
-            if (i, j) not in shapes or (tensor.dim() and tensor.shape != shapes[i, j]):
-                raise BadInput(f"{folder} does not fit: its moments are of another optimizer")
-            moments[i].setdefault(j, {})[name] = tensor.clone()  # otherwise it stays mapped to the file
-    match(tensors, model.state_dict(), folder)
-    model.load_state_dict(tensors)
-    for optimizer, state_of_parameters in zip(optimizers, moments):
+            raise BadInput(f"{folder} does not fit: {name} {tuple(tensor.shape)} is not of this run's optimizers")
+    match(weights, model.state_dict(), folder)
+    model.load_state_dict(weights)
+    for i, optimizer in enumerate(optimizers):
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state_of_parameters, "param_groups": groups})
+        restored = {j: moments[f"optimizer.{i}.{j}"] for group in groups for j in group["params"]}
+        optimizer.load_state_dict({"state": restored, "param_groups": groups})
     return state
 
 
 class Checkpoints:
-    """The steps of a training loop, with a checkpoint every cfg.save_every of them and one if a signal ends the run.
+    """The steps of a training loop, with a checkpoint every cfg.save_every steps and one if a signal ends the run.
 
-    A checkpoint that is due is skipped if this run's checkpoints, with it, would take more than cfg.save_share of its
-    time; it is assumed to take as long as the last one, the first one to be written at DISK_SPEED.
+    A checkpoint is skipped if this run's checkpoints, including it, would take more than cfg.save_share of its time. It
+    is assumed to take as long as the previous one; the first one is assumed to be written at DISK_SPEED.
 
-    inputs: hashes of what the run depends on besides its config, {"texts": ..., "reward": ...}. parts: {name: object};
-    a checkpoint has those attributes of each that object.saved names. With cfg.resume, weights, moments and attributes
-    are those of the latest checkpoint. before_save: called before each checkpoint.
+    inputs: {name: hash} of what the run depends on besides its config. parts: {name: object}; a checkpoint has the
+    attributes of each object that object.saved names. With cfg.resume, weights, moments and attributes are those of the
+    latest checkpoint. before_save: called before each checkpoint.
     """
 
     def __init__(self, cfg, out, model, optimizers, inputs, parts, ranks=ONE_PROCESS, before_save=lambda: None):
@@ -329,7 +292,7 @@ class Checkpoints:
             raise BadInput(f"another process resumes from a checkpoint that is not in {out}: share that folder")
 
     def load(self, folder):
-        """Restore the run from a checkpoint's folder; return its step."""
+        """Restore the run from a checkpoint; return its step."""
         state = load_checkpoint(folder, self.model, self.optimizers)
         if state.keys() != {"step", "inputs", *self.parts}:
             raise BadInput(f"{folder} was saved by another version of this project and cannot be resumed")
@@ -346,8 +309,8 @@ class Checkpoints:
         return state["step"]
 
     def steps(self, end):
-        """Yield first_step to end - 1. After Ctrl-C or SIGTERM, finish the step, save it, and raise Stopped."""
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Yield first_step to end - 1. After Ctrl-C or SIGTERM, finish the step, save a checkpoint and raise Stopped."""
+        before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         self.start = time.monotonic()
         try:
             for step in range(self.first_step, end):
@@ -361,14 +324,21 @@ class Checkpoints:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def handle(self, number, frame):
+        if self.signal and number == signal.SIGINT:  # a second Ctrl-C stops at once; torchrun may send SIGTERM twice
+            raise KeyboardInterrupt
+        self.signal = number
+        os.write(2, b"\nstopping after this step; press Ctrl-C again to stop now\n")  # print is not safe in handlers
+
     def due(self):
         elapsed = time.monotonic() - self.start
         affordable = self.spent + self.cost <= self.cfg.save_share * (elapsed + self.cost)
         return self.step % self.cfg.save_every == 0 and affordable
 
     def save(self):
-        """Write a checkpoint from before the current step, unless it exists."""
-        if self.ranks.rank or (Path(self.out) / CHECKPOINTS / step_name(self.step)).is_dir():
+        """Write a checkpoint of the state before the current step, unless it exists. Only rank 0 writes."""
+        latest = latest_checkpoint(self.out)
+        if self.ranks.rank or latest and int(latest.name) == self.step:
             return
         start = time.monotonic()
         self.before_save()
@@ -379,49 +349,28 @@ class Checkpoints:
         self.spent += self.cost
 
     def save_before(self, error):
-        """Save a checkpoint from before the current step; return the error with a hint to resume."""
+        """Save a checkpoint of the state before the current step; return the error with a hint to resume."""
         self.save()
-        return BadInput(
-            f"{error}. The run is saved: --resume resumes it at step {self.step}, with --force if you changed the file "
-            "of the reward"
-        )
-
-    def _handle(self, number, frame):
-        if self.signal and number == signal.SIGINT:  # a second Ctrl-C: at once. torchrun may send SIGTERM twice
-            raise KeyboardInterrupt
-        self.signal = number
-        os.write(2, b"\nstopping after this step; press Ctrl-C again to stop now\n")  # print is not safe in handlers
+        hint = f"--resume resumes it at step {self.step}, with --force if you changed the file of the reward"
+        return BadInput(f"{error}. The run is saved: {hint}")
 
 
 class BestWeights:
-    """The best weights of a model so far, copied to memory and written with the next checkpoint.
+    """The best weights of a model so far, copied to memory and written together with the next checkpoint.
 
-    A kill between the two leaves weights on disk that are newer than the checkpoint: the resumed run finds them again.
-    save: called with the state dict.
+    If the process is killed between the two, the weights on the disk are newer than the checkpoint: the resumed run
+    finds them again. save: called with the state dict.
     """
 
     def __init__(self, model, save):
         self.model, self.save, self.weights = model, save, None
 
     def keep(self):
+        """Copy the current weights."""
         self.weights = {name: t.detach().to("cpu", copy=True) for name, t in self.model.state_dict().items()}
 
     def write(self):
+        """Save the copied weights, once."""
         if self.weights:
             self.save(self.weights)
             self.weights = None
-
-
-def delete_checkpoints(out):
-    """Delete all checkpoints of a run. A kill leaves all of them or none."""
-    if (Path(out) / CHECKPOINTS).is_dir():
-        gone = Path(out) / (SAVING + CHECKPOINTS)  # a later run removes it if this one is killed
-        os.replace(Path(out) / CHECKPOINTS, gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-
-def remove_leftovers(out):
-    """Delete the temporary folders of runs that were killed while they saved."""
-    for parent in (Path(out), Path(out) / CHECKPOINTS, Path(out) / BEST):
-        for folder in parent.glob(SAVING + "*"):
-            shutil.rmtree(folder, ignore_errors=True)

@@ -34,7 +34,7 @@ def check_policy(policy, ref_policy, prompts, cfg):
     """
     if not cfg.self_check:
         return "skipped"
-    prompts, prompt_len, t = prompts[: min(8, cfg.micro_batch_size)], prompts.shape[1], cfg.temperature
+    prompts, prompt_len, t = prompts[: min(8, cfg.micro_batch_size or 8)], prompts.shape[1], cfg.temperature
     sequences = policy.gpt2.generate(
         prompts, cfg.response_len, t, eos_id=-1, generator=random_generator(prompts.device, cfg.seed)
     )

@@ -21,7 +21,7 @@ from conftest import ROOT
 
 import ppo
 from analysis import bench
-from config import PRESETS, BenchConfig, PPOConfig
+from config import BenchConfig, PPOConfig, defaults
 from data import load_splits
 from model import GPT2, GPT2Config, Policy, compile_passes, draw
 from ppo import rollout, update
@@ -43,7 +43,7 @@ pytestmark = [
     pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="needs a CUDA GPU; or set CHECK_DEVICE=cpu"),
 ]
 
-MINI = PRESETS["mini"][PPOConfig]
+MINI = vars(defaults(PPOConfig, "mini"))
 MODELS = {name: str(ROOT / MINI[name]) for name in ("policy", "reward", "judge")}
 SIZES = dict(batch_size=16, minibatch_size=16, micro_batch_size=8, response_len=16, lr=1e-4)
 CFG = PPOConfig(**MINI | MODELS | SIZES | dict(device=NAME))

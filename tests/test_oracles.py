@@ -156,7 +156,7 @@ def test_losses_and_their_gradients_are_the_same(step):
 
 def test_controller_moves_the_coefficient_as_theirs():
     """K4, clipped on both sides and not. The two libraries have the same one."""
-    controller = AdaptiveKL(0.2, target=6, horizon=10_000)
+    controller = AdaptiveKL(PPOConfig(kl_coef=0.2, kl_target=6.0, kl_horizon=10_000))
     for kl, episodes, coef in FILE.controller.tolist():
         controller.update(kl, episodes)
         assert close(controller.coef, coef)

@@ -1,0 +1,87 @@
+"""The layout of the repository: imports go in one direction, and only what people run or read lies on top."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+TOP = {"finetune_gpt2", "reward", "ppo", "evaluate", "generate", "config", "data", "model"}
+LAYERS = (  # a module imports only from its own layer and those before it
+    ("runtime.errors", "runtime.linear"),
+    ("config",),
+    ("runtime.cli", "runtime.device", "runtime.distributed"),
+    ("model", "runtime.checkpoint", "runtime.optimizer"),
+    ("runtime.hub", "runtime.self_check", "runtime.log"),
+    ("data",),
+    ("runtime.monitor",),
+    ("reward", "finetune_gpt2"),
+    ("ppo",),
+    (
+        "analysis.plot",
+        "analysis.metrics",
+        "analysis.responses",
+        "analysis.report",
+        "analysis.card",
+        "analysis.frontier",
+        "analysis.bench",
+    ),
+    ("evaluate", "generate"),
+)
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for pattern in ("*.py", "runtime/*.py", "analysis/*.py")
+    for path in ROOT.glob(pattern)
+    if path.name != "__init__.py"
+}
+
+
+def imports(module):
+    """The modules of this repository that a module imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & MODULES.keys()
+
+
+def test_on_top_lie_only_the_scripts_and_what_they_share():
+    assert {name for name in MODULES if "." not in name} == TOP
+
+
+def test_every_module_is_in_a_layer():
+    assert {name for layer in LAYERS for name in layer} == MODULES.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_its_own_layer_and_those_before_it(module):
+    allowed = set()
+    for layer in LAYERS:
+        allowed |= set(layer)
+        if module in layer:
+            break
+    assert imports(module) <= allowed
+
+
+def test_no_modules_import_each_other():
+    """Also not through others."""
+    open_modules = {module: imports(module) for module in MODULES}
+    while ready := [module for module, needed in open_modules.items() if not needed & open_modules.keys()]:
+        for module in ready:
+            del open_modules[module]
+    assert not open_modules, f"in or above a cycle: {', '.join(open_modules)}"
+
+
+def test_ppo_fits_on_a_few_screens():
+    lines = (ROOT / "ppo.py").read_text(encoding="utf-8").splitlines()
+    functions = {node.name: node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.FunctionDef)}
+    assert len(lines) <= 300
+    assert functions["main"].end_lineno - functions["main"].lineno + 1 <= 45
+
+
+def test_processes_take_at_most_a_twentieth_of_the_lines_of_ppo():
+    """Lines that a version for a single process would not have."""
+    lines = (ROOT / "ppo.py").read_text(encoding="utf-8").splitlines()
+    added = [line for line in lines if "ranks." in line or "runtime.distributed" in line or "ranks = " in line]
+    assert 0 < len(added) <= len(lines) / 20
