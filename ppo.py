@@ -159,8 +159,8 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
     watch, prompt_len, eos_id = Stopwatch(), prompts.shape[1], tokenizer.eos_token_id
 
     # 1. generate
-    responses = policy.gpt2.generate(ranks.share(prompts), cfg.response_len, cfg.temperature, eos_id, rng)
-    sequences = ranks.gather(responses)
+    args = cfg.response_len, cfg.temperature, eos_id, rng
+    sequences = ranks.gather(policy.gpt2.generate(ranks.share(prompts), *args))
     mask = response_mask(sequences[:, prompt_len:], eos_id)
     longest = mask.sum(1).max()  # trim to the longest response
     sequences, mask = sequences[:, : prompt_len + longest], mask[:, :longest]  # (B, P + T), (B, T)

@@ -18,6 +18,7 @@ LAYERS = (  # a module imports only from its own layer and those before it
     ("ppo",),
     (
         "analysis.plot",
+        "analysis.tables",
         "analysis.metrics",
         "analysis.responses",
         "analysis.report",
