@@ -16,7 +16,7 @@ import torch
 
 from config import GenerateConfig
 from data import decode, encode
-from reward import as_scores, check_finite, load_judge, load_reward
+from reward import check_finite, load_judge, load_reward, scored
 from runtime.checkpoint import check_finished
 from runtime.cli import run
 from runtime.device import pick_device, random_generator
@@ -26,7 +26,7 @@ from runtime.log import SIDES, column_width, columns, tint
 
 
 def prompt_ids(prompt, tokenizer, config, cfg):
-    """Return the ids of a prompt, a list of P. BadInput if it has none, or too many to add a response."""
+    """Return the ids of a prompt, a list. Raise BadInput if there are none, or too many to add a response."""
     try:
         prompt.encode()
     except UnicodeEncodeError:  # from bytes that are not UTF-8
@@ -36,14 +36,14 @@ def prompt_ids(prompt, tokenizer, config, cfg):
         raise BadInput(f"prompt {prompt!r} has no tokens")
     if len(ids) + cfg.response_len > config.n_positions:
         raise BadInput(
-            f"the prompt has {len(ids)} tokens: with response_len {cfg.response_len} that is over the model's "
+            f"the prompt has {len(ids)} tokens: with response_len {cfg.response_len} it exceeds the model's "
             f"{config.n_positions} positions"
         )
     return ids
 
 
 def complete(ids, policies, tokenizer, cfg):
-    """Return the responses to a prompt with these ids, a text of each policy, with the same random numbers for all."""
+    """Return a response of each policy to a prompt with these ids, as texts, with the same random numbers for all."""
     device, eos_id = policies[0].gpt2.wte.weight.device, tokenizer.eos_token_id
     prompt, texts = torch.tensor([ids], device=device), []
     for policy in policies:
@@ -54,22 +54,22 @@ def complete(ids, policies, tokenizer, cfg):
     return [text[start:] for text in texts]
 
 
-def answer(prompt, policies, tokenizer, reward_fn, judge, cfg):
-    """Print the responses of both policies to a prompt, with score and judge."""
+def respond(prompt, policies, tokenizer, reward_fn, judge, cfg):
+    """Print the responses of both policies to a prompt, with their scores and the judge's probabilities."""
     ids = prompt_ids(prompt, tokenizer, policies[0].gpt2.config, cfg)
     responses = complete(ids, policies, tokenizer, cfg)
     texts = [prompt + response for response in responses]
-    scores = as_scores(reward_fn(texts), texts)
+    scores, _ = scored(reward_fn, texts)
     check_finite("score", scores, texts)
-    probabilities, column = judge.log_odds(texts).sigmoid().tolist(), column_width()
-    numbers = [f"score {score:+.2f}, judge {p:.2f}" for score, p in zip(scores.tolist(), probabilities)]
+    probabilities, width = judge.log_odds(texts).sigmoid().tolist(), column_width()
+    ratings = [f"score {score:+.2f}, judge {p:.2f}" for score, p in zip(scores.tolist(), probabilities)]
     colors = [tint(p) for p in probabilities]
-    lines = columns(SIDES, column) + columns(map(printable, responses), column, colors)
-    print("\n".join(lines + columns(numbers, column, colors)), end="\n\n", flush=True)
+    lines = columns(SIDES, width) + columns(map(printable, responses), width, colors)
+    print("\n".join(lines + columns(ratings, width, colors)), end="\n\n", flush=True)
 
 
 def prompts(cfg):
-    """Yield cfg.prompt, or else the lines of stdin up to an empty one; lines that are not typed here are printed."""
+    """Yield cfg.prompt or, if it is empty, the lines of stdin up to an empty one. Print those that are not typed."""
     typed = not cfg.prompt and sys.stdin.isatty() and sys.stdout.isatty()
     if typed:
         print("Type the beginning of a review; an empty line ends.")
@@ -95,10 +95,10 @@ def main(cfg):
         prompt_ids(cfg.prompt, tokenizer, config, cfg)  # check it before loading weights
     judge, reward_fn = load_judge(cfg, device), load_reward(cfg, device)
     policies = [load_policy(*parts, bf16).to(device).eval() for parts in opened.values()]
-    print(f"Temperature {cfg.temperature}; below each response its score and the judge's probability of POSITIVE.")
+    print(f"Temperature {cfg.temperature}; below each response are its score and the judge's probability of POSITIVE.")
     for prompt in prompts(cfg):
         try:
-            answer(prompt, policies, tokenizer, reward_fn, judge, cfg)
+            respond(prompt, policies, tokenizer, reward_fn, judge, cfg)
         except BadInput as error:
             if cfg.prompt:
                 raise

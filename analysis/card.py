@@ -15,17 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from analysis.tables import CAPTIONS, KL_NOTE, kl_text, markdown, number, table_text
 from config import PPOConfig
-from runtime.checkpoint import (
-    BEST,
-    CARD,
-    CARD_MARK,
-    OTHER_CARD,
-    REVISIONS,
-    RUN_CONFIG,
-    is_our_card,
-    read_json,
-    write_text,
-)
+from runtime import checkpoint
+from runtime.checkpoint import BEST, REVISIONS, RUN_CONFIG, read_json
 from runtime.cli import parse
 from runtime.errors import BadInput, printable
 from runtime.hub import HINTS
@@ -105,7 +96,7 @@ def on_hub(name):
 
 
 def base_model(policy):
-    """Return the name on the hub of the initial policy of PPO, or of the model that was fine-tuned to get it, or None."""
+    """Return the name on the hub of the initial policy, or of the model it was fine-tuned from; None without one."""
     file = Path(policy, RUN_CONFIG)
     return on_hub(str(read_json(file).get("init_from", ""))) if file.is_file() else on_hub(policy)
 
@@ -113,18 +104,12 @@ def base_model(policy):
 def metadata(results, cfg, run):
     """Return the YAML of the card; see https://huggingface.co/docs/hub/model-cards."""
     dataset, name = on_hub(cfg.dataset), printable(Path(cfg.after).resolve().name)
+    task = dict(task_type="text-generation", dataset_type=dataset or "reviews", dataset_split="evaluation")
+    after = {name: results["after"][name]["value"] for name in CAPTIONS if name in results["after"]}
+    task["dataset_name"] = dataset or printable(Path(cfg.dataset).name)
     entries = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=dataset or "reviews",
-            dataset_name=dataset or printable(Path(cfg.dataset).name),
-            dataset_split="evaluation",
-            metric_type=metric,
-            metric_name=CAPTIONS[metric],
-            metric_value=round(results["after"][metric]["value"], 4),
-        )
-        for metric in CAPTIONS
-        if metric in results["after"]
+        EvalResult(metric_type=metric, metric_name=CAPTIONS[metric], metric_value=round(value, 4), **task)
+        for metric, value in after.items()
     ]
     return ModelCardData(
         language="en",
@@ -170,7 +155,7 @@ def card_text(results, samples, cfg, run, log):
 {metadata(results, cfg, run)}
 ---
 
-{CARD_MARK}
+{checkpoint.CARD_MARK}
 
 # {quote(Path(cfg.after).resolve().name)}
 
@@ -223,10 +208,10 @@ print(pipeline("text-generation", model="USER/NAME")("This film was", max_new_to
 
 
 def write_card(folder, text):
-    """Write README.md, or MODEL_CARD.md if the folder has a README.md that evaluate.py did not write; return its path."""
-    file = Path(folder, CARD)
-    if file.exists() and not is_our_card(file):
-        print(f"{file} was not written by evaluate.py and is kept; the card is {OTHER_CARD}")
-        file = Path(folder, OTHER_CARD)
-    write_text(file, text)
+    """Write README.md, or MODEL_CARD.md if there is a README.md that evaluate.py did not write. Return the path."""
+    file = Path(folder, checkpoint.CARD)
+    if file.exists() and not checkpoint.is_our_card(file):
+        print(f"{file} was not written by evaluate.py and is kept; the card is {checkpoint.OTHER_CARD}")
+        file = Path(folder, checkpoint.OTHER_CARD)
+    checkpoint.write_text(file, text)
     return file

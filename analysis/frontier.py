@@ -2,10 +2,10 @@
 
     python -m analysis.frontier --preset mini     # hours on a CPU; a sweep that was stopped is resumed
 
-Each point of a frontier is a run of ppo.py with a fixed KL coefficient (Gao et al. 2022, arXiv:2210.10760, draw such
-curves), or best-of-n, or a GPT-2 fine-tuned on positive reviews only. All respond to the same held-out prompts. The
-ablations repeat the run of the preset with one detail changed, by a flag or by a patch in asset/ablations/. Writes
-frontier.csv, ablation.csv, frontier.png and frontier.md; keeps the log and a line of JSON of each run, not its weights.
+Each point of a frontier is a run of ppo.py with a fixed KL coefficient (as in Gao et al. 2022, arXiv:2210.10760),
+best-of-n, or a GPT-2 fine-tuned only on positive reviews. All respond to the same held-out prompts. Each ablation
+changes one detail of the run of the preset, by a flag or by a patch in asset/ablations/. Writes frontier.csv,
+ablation.csv, frontier.png and frontier.md; of each run, the log and a line of JSON are kept, but not the weights.
 """
 
 import csv
@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from analysis.metrics import measure
 from analysis.plot import frontier as draw
-from analysis.plot import half_width, save
+from analysis.plot import save
 from analysis.responses import prompt_groups, respond
+from analysis.tables import markdown
 from config import EvaluateConfig, FrontierConfig
 from data import load_prompts
-from reward import as_scores, load_judge, load_reward
+from reward import load_judge, load_reward, scored
 from runtime import cli
 from runtime.checkpoint import RUN_CONFIG, read_json, write_text
 from runtime.cli import differing, parse
@@ -40,10 +41,10 @@ from runtime.errors import BadInput
 from runtime.hub import load_policy, open_gpt2
 
 ROOT = Path(__file__).parent.parent
-METHODS = {"PPO": "gae", "RLOO": "rloo", "GRPO": "grpo"}
-BEST_OF_N, POSITIVE_ONLY, START = "best-of-n", "positive-only fine-tuning", "fine-tuned model"
+METHODS = {"PPO": "gae", "RLOO": "rloo", "GRPO": "grpo"}  # {method: advantage of ppo.py}
+BEST_OF_N, POSITIVE_ONLY, START, ABLATION = "best-of-n", "positive-only fine-tuning", "fine-tuned model", "ablation"
 PRESET = "as the preset"
-ABLATIONS = {  # a detail of the algorithm: the flags, or the patch in asset/ablations/, that change it
+ABLATIONS = {  # detail: the flags, or the patch in asset/ablations/, that change it
     PRESET: "",
     "advantages not whitened": "no_whitening.patch",
     "token rewards whitened too": "--whiten_rewards True",
@@ -55,20 +56,21 @@ ABLATIONS = {  # a detail of the algorithm: the flags, or the patch in asset/abl
     "Adam's epsilon 1e-8": "--adam_eps 1e-8",
     "learning rate constant": "--lr_end 1",
 }
-# Of a KL: how far from it the nearest run may lie for a value at that KL. At a quarter GRPO's value at 8 nats would be
-# interpolated from 6.5 to 38 nats and be .1 too low, since the curve bends in between.
+# A value at a KL needs a run within this share of that KL. With 1/4, GRPO's value at 8 nats would be interpolated from
+# 6.5 to 38 nats and be 0.1 too low, because the curve bends in between.
 NEAR = 1 / 8
 MEASURES = (
     "score", "positive_by_reward", "positive_by_judge", "kl", "kl_exact", "perplexity", "distinct_2", "response_length",
 )  # fmt: skip
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 95 %, by seeds
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row of a CSV: how a model is made, and what it is called."""
+    """A training run of the sweep, a row of a CSV."""
 
     method: str
-    setting: str  # what differs between the runs of a method: KL coefficient, n, epochs, detail
+    setting: str  # what differs between the runs of a method: KL coefficient, n, epochs, or detail
     seed: int
     script: str
     flags: tuple
@@ -76,30 +78,30 @@ class Run:
 
     @property
     def name(self):
-        kept = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.method}-{self.setting}")
-        return f"{kept}-{self.seed}"
+        safe = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.method}-{self.setting}")
+        return f"{safe}-{self.seed}"
 
 
 def runs_of(cfg):
-    """Every Run of the sweep, seed by seed, so that what is there of a sweep that was stopped can be compared."""
+    """Return the runs of the sweep, seed by seed, so that the methods can be compared before all seeds are done."""
     sizes = ("--steps", cfg.steps, "--response_len", cfg.response_len)
-    made = []
+    runs = []
     for seed in range(cfg.seeds):
         for method, advantage in METHODS.items():
             for coef in cfg.kl_coefs:
                 flags = (*sizes, "--advantage", advantage, "--kl_coef", coef, "--kl_target", 0)
-                made.append(Run(method, f"{coef:g}", seed, "ppo.py", flags))
+                runs.append(Run(method, f"{coef:g}", seed, "ppo.py", flags))
         for epochs in cfg.positive_epochs:
             flags = ("--reviews", "positive", "--epochs", epochs, "--weights", "last")
-            made.append(Run(POSITIVE_ONLY, f"{epochs:g}", seed, "finetune_gpt2.py", flags))
+            runs.append(Run(POSITIVE_ONLY, f"{epochs:g}", seed, "finetune_gpt2.py", flags))
         for detail, change in ABLATIONS.items() if cfg.ablation else ():
             patch, flags = (change, ()) if change.endswith(".patch") else ("", tuple(change.split()))
-            made.append(Run("ablation", detail, seed, "ppo.py", (*sizes, *flags), patch))
-    return made
+            runs.append(Run(ABLATION, detail, seed, "ppo.py", (*sizes, *flags), patch))
+    return runs
 
 
 def source_of(patch, parent):
-    """The folder whose scripts a run uses: the repository's, or a copy under parent with the patch applied."""
+    """Return the folder with the scripts of a run: the repository, or a copy in parent with the patch applied."""
     if not patch:
         return ROOT
     copy = Path(parent, "source")
@@ -107,7 +109,7 @@ def source_of(patch, parent):
         target = copy / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
-    # GIT_CEILING_DIRECTORIES: else git takes the copy for a part of the repository around it, and skips the patch
+    # without GIT_CEILING_DIRECTORIES, git takes the copy for a part of a repository around it and skips the patch
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path(parent).resolve())}
     patch = (ROOT / "asset" / "ablations" / patch).resolve()
     subprocess.run(["git", "apply", str(patch)], cwd=copy, env=environment, check=True)
@@ -115,7 +117,7 @@ def source_of(patch, parent):
 
 
 def train(run, cfg):
-    """Make the policy of a Run, going on where an earlier sweep was stopped; returns its folder."""
+    """Train the policy of a Run, or resume it after a stopped sweep; return its folder."""
     out = Path(cfg.out, run.name)
     if (out / "model.safetensors").is_file() and not (out / "checkpoints").is_dir():
         return out
@@ -127,12 +129,12 @@ def train(run, cfg):
         command = [sys.executable, source_of(run.patch, parent) / run.script, *map(str, flags)]
         status = subprocess.run(command, env=os.environ | threads, stdout=file, stderr=file).returncode
     if status:
-        raise BadInput(f"{run.script} ended with status {status}: see {log}; a second call goes on from there")
+        raise BadInput(f"{run.script} failed with exit status {status}: see {log}; the same command resumes the sweep")
     return out
 
 
-class Examiner:
-    """The held-out prompts, the reference and the classifiers: the same for every run of the sweep."""
+class Evaluator:
+    """The held-out prompts, the reference, the reward and the judge, which are the same for every run."""
 
     def __init__(self, cfg):
         sizes = ["--prompts", cfg.prompts, "--response_len", cfg.response_len, "--device", cfg.device]
@@ -147,68 +149,64 @@ class Examiner:
         self.reference = load_policy(*opened, self.bf16).to(self.device).eval()
         self.lock = threading.Lock()
 
-    def answers(self, policy, name, seed=0):
-        return respond(
-            policy, self.reference, self.tokenizer, self.groups, replace(self.cfg, seed=seed), self.device, name
-        )
+    def respond(self, policy, name, seed=0):
+        cfg = replace(self.cfg, seed=seed)
+        return respond(policy, self.reference, self.tokenizer, self.groups, cfg, self.device, name)
 
-    def measures(self, answers):
-        """{name: mean over the prompts}: the intervals of a sweep are over seeds, not over prompts."""
-        table = measure(answers, self.reward_fn, self.judge, replace(self.cfg, resamples=1))[0]
+    def measure(self, responses):
+        """Return {metric: mean over the prompts}. Intervals of a sweep are over seeds, not over prompts."""
+        table = measure(responses, self.reward_fn, self.judge, replace(self.cfg, resamples=1))[0]
         return {name: table[name]["value"] for name in MEASURES if name in table}
 
-    def folder(self, folder, name):
-        with self.lock:  # of the threads that wait for runs one at a time computes itself
+    def evaluate(self, folder, name):
+        """Return the metrics of the policy in a folder. Only one thread at a time computes."""
+        with self.lock:
             policy = load_policy(*open_gpt2(folder), self.bf16).to(self.device).eval()
-            return self.measures(self.answers(policy, name))
+            return self.measure(self.respond(policy, name))
 
     def best_of_n(self, ns, seed):
-        """{n: measures of the best of n answers of the reference, by the reward}, for one draw of max(ns) answers each.
+        """Return {n: metrics of the response with the highest score of n responses of the reference to each prompt}.
 
-        kl is log n - (n - 1) / n, of which the true one falls short at most (Beirami et al. 2024, arXiv:2401.01879).
+        kl is log n - (n - 1) / n, an upper bound of the KL (Beirami et al. 2024, arXiv:2401.01879).
         """
-        draws = [self.answers(self.reference, f"{BEST_OF_N} {i}", seed_of_draw(seed, i)) for i in range(max(ns))]
-        scores = np.stack([as_scores(self.reward_fn(d["texts"]), d["texts"]).numpy() for d in draws])  # (n, prompts)
-        found = {}
+        draws = [self.respond(self.reference, f"{BEST_OF_N} {i}", 1 + 1000 * seed + i) for i in range(max(ns))]
+        scores = np.stack([scored(self.reward_fn, draw["texts"])[0].numpy() for draw in draws])  # (n, prompts)
+        metrics = {}
         for n in ns:
             best = scores[:n].argmax(0)
             chosen = {name: [draws[i][name][row] for row, i in enumerate(best)] for name in draws[0]}
             bound = math.log(n) - (n - 1) / n
-            found[n] = self.measures(chosen) | {"kl": bound, "kl_exact": bound}
-        return found
+            metrics[str(n)] = self.measure(chosen) | {"kl": bound, "kl_exact": bound}
+        return metrics
 
 
-def seed_of_draw(seed, i):
-    """Each of the answers that best-of-n chooses from has random numbers of its own."""
-    return 1 + 1000 * seed + i
+def stored(file, compute):
+    """Return the object in a JSON file. If there is none, compute the object and write the file."""
+    if not file.is_file():
+        write_text(file, json.dumps(compute()))
+    return read_json(file)
 
 
-def finish(run, cfg, examiner):
-    """Train and measure a Run once: its row, from the sweep's folder where it is there."""
-    file = Path(cfg.out, f"{run.name}.json")
-    if file.is_file():
-        return read_json(file)
-    folder = train(run, cfg)
-    row = {"method": run.method, "setting": run.setting, "seed": run.seed} | examiner.folder(folder, run.name)
-    write_text(file, json.dumps(row))
-    for weights in (*folder.glob("*.safetensors"), *folder.glob("best/*.safetensors")):
+def run_row(run, cfg, evaluator):
+    """Train and evaluate a Run, unless an earlier sweep did; return its row. Its weights are deleted."""
+
+    def compute():
+        row = {"method": run.method, "setting": run.setting, "seed": run.seed}
+        return row | evaluator.evaluate(train(run, cfg), run.name)
+
+    row = stored(Path(cfg.out, f"{run.name}.json"), compute)
+    for weights in Path(cfg.out, run.name).glob("**/*.safetensors"):
         weights.unlink()
     return row
 
 
-def best_of_n_rows(cfg, examiner):
-    rows = []
-    for seed in range(cfg.seeds):
-        file = Path(cfg.out, f"{BEST_OF_N}-{seed}.json")
-        if not file.is_file():
-            found = examiner.best_of_n(cfg.best_of, seed)
-            told = [{"method": BEST_OF_N, "setting": str(n), "seed": seed} | row for n, row in found.items()]
-            write_text(file, json.dumps({"rows": told}))
-        rows += read_json(file)["rows"]
-    return rows
+def best_of_n_rows(cfg, evaluator, seed):
+    """Return the rows of best-of-n with a seed, unless an earlier sweep computed them."""
+    metrics = stored(Path(cfg.out, f"{BEST_OF_N}-{seed}.json"), lambda: evaluator.best_of_n(cfg.best_of, seed))
+    return [{"method": BEST_OF_N, "setting": n, "seed": seed} | row for n, row in metrics.items()]
 
 
-# ---- what the rows say
+# ---- tables
 
 
 def write_csv(path, rows):
@@ -218,68 +216,61 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-def curve(rows, method, seed, measure):
-    """(KLs, a measure) of the runs of a method and seed, by rising KL; all begin at the fine-tuned model."""
-    points = [row for row in rows if row["method"] == START or (row["method"], row["seed"]) == (method, seed)]
-    points.sort(key=lambda row: row["kl_exact"])
-    return [row["kl_exact"] for row in points], [row[measure] for row in points]
-
-
 def value_at(rows, method, seed, measure, nats):
-    """A measure at a KL, interpolated linearly between the runs of a method and seed: a float or None.
+    """Return a measure at a KL, interpolated linearly between the runs of a method and seed and the fine-tuned model.
 
-    None unless one of these runs lies within NEAR of that KL, and beyond the last run.
+    None unless the KL of one of these runs is within NEAR of this one, and beyond the last run.
     """
-    kl, values = curve(rows, method, seed, measure)
-    runs = [row["kl_exact"] for row in rows if (row["method"], row["seed"]) == (method, seed)]
-    near = any(abs(run - nats) <= NEAR * nats for run in runs)
+    runs = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
+    points = sorted((row["kl_exact"], row[measure]) for row in [*runs, *(r for r in rows if r["method"] == START)])
+    kl, values = zip(*points)
+    near = any(abs(row["kl_exact"] - nats) <= NEAR * nats for row in runs)
     return float(np.interp(nats, kl, values)) if near and nats <= kl[-1] else None
 
 
 def at_equal_kl(rows, measure, nats):
-    """A measure of each method at a KL: {method: [one value a seed]}, empty where a seed has none (see value_at)."""
-    found = {}
+    """Return {method: [value at a KL per seed]}, with an empty list if a seed has no value; see value_at."""
+    methods = {}
     for method, seed in dict.fromkeys((row["method"], row["seed"]) for row in rows if row["method"] != START):
-        found.setdefault(method, []).append(value_at(rows, method, seed, measure, nats))
-    return {method: [] if None in values else values for method, values in found.items()}
+        methods.setdefault(method, []).append(value_at(rows, method, seed, measure, nats))
+    return {method: [] if None in values else values for method, values in methods.items()}
 
 
-def cell(values):
-    """Mean and 95 % interval of the values of some seeds; "-" without values."""
+def mean_text(values):
+    """Return the mean of the values of all seeds and its 95 % interval, by Student's t, as text; "-" without values."""
     if len(values) < 2:
-        return "".join(f"{value:.3f}" for value in values) or "-"
-    return f"{statistics.mean(values):.3f} ± {half_width(values):.3f}"
+        return f"{values[0]:.3f}" if values else "-"
+    half_width = STUDENT_T.get(len(values), 2.2) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.3f} ± {half_width:.3f}"
 
 
-def table(head, lines):
-    """Markdown: head, a list of texts; lines, {first text: [values of each column by seed]}."""
-    body = ["| " + " | ".join([name, *map(cell, columns)]) + " |" for name, columns in lines.items()]
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *body])
+def table(header, lines):
+    """Return a Markdown table of {first cell: [values of all seeds, per column]}."""
+    return markdown([header, *([name, *map(mean_text, columns)] for name, columns in lines.items())])
 
 
 def runs_table(frontier):
-    """What was measured: a line for each method and setting."""
+    """Return the table of all runs: a line per method and setting."""
     names, lines = ("kl_exact", "score", "positive_by_judge", "perplexity", "distinct_2"), {}
     for row in frontier:
         name = START if row["method"] == START else f"{row['method']}, {row['setting']}"
-        columns = lines.setdefault(name, [[] for _ in names])
-        for column, name in zip(columns, names):
-            column.append(row[name])
+        for column, metric in zip(lines.setdefault(name, [[] for _ in names]), names):
+            column.append(row[metric])
     return table(["method, setting", *names], lines)
 
 
 def methods_table(frontier, measure, nats=(1, 2, 4, 8, 16)):
-    """A measure of all methods at equal KL."""
+    """Return the table of a measure at equal KL: a line per method."""
     columns = [at_equal_kl(frontier, measure, n) for n in nats]
     lines = {method: [column[method] for column in columns] for method in columns[0]}
     return table([f"{measure} at a KL of", *(f"{n} nats" for n in nats)], lines)
 
 
 def ablation_table(frontier, ablation):
-    """The preset's runs, and what each change adds to them: differences within a seed.
+    """Return the table of the preset's runs, and of the difference of each change from them, seed by seed.
 
-    The last column holds the score less that of PPO's frontier at the run's own KL, since most changes move the KL too;
-    it is empty unless every run, with or without the change, has a value of the frontier (see value_at).
+    The last column is the score minus that of PPO's frontier at the KL of the run, because most changes move the KL
+    too. It is empty unless every run, with and without the change, has a value of the frontier; see value_at.
     """
     names = ("score", "positive_by_judge", "kl_exact", "perplexity", "distinct_2", "above")
     for row in ablation:
@@ -288,68 +279,66 @@ def ablation_table(frontier, ablation):
     base, lines = {row["seed"]: row for row in ablation if row["setting"] == PRESET}, {}
     for detail in dict.fromkeys(row["setting"] for row in ablation):
         rows = [row for row in ablation if row["setting"] == detail]
-        less = {seed: dict.fromkeys(names, 0.0) for seed in base} if detail == PRESET else base
-        pairs = [[(row[name], less[row["seed"]][name]) for row in rows] for name in names]
+        reference = {seed: dict.fromkeys(names, 0.0) for seed in base} if detail == PRESET else base
+        pairs = [[(row[name], reference[row["seed"]][name]) for row in rows] for name in names]
         lines[detail] = [[] if None in sum(column, ()) else [x - y for x, y in column] for column in pairs]
     return table(["changed", *names[:-1], "score above PPO's frontier"], lines)
 
 
 def summary(frontier, ablation, cfg):
-    """The text of frontier.md."""
+    """Return the text of frontier.md."""
     parts = [
         f"Means and 95 % intervals over {cfg.seeds} seeds, {cfg.prompts} held-out prompts. The setting of PPO, RLOO "
-        "and GRPO is the KL coefficient, that of best-of-n is n, that of fine-tuning the epochs.",
+        "and GRPO is the KL coefficient, that of best-of-n is n, that of fine-tuning is the number of epochs.",
         runs_table(frontier),
-        "At equal KL, linear between the runs of a seed. A value is given only where every seed has a run within "
-        f"{100 * NEAR:g} % of that KL; elsewhere the cell is -.",
+        "Values at equal KL, interpolated linearly between the runs of a seed. A value is given only if every seed has "
+        f"a run within {100 * NEAR:g} % of that KL.",
         *(methods_table(frontier, name) for name in ("score", "positive_by_judge", "perplexity")),
     ]
     if ablation:
         parts += [
-            "One detail changed: differences to the preset's run of the same seed. The last column is the score less "
-            "that of PPO's frontier at the run's own KL, by the same rule.",
+            "One detail changed: differences from the run of the preset with the same seed. The last column is the "
+            "score minus that of PPO's frontier at the KL of the run, under the same condition.",
             ablation_table(frontier, ablation),
         ]
     return "\n\n".join(parts) + "\n"
 
 
 def check_sweep(cfg):
-    """BadInput where the folder holds a sweep of other sizes: its points would not be comparable with ours."""
+    """Raise BadInput if the folder holds a sweep of other sizes, whose points would not be comparable."""
     file = Path(cfg.out) / RUN_CONFIG
-    free = ("seeds", "kl_coefs", "best_of", "positive_epochs", "ablation", "workers")  # more of the same kind
+    free = ("seeds", "kl_coefs", "best_of", "positive_epochs", "ablation", "workers")  # may change when resuming
     if file.is_file():
-        told = read_json(file) | {name: getattr(cfg, name) for name in free}
-        if changed := differing(cfg, told):
-            raise BadInput(
-                f"{cfg.out} holds a sweep of another config ({', '.join(changed)}): --out names another folder"
-            )
+        if changed := differing(cfg, read_json(file) | {name: getattr(cfg, name) for name in free}):
+            raise BadInput(f"{cfg.out} holds a sweep of another config ({', '.join(changed)}): use another --out")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(asdict(cfg), indent=1))
 
 
 def main(cfg):
     check_sweep(cfg)
-    examiner = Examiner(cfg)
-    start = {"method": START, "setting": "0", "seed": 0} | examiner.measures(
-        examiner.answers(examiner.reference, START)
-    )
+    evaluator = Evaluator(cfg)
+    responses = evaluator.respond(evaluator.reference, START)
+    start = {"method": START, "setting": "0", "seed": 0} | evaluator.measure(responses)
     with ThreadPoolExecutor(cfg.workers) as pool:
-        jobs = [pool.submit(finish, run, cfg, examiner) for run in runs_of(cfg)]
+        jobs = [pool.submit(run_row, run, cfg, evaluator) for run in runs_of(cfg)]
         try:
             rows = [job.result() for job in tqdm(jobs, "frontier", unit="run")]
-        except BaseException:  # Ctrl-C or a run that failed: those under way end by themselves, the others not begun
+        except BaseException:  # Ctrl-C or a failed run: wait for the runs that are in progress, start no others
             pool.shutdown(cancel_futures=True)
             raise
-    ablation = [row for row in rows if row["method"] == "ablation"]
-    frontier = [start, *(row for row in rows if row["method"] != "ablation"), *best_of_n_rows(cfg, examiner)]
+    ablation = [row for row in rows if row["method"] == ABLATION]
+    frontier = [start, *(row for row in rows if row["method"] != ABLATION)]
+    frontier += [row for seed in range(cfg.seeds) for row in best_of_n_rows(cfg, evaluator, seed)]
 
     out = Path(cfg.out)
     write_csv(out / "frontier.csv", frontier)
     write_csv(out / "ablation.csv", ablation)
     text = summary(frontier, ablation, cfg)
     write_text(out / "frontier.md", text)
-    print(f"\n{text}\nwritten:", *(out / name for name in ("frontier.csv", "ablation.csv", "frontier.md")), sep="\n  ")
-    print(" ", save(draw(out), out / "frontier.png"))
+    save(draw(out), out / "frontier.png")
+    files = ("frontier.csv", "ablation.csv", "frontier.md", "frontier.png")
+    print(f"\n{text}\nwritten:", *(out / name for name in files), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""The figures of the README, from what runs left on disk; no torch here, so figures can be redrawn anywhere.
+"""The figures of the README, from the files of committed runs. No torch here: figures can be redrawn anywhere.
 
-    python plot.py                        # all of them, into asset/images/, from the logs and results in asset/
-    python plot.py ppo_checkpoints/mini   # the learning curves of one run, into its folder
+    python -m analysis.plot                        # all of them, from asset/ into asset/images/
+    python -m analysis.plot ppo_checkpoints/mini   # the learning curves of one run, into its folder
 
-Every figure is 10 inches wide. Drawings are measured in inches from the lower left, texts in points.
+Every figure is 10 inches wide. Positions in drawings are in inches from the lower left corner, font sizes in points.
 """
 
 import contextlib
 import csv
 import json
-import statistics
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -24,18 +23,18 @@ from matplotlib.textpath import text_to_path
 matplotlib.use("Agg")  # files only, no screen
 import matplotlib.pyplot as plt
 
-from runtime.errors import printable
+from runtime.errors import BadInput, print_error, printable
 
 ASSET = Path("asset")
-WIDTH, SMALL, LINE = 10, 10, 0.19  # inches; points, 11.5 pixels at the 830 of GitHub's README; inches between two lines
+WIDTH, SMALL, LINE = 10, 10, 0.19  # inches; points, 11.5 pixels in GitHub's README; inches between lines of text
 INK, GREY = "#222222", "#6b6b6b"
-# Okabe and Ito 2008, dark enough for text on white: told apart without red-green vision too
+# Okabe and Ito 2008, safe for colour-blind readers; dark enough for text on white
 BLUE, AMBER, PURPLE = "#0072b2", "#b26a00", "#93478f"  # GPT-2, the reward, the judge
 GREEN, RED = "#007d5a", "#c24e00"  # POSITIVE, NEGATIVE
 
 plt.rcParams.update({
-    "text.parse_math": False,  # a $ in a generated text is a $
-    "text.hinting": "none",  # so that wrap measures what is drawn
+    "text.parse_math": False,  # generated texts may contain $
+    "text.hinting": "none",  # so that wrap measures the width that is drawn
     "font.family": "DejaVu Sans", "font.size": 11, "text.color": INK, "axes.labelcolor": INK,
     "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL, "legend.frameon": False,
     "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.grid": True, "grid.alpha": 0.3,
@@ -44,42 +43,33 @@ plt.rcParams.update({
     "figure.dpi": 150, "savefig.facecolor": "white",
 })  # fmt: skip
 
-# what evaluate.py measures, as tables call it
-CAPTIONS = {
-    "score": "score",
-    "positive_by_reward": "positive, by the reward",
-    "positive_by_judge": "positive, by the judge",
-    "agrees_negative": "behind [negative], by the judge",
-    "agrees_positive": "behind [positive], by the judge",
-    "judge": "probability, by the judge",
-    "kl": "KL, nats a response",
-    "kl_k3": "KL by k3",
-    "kl_exact": "KL over the whole vocabulary",
-    "perplexity": "perplexity, fine-tuned model",
-    "bits_per_character": "bits a character, second model",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-    "repetition": "repetition, 4-grams",
-    "response_length": "length, tokens",
-}
-DIGITS = {"repetition": 4}  # behind the point; of the others 2
-
-PANELS = (  # (metrics of one panel, label of its y axis)
+PANELS = (  # (metrics of a panel, label of its y axis)
     (("positive_by_reward", "positive_by_judge"), "share positive"),
-    (("kl", "kl_exact"), "KL, nats a response"),
+    (("kl", "kl_exact"), "KL, nats per response"),
     (("response_length",), "response length, tokens"),
-    (("entropy",), "entropy, nats a token"),
+    (("entropy",), "entropy, nats per token"),
 )
-CURVES = {  # metric of a panel with a legend: (colour, text)
+CURVES = {  # metric of a panel with a legend: (colour, label)
     "positive_by_reward": (AMBER, "by the reward"),
-    "positive_by_judge": (PURPLE, "by the judge, which PPO never sees"),
+    "positive_by_judge": (PURPLE, "by the judge, not used in training"),
     "kl": (BLUE, "kl, sampled tokens, ± standard error"),
     "kl_exact": (INK, "kl_exact, whole vocabulary"),
 }
 
 
+@contextlib.contextmanager
+def reading(path, hint=""):
+    """Raise BadInput, which names the file, if it is missing or its contents are not what the block expects."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{error.filename or path}: {error.strerror}{hint}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is damaged, or of another version: {error!r}") from None
+
+
 def read_jsonl(file):
-    """The JSON values of a file's lines; a last line that a crash left half written is ignored."""
+    """Return the JSON values of the lines of a file. A last line that a crash left incomplete is ignored."""
     *lines, rest = Path(file).read_bytes().split(b"\n")
     values = [json.loads(line) for line in lines]
     with contextlib.suppress(ValueError):
@@ -87,38 +77,29 @@ def read_jsonl(file):
     return values
 
 
-def read_metrics(folder):
-    """The lines of log.jsonl as dicts."""
-    return read_jsonl(Path(folder) / "log.jsonl")
-
-
 def read_results(folder):
     return json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
 
 
 def columns(lines, *names):
-    """A list of numbers for each name, all of one length: from the lines that have every name."""
-    return [[line[name] for line in lines if all(n in line for n in names)] for name in names]
+    """Return a list of numbers for each name, from the lines that have all names."""
+    return [[float(line[name]) for line in lines if all(n in line for n in names)] for name in names]
 
 
 def kl_target(folder):
-    """What the KL controller of a run aimed at, nats a response; 0 for nothing, or where no run_config.json says it."""
+    """Return the KL target of a run in nats per response; 0 if there is none or no run_config.json."""
     file = Path(folder) / "run_config.json"
     return json.loads(file.read_text(encoding="utf-8")).get("kl_target", 0) if file.is_file() else 0
 
 
-def panels(lines):
-    """PANELS with the metrics that lines of a log have; the score where they have no share positive."""
-    for names, label in PANELS:
-        names = [name for name in names if any(name in line for line in lines)]
-        yield (names, label) if names else (["score"], "score")
-
-
 def curves(folder):
-    """PANELS against the rollout, of the log in the folder."""
-    lines = read_metrics(folder)
+    """PANELS over the rollouts in the log of a folder. Without shares of positive texts, the score is drawn."""
+    lines = read_jsonl(Path(folder) / "log.jsonl")
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.5), layout="constrained", sharex=True)
-    for axis, (names, label) in zip(axes.flat, panels(lines)):
+    for axis, (names, label) in zip(axes.flat, PANELS):
+        names = [name for name in names if any(name in line for line in lines)]
+        if not names:
+            names, label = ["score"], "score"
         for name in names:
             colour, text = CURVES.get(name, (BLUE, None))
             axis.plot(*columns(lines, "step", name), color=colour, label=text)
@@ -140,8 +121,10 @@ def curves(folder):
 
 
 def learning_curves(folder):
-    """Draw PANELS against the rollout into learning_curves.png in the folder; returns its path."""
-    return save(curves(folder), Path(folder) / "learning_curves.png")
+    """Draw the learning curves of a run into learning_curves.png in its folder; return the path."""
+    with reading(Path(folder, "log.jsonl")):
+        figure = curves(folder)
+    return save(figure, Path(folder) / "learning_curves.png")
 
 
 def save(figure, path):
@@ -155,7 +138,7 @@ def save(figure, path):
 
 
 def canvas(height, title=""):
-    """A figure, and axes over all of it whose units are inches."""
+    """Return a figure, and axes over all of it with inches as units."""
     figure = plt.figure(figsize=(WIDTH, height))
     axis = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, height))
     axis.axis("off")
@@ -164,7 +147,7 @@ def canvas(height, title=""):
 
 
 def chart(figure, xlabel, ylabel):
-    """Axes for data, at the right of a drawing."""
+    """Return axes for data, to the right of a drawing."""
     height = figure.get_figheight()
     return figure.add_axes((0.725, 0.7 / height, 0.25, 1 - 1.25 / height), xlabel=xlabel, ylabel=ylabel)
 
@@ -175,7 +158,7 @@ def note(axis, x, y, text, **style):
 
 
 def box(axis, x, y, width, height, text, colour=GREY, frozen=False, solid=False, size=11):
-    """A box with its centre at (x, y), dashed around what is frozen. Returns the middle of each side."""
+    """Draw a box with its centre at (x, y), dashed if it is frozen; return the midpoint of each side."""
     dx, dy = width / 2, height / 2
     face, line = to_rgba(colour, 1 if solid else 0.1), "--" if frozen else "-"
     shape = dict(boxstyle="round,pad=0,rounding_size=0.08", facecolor=face, edgecolor=colour, linestyle=line)
@@ -185,14 +168,14 @@ def box(axis, x, y, width, height, text, colour=GREY, frozen=False, solid=False,
 
 
 def arrow(axis, *points):
-    """An arrow along straight lines through the points (x, y)."""
+    """Draw an arrow along straight lines through points (x, y)."""
     path = matplotlib.path.Path(points)
     axis.add_patch(FancyArrowPatch(path=path, arrowstyle="-|>", mutation_scale=13, color=INK, linewidth=1.2))
 
 
 def finetune_model(folder):
-    """Fine-tuning: each token predicts the next one; beside it the validation loss in the folder's log."""
-    tokens, bits = columns(read_metrics(folder), "tokens", "val_bits_per_character")
+    """Fine-tuning: each token predicts the next one; and the validation loss in the log of a folder."""
+    tokens, bits = columns(read_jsonl(Path(folder) / "log.jsonl"), "tokens", "val_bits_per_character")
     figure, axis = canvas(3.6, "1. Fine-tuning")
     gpt2 = box(axis, 3.88, 1.75, 4.76, 0.6, "GPT-2", BLUE)
     for i, (token, target) in enumerate(pairwise(("This", "movie", "was", "great", "<|endoftext|>"))):
@@ -203,7 +186,7 @@ def finetune_model(folder):
     note(axis, 0.3, 2.65, "next token", ha="left")
     note(axis, 3.88, 0.3, "loss = cross-entropy of the next token, mean over all tokens")
 
-    axis = chart(figure, "training tokens, millions", "validation bits a character")
+    axis = chart(figure, "training tokens, millions", "validation bits per character")
     axis.plot([n / 1e6 for n in tokens], bits, color=BLUE, marker=".", clip_on=False)
     axis.annotate(f"{bits[-1]:.2f}", (tokens[-1] / 1e6, bits[-1]), (0, 8), textcoords="offset points", ha="center")
     axis.set_xlim(left=0)
@@ -211,7 +194,7 @@ def finetune_model(folder):
 
 
 def reward_model(folder):
-    """Reward: a text and its score; beside it how the classifier of the folder tells held-out short texts apart."""
+    """Reward: the score of a text; and the log-odds of held-out short texts in the results of a folder."""
     histogram = read_results(folder)["after"]["histogram"]
     figure, axis = canvas(3.6, "2. Reward")
     bert = box(axis, 3.3, 2.1, 1.3, 1.3, "BERT", AMBER)
@@ -232,14 +215,14 @@ def reward_model(folder):
 
 
 def ppo():
-    """PPO: from a prompt to new weights of the policy."""
+    """PPO: from a prompt to the new weights of the policy."""
     figure, axis = canvas(4.7, "3. PPO")
     prompt = box(axis, 0.9, 3.05, 1.2, 0.6, "prompt")
     policy = box(axis, 2.8, 3.05, 1.8, 1.0, "policy GPT-2,\nwith value head", BLUE)
     response = box(axis, 4.7, 3.05, 1.2, 0.7, "prompt +\nresponse")
     reward = box(axis, 6.75, 4.05, 1.9, 0.7, "reward BERT\nfrozen", AMBER, frozen=True)
     reference = box(axis, 6.75, 3.05, 1.9, 0.7, "reference GPT-2\nfrozen", BLUE, frozen=True)
-    judge = box(axis, 6.75, 2.05, 1.9, 0.7, "judge BERT\nfrozen, only watches", PURPLE, frozen=True, size=SMALL)
+    judge = box(axis, 6.75, 2.05, 1.9, 0.7, "judge BERT\nfrozen, only logged", PURPLE, frozen=True, size=SMALL)
     rewards = box(axis, 8.95, 3.55, 1.5, 1.7, "rewards\nscore − β KL")
     advantages = box(axis, 8.95, 0.75, 1.5, 0.7, "advantages\nGAE")
     update = box(axis, 5.2, 0.75, 2.2, 0.7, "clipped update\na few epochs")
@@ -262,7 +245,7 @@ def ppo():
 
 
 def wrap(text, width, weight="normal"):
-    """Text as lines of at most this width, too long words broken. Control characters and newlines become spaces."""
+    """Return a text as lines of at most this width in inches. Too long words are broken, control characters removed."""
     font, lines = FontProperties(size=SMALL, weight=weight), [""]
     for c in printable(text):
         line = lines[-1] + c
@@ -275,7 +258,7 @@ def wrap(text, width, weight="normal"):
 
 
 def example_results(folder):
-    """The first four samples in the folder's results: prompts, responses before and after, and what the judge says."""
+    """The first four samples in the results of a folder: prompts, responses, and the judge's probabilities."""
     results = read_results(folder)
     samples, temperature = results["samples"][:4], results["config"]["sample_temperature"]
     layout = ((0.3, 1.7, "bold", "prompt"), (2.75, 3.1, "normal", "before PPO"), (6.6, 3.1, "normal", "after PPO"))
@@ -297,57 +280,39 @@ def example_results(folder):
             box(axis, x, y - 0.25, 0.5, 0.24, f"{p:.2f}", GREEN if p > 0.5 else RED, solid=True, size=SMALL)
         y -= height
     axis.axhline(y, 0.03, 0.97, color=GREY, linewidth=0.6)
-    caption = f"sampled at temperature {temperature}; in colour: the judge's probability of POSITIVE"
+    caption = f"temperature {temperature}; in colour: the judge's probability of POSITIVE"
     note(axis, 0.3, y - 0.2, caption, ha="left", color=GREY)
     return figure
 
 
-METHOD_COLOURS = {  # of frontier.csv; the shape of the marker tells them apart without colour
+METHODS = {  # method in frontier.csv: (colour, marker)
     "PPO": (BLUE, "o"), "RLOO": (AMBER, "s"), "GRPO": (GREEN, "^"),
     "best-of-n": (PURPLE, "D"), "positive-only fine-tuning": (RED, "v"),
 }  # fmt: skip
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 95 %, by seeds
-
-
-def half_width(values):
-    """Of the 95 % interval of the mean over a few seeds: Student's t times the standard error."""
-    return STUDENT_T.get(len(values), 2.2) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def frontier(folder):
-    """Score and judge against KL, from the folder's frontier.csv: a marker for each run.
-
-    No lines: between the markers nothing was measured.
-    """
+    """Score and judge against KL in frontier.csv of a folder: a marker per run, without lines between them."""
     with open(Path(folder) / "frontier.csv", newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    start = next(row for row in rows if row["method"] not in METHOD_COLOURS)
+    start = next(row["method"] for row in rows if row["method"] not in METHODS)
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.6), layout="constrained")
     for axis, (name, label) in zip(axes, (("score", "score"), ("positive_by_judge", "share positive by the judge"))):
-        axis.plot(
-            0,
-            float(start[name]),
-            color=INK,
-            marker="*",
-            markersize=11,
-            linestyle="none",
-            label=start["method"],
-            clip_on=False,
-        )
-        for method, (colour, marker) in METHOD_COLOURS.items():
+        for method, (colour, marker) in ({start: (INK, "*")} | METHODS).items():
             runs = [row for row in rows if row["method"] == method]
             if runs:
+                style = dict(markersize=11, clip_on=False) if method == start else dict(markersize=5, alpha=0.7)
                 kl, values = ([float(row[n]) for row in runs] for n in ("kl_exact", name))
-                axis.plot(kl, values, marker, color=colour, markersize=5, alpha=0.7, label=method)
-        # the root, as Gao et al. 2022 draw it: most happens in the first nats
+                axis.plot(kl, values, marker, color=colour, label=method, **style)
+        # square root, as in Gao et al. 2022: most changes happen in the first nats
         axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
         axis.set_xticks((0, 1, 2, 4, 8, 16, 32, 64))
-        axis.set(xlabel="KL, nats a response, root scale", ylabel=label, xlim=(0, 70))
-    axes[1].legend(loc="lower right", title="a marker for each run")
+        axis.set(xlabel="KL, nats per response, square-root scale", ylabel=label, xlim=(0, 70))
+    axes[1].legend(loc="lower right", title="one marker per run")
     return figure
 
 
-FIGURES = [  # (file in asset/images, what draws it, the folder that it reads)
+FIGURES = [  # (file in asset/images, function that draws it, folder that it reads)
     ("learning_curves.png", curves, ASSET),
     ("finetune_model.png", finetune_model, ASSET / "mini" / "gpt2"),
     ("reward_model.png", reward_model, ASSET / "mini" / "reward"),
@@ -358,22 +323,20 @@ FIGURES = [  # (file in asset/images, what draws it, the folder that it reads)
 
 
 def main(argv):
-    """Draw and print the paths. Returns the exit status, 2 after one line on bad usage or a file that is not there."""
-    message = "usage: python plot.py [FOLDER], a folder of ppo.py with its log.jsonl; without it: the README's figures"
+    """Draw the figures and print their paths. Return the exit status: 2 after one line on bad usage or a bad file."""
     try:
-        if not argv:
-            for name, draw, *source in FIGURES:
-                print(save(draw(*source), ASSET / "images" / name))
-            return 0
-        if len(argv) == 1:
+        if len(argv) > 1:
+            raise BadInput("usage: python -m analysis.plot [FOLDER], the folder of a run of ppo.py")
+        if argv:
             print(learning_curves(argv[0]))
             return 0
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}"
-    except (KeyError, ValueError) as error:
-        message = f"a log or results.json is damaged, or of another version: {error!r}"
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+        for name, draw, *folder in FIGURES:
+            with reading(*folder or [ASSET]):
+                figure = draw(*folder)
+            print(save(figure, ASSET / "images" / name))
+        return 0
+    except BadInput as error:
+        return print_error(error)
 
 
 if __name__ == "__main__":

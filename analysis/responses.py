@@ -12,7 +12,7 @@ from runtime.device import random_generator, rows_that_fit
 
 
 def prompt_groups(pool, cfg):
-    """Yield cfg.prompts prompts of the pool as batches (B, P) int64 of one length each; lengths are equally frequent."""
+    """Yield cfg.prompts prompts of the pool in batches (B, P) int64 of one length; lengths are equally frequent."""
     control_len = pool.shape[1] - cfg.max_prompt_len  # 0 if the task has no controls
     lengths = range(cfg.min_prompt_len, cfg.max_prompt_len + 1)
     for prompt_len, rows in zip(lengths, np.array_split(np.arange(cfg.prompts), len(lengths))):

@@ -1,0 +1,73 @@
+"""Tables of results as Markdown, and the captions of the metrics. No torch here: pages can be written anywhere."""
+
+CAPTIONS = {  # metrics of evaluate.py, in the order of the rows
+    "score": "score",
+    "positive_by_reward": "share positive, by the reward",
+    "positive_by_judge": "share positive, by the judge",
+    "agrees_negative": "share negative after [negative], by the judge",
+    "agrees_positive": "share positive after [positive], by the judge",
+    "judge": "probability of positive, by the judge",
+    "kl": "KL, nats per response",
+    "kl_k3": "KL, estimator k3",
+    "kl_exact": "KL, whole vocabulary",
+    "perplexity": "perplexity, fine-tuned model",
+    "bits_per_character": "bits per character, second model",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "repetition": "repetition, 4-grams",
+    "response_length": "length, tokens",
+}
+DIGITS = {"repetition": 4}  # decimals; 2 for the other metrics
+KLS = ("kl", "kl_k3", "kl_exact")
+KL_NOTE = (
+    "All three estimate the same KL. kl, which PPO penalizes, is the log-ratio of the sampled tokens (k1): unbiased, "
+    "but negative for every response that is more likely under the fine-tuned model than under the policy, so the mean "
+    "of a few responses can be negative too. kl_k3 adds a term with mean 0 and is never negative, but a rare token can "
+    "make it large. kl_exact sums over the whole vocabulary at each sampled position."
+)
+
+
+def markdown(rows):
+    """Return rows of texts as an aligned Markdown table. The first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def number(entry, digits=2):
+    """Return an entry of results.json as text: its value, followed by its interval if it has one."""
+    value, *bounds = (f"{entry[name]:z.{digits}f}" for name in ("value", "low", "high") if name in entry)
+    return f"{value} [{', '.join(bounds)}]" if bounds else value
+
+
+def results_rows(results):
+    """Return the rows of the table before/after: the header, then one row per metric, with "-" for a missing number.
+
+    A metric without a caption is shown by its name.
+    """
+    sides = {"before": "before PPO", "after": "after PPO", "difference": "difference"}
+    names = [name for name in CAPTIONS if name in results["before"]]
+    names += [name for name in results["before"] if name not in CAPTIONS]
+    controlled = results.get("config", {}).get("task") == "controlled"  # the judge's label is then that of the control
+    rows = [["", *sides.values()]]
+    for name in names:
+        caption = CAPTIONS.get(name, name)
+        entries = [results.get(side, {}).get(name) for side in sides]
+        cells = [number(entry, DIGITS.get(name, 2)) if entry else "-" for entry in entries]
+        rows.append([caption.replace("positive, by", "agreeing, by") if controlled else caption, *cells])
+    return rows
+
+
+def table_text(results):
+    """Return the table before/after as Markdown, which is readable in a terminal too."""
+    return markdown(results_rows(results))
+
+
+def kl_text(results):
+    """Return the three estimates of the KL after PPO, with their spread over responses, as Markdown."""
+    rows = [["nats per response", "mean", "standard deviation", "share below 0"]]
+    for name in KLS:
+        entry = results["after"][name]
+        rows.append([name, number(entry), f"{entry['std']:.2f}", f"{entry['below_0']:.2f}"])
+    return markdown(rows)
