@@ -1,9 +1,9 @@
-"""Fine-tune GPT-2 on movie reviews as a language model: the start of PPO, and its frozen reference.
+"""Fine-tune GPT-2 on movie reviews as a language model: PPO's initial policy and its frozen reference.
 
     python finetune_gpt2.py                                      # gpt2 from the hub on IMDB
-    python finetune_gpt2.py --preset mini                        # on a CPU: asset/mini/gpt2 goes on for a minute
-    python finetune_gpt2.py --preset mini --init_from scratch    # how asset/mini/gpt2 was made, in hours
-    python finetune_gpt2.py --reviews positive                   # the plain way, to compare PPO with
+    python finetune_gpt2.py --preset mini                        # on a CPU: train asset/mini/gpt2 for another minute
+    python finetune_gpt2.py --preset mini --init_from scratch    # as asset/mini/gpt2 was trained, in hours
+    python finetune_gpt2.py --reviews positive                   # a baseline for PPO: positive reviews only
     torchrun --nproc_per_node 8 finetune_gpt2.py                 # on eight GPUs
 
 Writes a Hugging Face folder with the weights that were best on the validation stream, log.jsonl, results.json and
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from config import FinetuneConfig
-from data import block_order, language_model_texts, load_splits, pack, texts_of, train_bpe
+from data import block_order, encode, language_model_texts, load_splits, pack, texts_of, train_bpe
 from model import GPT2, GPT2Config
 from runtime.checkpoint import RESULTS, BestWeights, Checkpoints, check_run, delete_checkpoints, fingerprint, write_text
 from runtime.cli import run
@@ -35,28 +35,28 @@ from runtime.optimizer import Stepper, make_optimizers
 
 
 def plan(n_tokens, cfg, processes=1):
-    """(blocks in a stream of n_tokens, blocks of all epochs, optimizer steps over these); BadInput without a step.
+    """Return the numbers of blocks in a stream of n_tokens, of blocks in all epochs, and of optimizer steps.
 
-    Each process has an equal share of every step, of the last one too: what is left over is not trained on.
+    Each process has an equal share of every step; a remainder is not used. Raises BadInput if there is no step.
     """
     n_blocks = (n_tokens - 1) // cfg.block_size  # the last token of a block has a target too
     trained_blocks = int(cfg.epochs * n_blocks) // processes * processes
     steps = math.ceil(trained_blocks / cfg.batch_size)
     if steps < 1:
         raise BadInput(
-            f"dataset {cfg.dataset}: {n_tokens} tokens are no block of {cfg.block_size} in {cfg.epochs} epochs"
+            f"dataset {cfg.dataset}: {n_tokens} tokens give no block of {cfg.block_size} in {cfg.epochs} epochs"
         )
     return n_blocks, trained_blocks, steps
 
 
 def blocks(stream, numbers, block_size):
-    """Inputs and targets, (len(numbers), block_size) each: a token's target is the next one, <|endoftext|> too."""
-    at = numbers[:, None] * block_size + np.arange(block_size)
-    return torch.from_numpy(stream[at]).long(), torch.from_numpy(stream[at + 1]).long()
+    """Return inputs and targets, (len(numbers), block_size) each: the next tokens, with <|endoftext|> among them."""
+    indices = numbers[:, None] * block_size + np.arange(block_size)
+    return torch.from_numpy(stream[indices]).long(), torch.from_numpy(stream[indices + 1]).long()
 
 
 def learning_rate(step, steps, cfg):
-    """Linear warm-up from lr / (warmup_steps + 1), then a cosine that reaches min_lr at the last step."""
+    """Return lr for a step: linear warm-up from lr / (warmup_steps + 1), then a cosine to min_lr at the last step."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
     done = (step - cfg.warmup_steps) / max(1, steps - 1 - cfg.warmup_steps)
@@ -65,11 +65,11 @@ def learning_rate(step, steps, cfg):
 
 @torch.no_grad()
 def validate(model, stream, characters, block_size, batch_size, eos_id):
-    """Perplexity (per token) and bits per character of a fixed stream, every token of it predicted exactly once.
+    """Return perplexity (per token) and bits per character of a fixed stream; each token is predicted exactly once.
 
-    stream: (N,) ids of whole reviews with <|endoftext|> after each; characters: how many those reviews have. A token
-    sees what precedes it in its block of block_size, no more; before the first one stands <|endoftext|>. The sum of
-    all negative log-likelihoods is divided once, so the batch size changes nothing.
+    stream: (N,) ids of whole reviews with <|endoftext|> after each; characters: the length of these reviews. A token's
+    context is what precedes it in its block of block_size; for the first token of the stream, <|endoftext|>. The sum of
+    all negative log-likelihoods is divided once, so that the batch size does not change the result.
     """
     device = next(model.parameters()).device
     stream = torch.as_tensor(stream, dtype=torch.long)
@@ -86,20 +86,15 @@ def validate(model, stream, characters, block_size, batch_size, eos_id):
 
 
 def validation_texts(texts, tokenizer, n_tokens):
-    """The first whole reviews that make up about n_tokens tokens."""
-    chosen, total = [], 0
-    for text in texts:
-        if total >= n_tokens:
-            break
-        chosen.append(text)
-        total += len(tokenizer.tokenize(text)) + 1
-    return chosen
+    """Return the first reviews, as many as are needed for n_tokens tokens with <|endoftext|> after each."""
+    ends = np.cumsum([len(ids) + 1 for ids in encode(texts, tokenizer)])
+    return texts[: np.searchsorted(ends, n_tokens) + 1]
 
 
 def train_step(model, x, y, cfg, ranks=ONE_PROCESS):
-    """Accumulate the gradients of the mean loss over a batch (B, block_size) by micro-batches. Return the loss.
+    """Accumulate the gradients of the mean loss over a batch (B, block_size) in micro-batches. Return the loss.
 
-    x, y: this process's share of the batch. The shares are equal, so the mean of their losses is that of the batch.
+    x, y: this process's share of the batch. The shares are equal: the mean of their losses is that of the batch.
     """
     loss, size = 0.0, cfg.micro_batch_size // ranks.size
     for xs, ys in zip(x.split(size), y.split(size)):
@@ -121,21 +116,8 @@ def initial_model(cfg, opened, texts, bf16):
     return GPT2(config, bf16=bf16).init_weights(), tokenizer
 
 
-def write_results(cfg, model, before, after, facts):
-    """results.json, and a line on the terminal. before, after: (perplexity, bits per character) each."""
-    names = ("perplexity", "bits_per_character")
-    results = facts | {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "before": dict(zip(names, before)),
-        "after": dict(zip(names, after)),
-    }
-    write_text(Path(cfg.out) / RESULTS, json.dumps(results, indent=1))
-    change = f"{before[0]:.2f} before, {after[0]:.2f} after, {after[1]:.3f} bits a character"
-    print(f"validation perplexity {change}: {cfg.out}")
-
-
 class BestModel(BestWeights):
-    """The weights with the lowest perplexity on the validation stream, or the last ones. start, best: of evaluate."""
+    """The weights with the lowest validation perplexity, or the last ones; start, best: the first and best result."""
 
     saved = ("start", "best")
 
@@ -144,7 +126,7 @@ class BestModel(BestWeights):
         self.tokenizer, self.cfg, self.start, self.best = tokenizer, cfg, None, None
 
     def update(self, validation):
-        """validation: (perplexity, bits per character) of the current weights."""
+        """Compare the current weights, with this (perplexity, bits per character), with the best ones."""
         self.start = self.start or validation
         if self.best is None or validation[0] < self.best[0] or self.cfg.weights == "last":
             self.best = validation
@@ -170,13 +152,10 @@ def main(cfg):
     cfg = replace(cfg, micro_batch_size=size)
     stream, data = pack(texts, tokenizer), fingerprint(*texts)
     n_blocks, trained_blocks, steps = plan(len(stream), cfg, ranks.size)
-    validation_reviews = validation_texts(texts_of(splits["prompts"], cfg.reviews), tokenizer, cfg.eval_tokens)
-    validation, characters = pack(validation_reviews, tokenizer), sum(map(len, validation_reviews))
-    counts = len(texts), len(stream), len(validation_reviews), len(validation)
-    evaluate = partial(
-        validate, stream=validation, characters=characters, block_size=cfg.block_size,
-        batch_size=cfg.micro_batch_size, eos_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    held_out = validation_texts(texts_of(splits["prompts"], cfg.reviews), tokenizer, cfg.eval_tokens)
+    validation, characters = pack(held_out, tokenizer), sum(map(len, held_out))
+    sizes = dict(block_size=cfg.block_size, batch_size=size, eos_id=tokenizer.eos_token_id)
+    evaluate = partial(validate, stream=validation, characters=characters, **sizes)
 
     matrices = [p for p in model.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     optimizers = make_optimizers(model, matrices, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), muon_lr=cfg.muon_lr)
@@ -184,10 +163,12 @@ def main(cfg):
     inputs = {"texts": data, "tokenizer": fingerprint(tokenizer_text(tokenizer))}
     saved = {"stepper": stepper, "best": best}
     checkpoints = Checkpoints(cfg, cfg.out, model, optimizers, inputs, saved, ranks, best.write)
-    log = RunLog(cfg, model, first_step=checkpoints.first_step, rank=ranks.rank)
+    log = RunLog(cfg, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
         model.compile(dynamic=True)  # the last block of the validation stream is shorter
+    counts = len(texts), len(stream), len(held_out), len(validation)
     print(finetune_sheet(cfg, model, steps, *counts, device), flush=True)
+
     for step in log.progress(checkpoints, steps + 1, "fine-tune", "step"):
         metrics = {}
         if step % cfg.eval_every == 0 or step == steps:
@@ -203,17 +184,21 @@ def main(cfg):
             stepper.set_lr(lr / cfg.lr)
             loss = train_step(model, x, y, cfg, ranks).item()
             metrics |= ranks.mean(dict(loss=loss)) | dict(lr=lr, grad_norm=stepper.step())
-            tokens_per_second = len(numbers) * cfg.block_size / (time.time() - start)
-            metrics |= dict(skipped_steps=stepper.skipped, tokens_per_second=tokens_per_second)
-            shown = dict(loss=f"{metrics['loss']:.3f}", lr=f"{lr:.1e}", tok_s=f"{tokens_per_second:.0f}")
-            log.bar.set_postfix(shown, refresh=False)
+            metrics["skipped_steps"] = stepper.skipped
+            speed = metrics["tokens_per_second"] = len(numbers) * cfg.block_size / (time.time() - start)
+            log.bar.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:.0f}", refresh=False)
         log.write(step, tokens=step * cfg.batch_size * cfg.block_size, **metrics)
     seconds = log.close()
     if ranks.rank == 0:
         best.write()
-        stored = load_gpt2(Path(cfg.out), model.config, len(tokenizer), bf16).to(device)  # in save_dtype
-        facts = {"data": data, "tokens": trained_blocks * cfg.block_size, "validation_tokens": len(validation)}
-        write_results(cfg, stored, best.start, evaluate(stored), facts | {"seconds": seconds})
+        saved_model = load_gpt2(Path(cfg.out), model.config, len(tokenizer), bf16).to(device)  # in save_dtype
+        names, after = ("perplexity", "bits_per_character"), evaluate(saved_model)
+        results = {"data": data, "tokens": trained_blocks * cfg.block_size, "validation_tokens": len(validation)}
+        results |= {"seconds": seconds, "parameters": sum(p.numel() for p in saved_model.parameters())}
+        results |= {"before": dict(zip(names, best.start)), "after": dict(zip(names, after))}
+        write_text(Path(cfg.out, RESULTS), json.dumps(results, indent=1))
+        change = f"{best.start[0]:.2f} before, {after[0]:.2f} after, {after[1]:.3f} bits per character"
+        print(f"validation perplexity {change}: {cfg.out}")
         delete_checkpoints(cfg.out)
 
 

@@ -268,7 +268,7 @@ def main(cfg):
     inputs |= {"reward": reward_fingerprint(reward_fn), "judge": reward_fingerprint(judge)}
     saved = {"stepper": stepper, "controller": controller, "alarms": alarms, "best": best}
     checkpoints = Checkpoints(cfg, cfg.out, policy, [optimizer], inputs, saved, ranks, best.write)
-    log = RunLog(cfg, policy, first_step=checkpoints.first_step, rank=ranks.rank)
+    log = RunLog(cfg, first_step=checkpoints.first_step, rank=ranks.rank)
     compile_passes(policy, ref_policy, cfg.compile)
 
     for step in log.progress(checkpoints, cfg.steps, "ppo", "rollout"):

@@ -1,17 +1,18 @@
 """The reward: sentiment of a text by a BERT classifier (Devlin et al. 2018), and the training of such a classifier.
 
     python reward.py                                      # bert-base-cased on IMDB, twice: the reward and the judge
-    python reward.py --preset mini                        # on a CPU: the two in asset/mini go on for a minute
-    python reward.py --preset mini --init_from scratch    # how they were made: they learn from a teacher
+    python reward.py --preset mini                        # on a CPU: train the two in asset/mini for another minute
+    python reward.py --preset mini --init_from scratch    # as the two in asset/mini were trained, from a teacher
 
-The teacher of the last line is an earlier run, of a pretrained encoder, on one line:
+The teacher is an earlier run with a pretrained encoder (one command):
 
     python reward.py --preset mini --init_from sentence-transformers/all-MiniLM-L6-v2 --out reward_checkpoints/teacher
     --epochs 2 --batch_size 32 --lr 1e-4 --crop_share 0.85
 
-The two learn from disjoint reviews. PPO is rewarded by the first; evaluate.py --judge asks the second, which PPO never
-saw, whether the policy became positive or only found what the first one likes. Each is written as a Hugging Face folder
-with the labels NEGATIVE and POSITIVE, log.jsonl and results.json to reward_checkpoints/<preset>/reward and judge.
+Reward and judge are trained on disjoint reviews. PPO maximizes the reward. It does not optimize the judge, so that
+evaluate.py --judge can tell whether responses became positive or only exploit the reward. Each is written as a Hugging
+Face folder with the labels NEGATIVE and POSITIVE, log.jsonl and results.json, to reward_checkpoints/<preset>/reward and
+/judge.
 """
 
 import importlib.util
@@ -45,60 +46,50 @@ from runtime.hub import SAVE_DTYPES, load_tokenizer, locate, tokenizer_text
 from runtime.log import RunLog, classifier_flops, sheet, time_on_cpu
 from runtime.optimizer import Stepper, make_optimizers, warm_up_and_decay
 
-PROBES = (  # (positive, negative): what any sentiment classifier tells apart
+PROBES = (  # (positive, negative): any sentiment classifier can tell them apart
     ("I loved this movie, it was wonderful throughout.", "I hated this movie, it was terrible throughout."),
     ("A great film with excellent acting and a beautiful story.", "A bad film with awful acting and a boring story."),
     ("One of the best movies I have ever seen, superb.", "One of the worst movies I have ever seen, dreadful."),
     ("Brilliant and moving, I recommend it to everyone.", "Stupid and dull, a waste of everyone's time and money."),
 )
 POSITIVE_NAMES = ("positive", "pos")
-KNOWN_LABELS = {"lvwerra/bert-imdb": "LABEL_1"}  # positive labels of hub models whose labels have no names
-LABELS = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})  # of what we train
+KNOWN_LABELS = {"lvwerra/bert-imdb": ("LABEL_1",)}  # positive labels of hub models whose labels have no names
+LABELS = dict(
+    id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1}
+)  # of models trained here
 
 
 class SentimentReward:
-    """Texts to scores by any Hugging Face sequence classifier, in eval mode and without gradient.
+    """Score texts by any Hugging Face sequence classifier, in eval mode and without gradients.
 
-    kind: "logit", z_pos, as in the published runs; "log_odds", z_pos - logsumexp of the others, the log of the odds;
-    "probability", softmax, which saturates: .99 and .999 look alike to PPO. For two classes the log-odds are about
-    twice the logit, so one kl_coef weighs half as much against them.
+    kind: "logit", z_pos, as in the published runs; "log_odds", z_pos - logsumexp of the others; "probability", the
+    softmax, which saturates: .99 and .999 are almost the same reward. For two classes the log-odds are about twice the
+    logit, so that the same kl_coef weighs half as much against them.
     """
 
     def __init__(self, model, tokenizer, positive, kind="logit", device="cpu"):
         self.model, self.tokenizer, self.positive, self.kind = model.eval().to(device), tokenizer, positive, kind
         self.device = torch.device(device)
-        # with padding; more leaves a CPU's cache: 256-token reviews took half as long again in batches of 64
+        # tokens per batch, with padding; larger batches do not fit into a CPU's cache and were half as slow again
         self.batch_tokens = 2048 if self.device.type == "cpu" else 16384
         self.max_length = token_limit(model.config, tokenizer)
-        self.truncated_frac = 0.0  # share of the last call's texts that lost their beginning
-        if tokenizer.pad_token is None:  # as GPT-2's
+        self.truncated_frac = 0.0  # share of texts in the last call that were too long
+        if tokenizer.pad_token is None:  # GPT-2 has none
             tokenizer.pad_token = tokenizer.eos_token
             model.config.pad_token_id = tokenizer.pad_token_id
 
     @classmethod
     def load(cls, name, positive_label="", kind="logit", device="cpu", flag="positive_label"):
-        """From a folder or hub name. BadInput when its labels do not say which is positive, before weights are read.
+        """Open a folder or hub name. Raises BadInput if its labels do not say which one is positive.
 
-        flag: the one that can give positive_label, for the error.
+        flag: the one that sets positive_label, for the error message.
         """
-        from transformers import AutoConfig, AutoModelForSequenceClassification, logging
-
-        logging.disable_progress_bar()
-        folder = locate(name)
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            labels = positive_index(config.id2label, positive_label, name, flag)
-            model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
-            tokenizer = load_tokenizer(folder)
-        except BadInput:
-            raise
-        except Exception as error:  # transformers raises whatever its readers do
-            raise BadInput(f"classifier {name} cannot be read: {first_line(error)}") from None
-        return cls(model, tokenizer, labels, kind, device=device)
+        model, tokenizer = open_classifier(name)
+        return cls(model, tokenizer, positive_index(model.config.id2label, positive_label, name, flag), kind, device)
 
     @torch.no_grad()
     def logits(self, texts):
-        """(len(texts), labels) float32 on the CPU, computed in batches of like length."""
+        """Return the logits, (len(texts), labels) float32 on the CPU, computed in batches of similar length."""
         tokenizer = self.tokenizer
         ids = tokenize(tokenizer, texts, self.max_length)
         lengths = np.array([len(row) for row in ids["input_ids"]])
@@ -113,20 +104,15 @@ class SentimentReward:
         return scores
 
     def log_odds(self, texts):
-        """log(p / (1 - p)) of the positive label: (len(texts),)."""
+        """Return log(p / (1 - p)) of the positive label, (len(texts),)."""
         return log_odds(self.logits(texts), self.positive)
 
     def __call__(self, texts):
-        """Scores (len(texts),) float32 on the CPU."""
+        """Return the scores of texts, (len(texts),) float32 on the CPU."""
         return self.score(self.logits(texts))
 
-    def scored(self, texts):
-        """(scores, 1 where the text is positive and else 0), (len(texts),) each, from one forward pass."""
-        logits = self.logits(texts)
-        return self.score(logits), (log_odds(logits, self.positive) > 0).float()
-
     def score(self, logits):
-        """The scores (B,) of logits (B, labels), by self.kind."""
+        """Return the scores (B,) of logits (B, labels), by self.kind."""
         if self.kind == "logit":
             return logits[:, self.positive]
         odds = log_odds(logits, self.positive)
@@ -134,10 +120,10 @@ class SentimentReward:
 
 
 class ControlledReward(SentimentReward):
-    """Agreement with the control that a text begins with: behind [negative] the two labels change places.
+    """Score how well texts agree with their control: after [negative], the two labels are swapped.
 
-    So the score, of whatever kind, is that of the wanted label. The control itself is not scored, and a text without
-    one is taken for [positive]. BadInput unless the classifier has two labels.
+    A control is not read by the classifier; texts without one are scored as after [positive]. Raises BadInput unless
+    the classifier has two labels.
     """
 
     def __init__(self, model, tokenizer, positive, kind="logit", device="cpu"):
@@ -146,75 +132,93 @@ class ControlledReward(SentimentReward):
             raise BadInput(f"task is controlled: it needs a classifier with 2 labels, not {model.config.num_labels}")
 
     def logits(self, texts):
-        found = [next((c for c in CONTROLS if text.startswith(c)), "") for text in texts]
-        logits = super().logits([text[len(control) :] for text, control in zip(texts, found)])
-        negative = torch.tensor([control == CONTROLS[0] for control in found])
+        controls = [next((c for c in CONTROLS if text.startswith(c)), "") for text in texts]
+        logits = super().logits([text[len(control) :] for text, control in zip(texts, controls)])
+        negative = torch.tensor([control == CONTROLS[0] for control in controls])
         return torch.where(negative[:, None], logits.flip(1), logits)
 
 
 CLASSIFIERS = {"positive": SentimentReward, "controlled": ControlledReward}  # by task
 
 
+def open_classifier(name, dropout=None):
+    """Return (classifier, tokenizer) of a folder or hub name.
+
+    dropout: to train it, with the labels NEGATIVE and POSITIVE; an encoder without a head gets a new one.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification, logging
+
+    logging.disable_progress_bar()
+    changes = {}
+    if dropout is not None:
+        logging.set_verbosity_error()  # no warning that the head is new
+        changes = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **LABELS)
+    folder = locate(name)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+    except Exception as error:  # transformers raises whatever its readers do
+        raise BadInput(f"classifier {name} cannot be read: {first_line(error)}") from None
+    return model, load_tokenizer(folder)
+
+
 def log_odds(logits, positive):
-    """z_pos - logsumexp of the other labels: (B, labels) -> (B,)."""
+    """Return z_pos - logsumexp of the other labels: (B, labels) -> (B,)."""
     others = torch.cat([logits[:, :positive], logits[:, positive + 1 :]], dim=1)
     return logits[:, positive] - others.logsumexp(1)
 
 
 def positive_index(id2label, positive_label, name, flag="positive_label"):
-    """The index of the positive label, found by its name and never by its place.
+    """Return the index of the positive label, which is found by its name.
 
-    Its name is positive_label; where that is empty POSITIVE or POS, or else the one of KNOWN_LABELS for the model
-    `name`. BadInput, which names the flag that gives positive_label, unless exactly one label has it.
+    The name is positive_label; if that is empty, POSITIVE or POS, or the entry of KNOWN_LABELS for the model `name`.
+    Raises BadInput, with the flag that sets positive_label, unless exactly one label has such a name.
     """
-    known = KNOWN_LABELS.get(name.partition("@")[0], "")
-    for wanted in ((positive_label,),) if positive_label else (POSITIVE_NAMES, (known,)):
-        names = [label.lower() for label in wanted if label]
-        found = [int(index) for index, label in id2label.items() if str(label).lower() in names]
-        if len(found) == 1 and len(id2label) > 1 and 0 <= found[0] < len(id2label):
-            return found[0]
-    wanted = (positive_label,) if positive_label else POSITIVE_NAMES
+    names = (positive_label,) if positive_label else POSITIVE_NAMES + KNOWN_LABELS.get(name.partition("@")[0], ())
+    lower = [n.lower() for n in names]
+    matches = [int(index) for index, label in id2label.items() if str(label).lower() in lower]
+    if len(matches) == 1 and len(id2label) > 1 and 0 <= matches[0] < len(id2label):
+        return matches[0]
     hint = "it needs at least two labels" if len(id2label) < 2 else f"name the positive one by --{flag}"
     raise BadInput(
-        f"classifier {name} has the labels {dict(id2label)}: not exactly one is {' or '.join(map(repr, wanted))}: "
-        f"{hint}"
+        f"classifier {name} has the labels {dict(id2label)}: not exactly one is {' or '.join(map(repr, names))}: {hint}"
     )
 
 
 def token_limit(config, tokenizer):
-    """The longest input in tokens: the tokenizer's limit or the model's, whichever is less; some name none."""
+    """Return the longest input in tokens: the smaller of the limits of tokenizer and model, which may have none."""
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= config.pad_token_id + 1  # their positions start behind the padding's
+        positions -= config.pad_token_id + 1  # their positions start after the padding's
     return int(min(tokenizer.model_max_length, positions, 1_000_000))
 
 
 def tokenize(tokenizer, texts, max_length):
-    """Ids of texts with [CLS] and [SEP]. Too long a text loses its beginning: the response is at the end."""
+    """Return the ids of texts with [CLS] and [SEP]. Long texts lose their beginning: the response is at the end."""
     tokenizer.truncation_side = "left"
     return tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False, verbose=False)
 
 
 def load_judge(cfg, device):
-    """cfg.judge, a classifier of the texts that only watches; None where it is empty."""
+    """Return the classifier cfg.judge, or None if it is empty."""
     if not cfg.judge:
         return None
-    classifier = CLASSIFIERS[cfg.task]
-    return classifier.load(cfg.judge, cfg.judge_positive_label, device=device, flag="judge_positive_label")
+    cls = CLASSIFIERS[cfg.task]
+    return cls.load(cfg.judge, cfg.judge_positive_label, device=device, flag="judge_positive_label")
 
 
 def load_reward(cfg, device):
-    """cfg.reward as reward_fn(list of B texts) -> (B,) scores: a classifier, or the user's file.py:function."""
+    """Return cfg.reward as a function from B texts to (B,) scores: a classifier, or the user's file.py:function."""
     file, _, function = cfg.reward.rpartition(":")
     if cfg.reward.endswith(".py"):
-        raise BadInput(f"reward {cfg.reward}: name the function too, {cfg.reward}:function")
+        raise BadInput(f"reward {cfg.reward}: add the name of the function, {cfg.reward}:function")
     if not file.endswith(".py"):
         return CLASSIFIERS[cfg.task].load(cfg.reward, cfg.positive_label, cfg.reward_kind, device)
     return FunctionReward(file, function)
 
 
 def load_rewards(cfg, device):
-    """Load and check the reward and the judge, None if cfg.judge is empty."""
+    """Return the reward and the judge (None if cfg.judge is empty), both checked."""
     reward_fn, judge = load_reward(cfg, device), load_judge(cfg, device)
     if cfg.self_check:
         print("self-check: reward:", check_reward(reward_fn))
@@ -223,9 +227,9 @@ def load_rewards(cfg, device):
 
 
 class FunctionReward:
-    """A user's function as a reward: list of B texts -> B scores. BadInput, with its name, if it raises."""
+    """A function of a user as the reward: list of B texts -> B scores. If it raises, that is a BadInput."""
 
-    truncated_frac = 0.0  # as of SentimentReward
+    truncated_frac = 0.0  # see SentimentReward
 
     def __init__(self, file, function):
         self.file, self.name = os.path.abspath(file), f"{file}:{function}"
@@ -245,10 +249,10 @@ class FunctionReward:
 
     @contextmanager
     def errors(self, doing):
-        """Turn what the user's code raises into BadInput with its kind, its message and its line in the user's file."""
+        """Turn exceptions of the user's code into BadInput with their type, message and line in the user's file."""
         try:
             yield
-        except BadInput as error:  # not one number a text
+        except BadInput as error:  # of as_scores
             raise BadInput(f"reward {self.name}: {error}") from None
         except Exception as error:
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
@@ -259,17 +263,18 @@ class FunctionReward:
 
 
 def scored(reward_fn, texts):
-    """(scores, positive) of texts, (B,) float32 on the CPU each; positive, 1 or 0, is what a classifier finds.
+    """Return (scores, positive) of texts, (B,) float32 on the CPU each, from one forward pass.
 
-    It is None where the reward is a user's function, which has no opinion on it.
+    positive is 1 if the classifier finds a text positive, else 0; it is None if the reward is a user's function.
     """
-    if hasattr(reward_fn, "scored"):  # a classifier, or several processes' shares of one
-        return reward_fn.scored(texts)
+    if isinstance(reward_fn, SentimentReward):
+        logits = reward_fn.logits(texts)
+        return reward_fn.score(logits), (log_odds(logits, reward_fn.positive) > 0).float()
     return as_scores(reward_fn(texts), texts), None
 
 
 def reward_fingerprint(reward_fn):
-    """The fingerprint of a classifier with its tokenizer, or of the file of a user's function; "" for none."""
+    """Return the fingerprint of a classifier and its tokenizer, or of the file of a user's function; "" for others."""
     if isinstance(reward_fn, SentimentReward):
         config = {name: value for name, value in reward_fn.model.config.to_dict().items() if "version" not in name}
         return fingerprint(reward_fn.model, str(config), str(reward_fn.positive), tokenizer_text(reward_fn.tokenizer))
@@ -277,25 +282,25 @@ def reward_fingerprint(reward_fn):
 
 
 def as_scores(scores, texts):
-    """What a reward gave as (len(texts),) float32; BadInput unless it is one number a text."""
+    """Return the output of a reward as (len(texts),) float32; raise BadInput unless it is one number per text."""
     scores = torch.as_tensor(scores, dtype=torch.float32).detach()
     if scores.shape != (len(texts),):
-        raise BadInput(f"score: {len(texts)} texts need shape ({len(texts)},), found {tuple(scores.shape)}")
+        raise BadInput(f"score: {len(texts)} texts need shape ({len(texts)},), not {tuple(scores.shape)}")
     return scores
 
 
 def check_finite(what, values, texts):
-    """NotFinite unless all values (B,) are finite numbers; names the first text that has none."""
+    """Raise NotFinite, with the first such text, if any of the values (B,) is not finite."""
     if not values.isfinite().all():
         row = int((~values.isfinite()).nonzero()[0])
         raise NotFinite(f"{what} of text {row} is {values[row].item()}: {texts[row]!r}")
 
 
 def check_reward(reward_fn, name="reward"):
-    """What the reward makes of the probe sentences, as text; BadInput when it ranks them wrongly or not at all.
+    """Score the probe sentences and return a summary; raise BadInput if a classifier ranks them wrongly.
 
-    A classifier must put the positive ones a log-odd above the negative ones on average. A user's function may reward
-    anything, so it only has to give one finite number a text.
+    Its log-odds must be higher by 1 on positive sentences, on average. A user's function may reward anything: it only
+    has to return one finite number per text.
     """
     texts = [text for pair in PROBES for text in pair]
     if isinstance(reward_fn, SentimentReward):
@@ -304,8 +309,8 @@ def check_reward(reward_fn, name="reward"):
         if not gap > 1:
             label = reward_fn.model.config.id2label[reward_fn.positive]
             raise BadInput(
-                f"the {name} ranks probe sentences wrongly: the log-odds of {label!r} are {gap:.2f} higher on positive "
-                f"sentences than on negative ones, and must be 1 higher: is it the positive label, the model trained?"
+                f"the {name} ranks probe sentences wrongly: the log-odds of {label!r} must be higher by 1 on positive "
+                f"than on negative sentences, not by {gap:.2f}: is this the positive label, and is the model trained?"
             )
         return f"probe sentences {gap:.1f} log-odds apart"
     scores = as_scores(reward_fn(texts), texts)
@@ -317,9 +322,9 @@ def check_reward(reward_fn, name="reward"):
 
 
 def training_texts(texts, epoch, cfg):
-    """The texts of an epoch: some whole, a crop_share of them cut to a run of words, half of those from the beginning.
+    """Return the texts of an epoch: a crop_share of them cropped to a run of words, half of these at the beginning.
 
-    PPO scores a prompt and a short response, reviews are long: a classifier that never met short texts is poor at them.
+    Reviews are long, but PPO scores short texts, a prompt and its response: classifiers must be trained on short ones.
     """
     rng = np.random.default_rng([cfg.seed, 2, epoch])
     out = []
@@ -327,32 +332,15 @@ def training_texts(texts, epoch, cfg):
         words = text.split(" ")
         if rng.random() < cfg.crop_share and len(words) > cfg.min_crop_words:
             spread = min(cfg.max_crop_words, len(words)) / cfg.min_crop_words
-            length = int(cfg.min_crop_words * spread ** rng.random())  # log-uniform: short ones as often as long ones
-            start = rng.integers(0, len(words) - length + 1) if rng.random() < 0.5 else 0  # prompts are beginnings
+            length = int(cfg.min_crop_words * spread ** rng.random())  # log-uniform
+            start = rng.integers(len(words) - length + 1) if rng.random() < 0.5 else 0  # prompts are beginnings
             text = " ".join(words[start : start + length])
         out.append(text)
     return out
 
 
-def open_classifier(name, dropout):
-    """(classifier, tokenizer) of a folder or hub name, labels NEGATIVE and POSITIVE; an encoder gets a new head."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, logging
-
-    logging.set_verbosity_error()  # that the head of an encoder is new is what is wanted here
-    folder = locate(name)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **LABELS)
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
-        return model, load_tokenizer(folder)
-    except BadInput:
-        raise
-    except Exception as error:  # transformers raises whatever its readers do
-        raise BadInput(f"encoder {name} cannot be read: {first_line(error)}") from None
-
-
 def small_classifier(texts, cfg):
-    """(classifier, tokenizer) from scratch: a WordPiece of the texts, and a BERT of cfg's sizes with random weights."""
+    """Return a BERT of cfg's sizes with random weights, and a WordPiece tokenizer trained on the texts."""
     from transformers import BertConfig, BertForSequenceClassification
 
     print(f"training a tokenizer of {cfg.vocab_size:,} tokens", flush=True)
@@ -373,22 +361,19 @@ def small_classifier(texts, cfg):
 
 
 def train(name, classifier, reviews, cfg, bf16, teacher=None):
-    """Train a SentimentReward on reviews and write it to <out>/<name>; returns the seconds that took.
+    """Train a SentimentReward on reviews and write it to <out>/<name>; return the seconds of the run.
 
     With a teacher, another SentimentReward, the targets are its probabilities instead of the labels (Hinton et al.
-    2015): it knows which crops of a positive review say nothing about it. Batches hold texts of like length.
+    2015): many crops of a positive review are neutral. Batches contain texts of similar length.
     """
-    seed, out = cfg.seed if name == "reward" else cfg.seed + 1, Path(cfg.out, name)
+    seed, out = cfg.seed + (name == "judge"), Path(cfg.out, name)
     model, tokenizer, device = classifier.model.train(), classifier.tokenizer, classifier.device
     optimizers = make_optimizers(model, [], cfg.lr, cfg.weight_decay)
     stepper = Stepper(model, optimizers, cfg.grad_clip)
-    inputs = {
-        "texts": fingerprint(*reviews.texts),
-        "tokenizer": fingerprint(tokenizer_text(tokenizer)),
-        "teacher": reward_fingerprint(teacher),
-    }
+    inputs = {"texts": fingerprint(*reviews.texts), "tokenizer": fingerprint(tokenizer_text(tokenizer))}
+    inputs["teacher"] = reward_fingerprint(teacher)
     checkpoints = Checkpoints(cfg, out, model, optimizers, inputs, {"stepper": stepper})
-    log = RunLog(cfg, model, part=name, first_step=checkpoints.first_step)
+    log = RunLog(cfg, part=name, first_step=checkpoints.first_step)
     per_epoch = math.ceil(len(reviews.texts) / cfg.batch_size)
     steps, epoch = math.ceil(cfg.epochs * per_epoch), None
     for step in log.progress(checkpoints, steps, f"train the {name}", "step"):
@@ -409,56 +394,44 @@ def train(name, classifier, reviews, cfg, bf16, teacher=None):
         loss.backward()
         share = warm_up_and_decay(step, steps)
         stepper.set_lr(share)
-        accuracy = float((logits.argmax(1).cpu().numpy() == reviews.labels[rows]).mean())
-        metrics = dict(
-            loss=loss.item(), accuracy=accuracy, lr=optimizers[0].param_groups[0]["lr"], grad_norm=stepper.step()
-        )
+        loss, accuracy = loss.item(), float((logits.argmax(1).cpu().numpy() == reviews.labels[rows]).mean())
+        metrics = dict(loss=loss, accuracy=accuracy, lr=cfg.lr * share, grad_norm=stepper.step())
         log.write(step, **metrics, skipped_steps=stepper.skipped)
-        log.bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
+        log.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
     model.eval().to(SAVE_DTYPES[cfg.save_dtype])
     with replacing(out, model.state_dict()) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    model.float()  # what is reported of it is true of what was stored
+    model.float()  # report the accuracy of the saved precision
     return log.close()
 
 
 def length_batches(lengths, batch_size, key):
-    """Every text once, in batches of like length (little padding) that come in random order: a list of index arrays."""
+    """Return batches of similar length (little padding) in random order: a list of index arrays, each text once."""
     rng = np.random.default_rng(key)
     order = rng.permutation(len(lengths))
-    pool = 50 * batch_size  # sorted within pools only, so that batches still differ between epochs
-    order = np.concatenate(
-        [
-            rows[np.argsort(np.array(lengths)[rows], kind="stable")]
-            for rows in np.split(order, range(pool, len(order), pool))
-        ]
-    )
+    pool = 50 * batch_size  # sorted within pools only, so that batches differ between epochs
+    pools, lengths = np.split(order, range(pool, len(order), pool)), np.array(lengths)
+    order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools])
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def calibration_error(probabilities, labels, bins=10):
-    """Expected calibration error (Guo et al. 2017, Eq. 3) of the probability of POSITIVE, by bins of equal width."""
-    which = np.minimum((probabilities * bins).astype(int), bins - 1)
-    gaps = [
-        abs((probabilities - labels)[which == b].mean()) * (which == b).mean()
-        for b in range(bins)
-        if (which == b).any()
-    ]
-    return float(sum(gaps))
+    """Return the expected calibration error (Guo et al. 2017, Eq. 3) of probabilities of POSITIVE."""
+    number = np.minimum((probabilities * bins).astype(int), bins - 1)
+    members = [number == b for b in np.unique(number)]
+    return float(sum(abs((probabilities - labels)[rows].mean()) * rows.mean() for rows in members))
 
 
 def report(classifier, reviews, cfg):
-    """Held-out accuracy and calibration on whole reviews and on texts as short as PPO's; of those a histogram too.
+    """Return accuracy and calibration error on whole reviews and on texts as short as PPO's.
 
-    The histogram counts truly positive and truly negative texts by the log-odds that the classifier gives them.
+    Also a histogram of the log-odds of short texts, for negative and for positive ones.
     """
     results = {}
-    for name, texts in (
-        ("reviews", reviews.texts),
-        ("short_texts", [" ".join(t.split(" ")[: cfg.short_words]) for t in reviews.texts]),
-    ):
+    short_texts = [" ".join(text.split(" ")[: cfg.short_words]) for text in reviews.texts]
+    for name, texts in (("reviews", reviews.texts), ("short_texts", short_texts)):
         odds = classifier.log_odds(texts)
         probabilities = odds.sigmoid().numpy().astype(float)
         results[name] = {
@@ -466,28 +439,17 @@ def report(classifier, reviews, cfg):
             "calibration_error": calibration_error(probabilities, reviews.labels),
         }
     edges = np.histogram_bin_edges(odds, bins=24)
-    counts = {
-        label: np.histogram(odds[reviews.labels == i], edges)[0] for i, label in enumerate(("negative", "positive"))
-    }
-    results["histogram"] = {name: values.tolist() for name, values in (("edges", edges), *counts.items())}
-    return results
+    negative, positive = (np.histogram(odds[reviews.labels == label], edges)[0].tolist() for label in (0, 1))
+    return results | {"histogram": {"edges": edges.tolist(), "negative": negative, "positive": positive}}
 
 
-def tokens_of(texts, held_out, cfg):
-    """About how many tokens a classifier reads to be trained on texts and evaluated twice; trained ones count thrice.
-
-    A teacher of the same size reads what is trained on too. A token is taken for 4 characters, or 3 quarters of a word.
-    """
-
-    def tokens(texts):
-        return sum(min(cfg.max_length, len(text) / 4) for text in texts)
-
-    trained, short = cfg.epochs * tokens(training_texts(texts, 0, cfg)), len(held_out) * cfg.short_words * 4 / 3
-    return (3 + bool(cfg.teacher)) * trained + 2 * (tokens(held_out) + short)
+def tokens_of(texts, cfg):
+    """Return about how many tokens a classifier reads of texts: one per 4 characters."""
+    return sum(min(cfg.max_length, len(text) / 4) for text in texts)
 
 
 def each(folder):
-    """{"reward": ..., "judge": ...}: the folders reward/ and judge/ in a folder, or twice the name itself."""
+    """Return {"reward": ..., "judge": ...}: the subfolders reward/ and judge/ of a folder, else the same name twice."""
     inside = {name: f"{folder}/{name}" for name in ("reward", "judge")}
     return inside if folder and any(Path(path).is_dir() for path in inside.values()) else dict.fromkeys(inside, folder)
 
@@ -501,48 +463,48 @@ def main(cfg):
             locate(name)
     splits = load_splits(cfg.dataset, cfg.text_column, cfg.label_column)
     held_out = Reviews(*(rows[: cfg.eval_reviews] for rows in splits["evaluation"]))
-    if not cfg.resume:  # so that a judge of an earlier run is not taken for one of this run
+    if not cfg.resume:  # a judge of an earlier run must not count as finished when this run is resumed
         for name in starts:
             Path(cfg.out, name, RESULTS).unlink(missing_ok=True)
     for name, start in starts.items():
-        reviews, file = splits[name], Path(cfg.out, name, RESULTS)
-        if cfg.resume and file.is_file():
-            if read_json(file).get("data") != fingerprint(*reviews.texts):
-                raise BadInput(f"{file.parent} was trained on other texts: --force without --resume replaces the run")
-            delete_checkpoints(file.parent)  # of a run that was killed before it could
-            print(f"the {name} is trained already")
+        reviews, out, seed = splits[name], Path(cfg.out, name), cfg.seed + (name == "judge")
+        data = fingerprint(*reviews.texts)
+        if cfg.resume and (out / RESULTS).is_file():
+            if read_json(out / RESULTS).get("data") != data:
+                raise BadInput(f"{out} was trained on other texts: --force without --resume replaces the run")
+            delete_checkpoints(out)  # of a run that was killed before this
+            print(f"the {name} is already trained")
             continue
+        torch.manual_seed(seed)  # of new weights
+        opened = small_classifier(reviews.texts, cfg) if start == "scratch" else open_classifier(start, cfg.dropout)
+        model, tokenizer = opened
+        trained, evaluated = tokens_of(training_texts(reviews.texts, 0, cfg), cfg), tokens_of(held_out.texts, cfg)
+        passes = 4 if cfg.teacher else 3  # a backward pass takes twice a forward pass
+        flops = classifier_flops(model, passes * cfg.epochs * trained + 2 * evaluated)
         rows = {
             "from": start,
             "teacher": teachers[name] or "none: the labels",
-            "reviews": f"{len(reviews.texts):,} of its own",
+            "reviews": f"{len(reviews.texts):,} for training, {len(held_out.texts):,} held out",
             "device": device,
             "config": sources(cfg),
+            **time_on_cpu(flops, cfg, device),
         }
-        torch.manual_seed(cfg.seed + (name == "judge"))  # of new weights: not twice the same
-        made = small_classifier(reviews.texts, cfg) if start == "scratch" else open_classifier(start, cfg.dropout)
-        model, tokenizer = made
-        rows |= time_on_cpu(classifier_flops(model, tokens_of(reviews.texts, held_out.texts, cfg)), cfg, device)
         print(sheet(f"training the {name}", rows), flush=True)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)  # longer ones it never learned
+        tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)  # no longer text in training
         classifier = SentimentReward(model, tokenizer, positive=1, device=device)
         teacher = SentimentReward.load(teachers[name], device=device) if cfg.teacher else None
         before = report(classifier, held_out, cfg)
+        del before["histogram"]
         seconds = train(name, classifier, reviews, cfg, bf16, teacher)
-        results = {
-            "data": fingerprint(*reviews.texts),
-            "parameters": sum(p.numel() for p in classifier.model.parameters()),
-            "seconds": seconds,
-            "held_out": len(held_out.texts),
-            "before": {what: before[what] for what in ("reviews", "short_texts")},
-            "after": report(classifier, held_out, cfg),
-        }
-        write_text(Path(cfg.out, name, RESULTS), json.dumps(results, indent=1))
-        delete_checkpoints(Path(cfg.out, name))
-        for what, texts in (("reviews", "reviews"), ("short_texts", f"first {cfg.short_words} words")):
-            accuracy, error = results["after"][what].values()
+        after = report(classifier, held_out, cfg)
+        results = {"data": data, "parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds}
+        results |= {"held_out": len(held_out.texts), "before": before, "after": after}
+        write_text(out / RESULTS, json.dumps(results, indent=1))
+        delete_checkpoints(out)
+        for part, texts in (("reviews", "reviews"), ("short_texts", f"first {cfg.short_words} words")):
+            accuracy, error = after[part].values()
             print(
-                f"{name}, {results['held_out']:,} held-out {texts}: {before[what]['accuracy']:.1%} right before, "
+                f"{name}, {len(held_out.texts):,} held-out {texts}: accuracy {before[part]['accuracy']:.1%} before, "
                 f"{accuracy:.1%} after; calibration error {error:.3f}"
             )
 

@@ -153,7 +153,7 @@ def check_run(cfg, *results):
                 effect = "resumes it with this one" if cfg.resume else "replaces it"
                 changes = ", ".join(changed[:5])
                 raise BadInput(f"{out} contains a run of another config ({changes}): --force {effect}, {other}")
-        elif paths := [path for part in parts for path in replaced(part)]:
+        elif paths := [path for part in parts for path in earlier_files(part)]:
             raise BadInput(f"{paths[0]} is of no known run (no {RUN_CONFIG}): --force replaces it, {other}")
         if not cfg.resume and (any(map(latest_checkpoint, parts)) or any(done) and not all(done)):
             raise BadInput(f"{out} contains an unfinished run: --resume resumes it, --force replaces it, {other}")
@@ -163,31 +163,31 @@ def check_run(cfg, *results):
         raise BadInput(f"{out} contains a finished run: {effect}--force replaces it, {other}")
 
 
-def replaced(out):
-    """Return the paths in a folder that a new run there deletes or replaces."""
-    names = (BEST, "tensorboard", "log.jsonl", "samples.jsonl", *WRITTEN)
+def earlier_files(out):
+    """Return the paths of an earlier run in a folder, which a new run deletes."""
+    names = [BEST, "tensorboard", "wandb_id", "log.jsonl", "samples.jsonl", *WRITTEN]
+    names += [name for name in (CARD, OTHER_CARD) if is_our_card(out / name)]
     return [out / name for name in names if (out / name).exists()] + sorted((out / CHECKPOINTS).glob("*"))
+
+
+def delete_earlier_files(out):
+    """Delete the files of an earlier run in a folder. The checkpoints go first: a kill here cannot mix two runs."""
+    delete_checkpoints(out)
+    (out / CHECKPOINTS).mkdir()
+    for path in earlier_files(out):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def check_finished(policy):
     """Raise BadInput for the folder of an unfinished run, which may have the weights of an earlier run."""
     if (Path(policy) / CHECKPOINTS).is_dir():
-        best = Path(policy, BEST)
-        raise BadInput(
-            f"{policy} contains an unfinished run: python ppo.py --resume finishes it; its best policy so far is {best}"
-        )
+        hint = f"python ppo.py --resume finishes it; its best policy so far is {Path(policy, BEST)}"
+        raise BadInput(f"{policy} contains an unfinished run: {hint}")
 
 
 def is_our_card(file):
     """Return whether a file is a model card that evaluate.py wrote; others are never replaced or deleted."""
     return file.is_file() and f"\n{CARD_MARK}\n" in file.read_text(encoding="utf-8", errors="replace")
-
-
-def delete_results(out):
-    """Delete what evaluate.py and analysis/plot.py wrote about the weights in a folder."""
-    cards = [name for name in (CARD, OTHER_CARD) if is_our_card(Path(out, name))]
-    for name in (*WRITTEN, *cards):
-        Path(out, name).unlink(missing_ok=True)
 
 
 def delete_checkpoints(out):
@@ -309,7 +309,7 @@ class Checkpoints:
         return state["step"]
 
     def steps(self, end):
-        """Yield first_step to end - 1. After Ctrl-C or SIGTERM, finish the step, save a checkpoint and raise Stopped."""
+        """Yield first_step to end - 1. After Ctrl-C or SIGTERM, finish the step, save it and raise Stopped."""
         before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         self.start = time.monotonic()
         try:

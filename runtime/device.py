@@ -1,4 +1,4 @@
-"""Where a run computes, in how many rows at a time, with how many other processes, and from which random numbers."""
+"""The device of a run, the rows that fit into its memory, and random numbers that depend on a key alone."""
 
 import ctypes
 import os
@@ -16,59 +16,60 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def pick_device(cfg):
-    """(torch.device, bf16): where to compute, and whether the trunk runs in bf16; BadInput for what is not there.
+    """Return (torch.device, bf16): where to compute, and whether the transformer runs in bf16.
 
-    fp32 products stay in fp32: TF32 is turned off, also if an environment variable turned it on. If `auto` picks the
-    CPU although there is an NVIDIA GPU, a warning on stderr gives the reason.
+    BadInput if the device or the dtype is not available. fp32 products are computed in fp32: TF32 is turned off, also
+    if an environment variable turned it on. If `auto` picks the CPU of a machine with an NVIDIA GPU, warn and say why.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about a GPU that it cannot use: unused_gpu has the reason
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(device for device in there if there[device]) if cfg.device == "auto" else cfg.device
-    if not there[name]:
-        found = ", ".join(device for device in there if there[device])
-        reason = unused_gpu() if name == "cuda" else ""
+        warnings.simplefilter("ignore")  # PyTorch's warning about a GPU that it cannot use: unused_gpu has the reason
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    devices = [device for device in available if available[device]]
+    name = devices[0] if cfg.device == "auto" else cfg.device
+    expected = cfg.device == "cuda" or cfg.device == "auto" and name == "cpu"
+    reason = unused_gpu() if expected and "cuda" not in devices else ""
+    if name not in devices:
         end = f" ({reason})" if reason else ""
-        raise BadInput(f"device is {name}, and torch {torch.__version__} finds only: {found}{end}")
-    if cfg.device == "auto" and name == "cpu" and (reason := unused_gpu()):
+        raise BadInput(f"device is {name}, but torch {torch.__version__} finds only: {', '.join(devices)}{end}")
+    if reason:
         warn(f"this machine has an NVIDIA GPU, but the CPU is used: {reason}")
     can_bf16 = name == "cpu" or name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if cfg.dtype == "bf16" and not can_bf16:
-        raise BadInput(f"dtype is bf16, and this {name} device does not compute in it: use --dtype fp32, or auto")
+        raise BadInput(f"dtype is bf16, which this {name} device does not support: use --dtype fp32 or auto")
     if name == "cpu":
         keep_freed_memory()
-        # MKL looks at the processor in the first exp or log of a process. Where several threads make it at once, some
-        # get approximations that are off by 1e-4, this once (in 1 of 500 processes); one number is one thread's
+        # MKL detects the processor in the first exp or log of a process. If several threads do so at once, some results
+        # are off by 1e-4, this once (in 1 of 500 processes). A single number is computed by one thread.
         torch.zeros(1).exp()
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process of a machine its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process of a machine
     return torch.device(name), cfg.dtype == "bf16" or cfg.dtype == "auto" and name.startswith("cuda") and can_bf16
 
 
 def unused_gpu():
-    """Why torch, which finds no CUDA, cannot use the NVIDIA GPU of this machine, as text; empty where there is none."""
+    """Return why PyTorch cannot use the NVIDIA GPU of this machine, or an empty text if there is none."""
     if not (shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia")):
         return ""
     if not torch.backends.cuda.is_built():
         return f"torch {torch.__version__} was built without CUDA; pytorch.org/get-started/locally has other builds"
     try:
-        torch.cuda.init()  # is_available only warns, and once a process; this raises the reason
+        torch.cuda.init()  # raises the reason; is_available only warns, and only once per process
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return "torch finds no CUDA device"
 
 
 def warn(message):
-    """Print a warning on stderr; of several processes, only the first one does."""
+    """Print a warning on stderr, of several processes only in the first one."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def peak_flops(device, dtype=torch.float32, n=None, seconds=0.5):
-    """FLOP/s of products of n x n matrices, by default of 2,048 on a CPU and 8,192 elsewhere.
+    """Return the FLOP/s of products of n x n matrices, by default with n = 2,048 on a CPU and 8,192 elsewhere.
 
-    The products are queued one after the other and waited for once, at the end.
+    The products are queued one after the other; the time is measured once, at the end of all.
     """
     n = n or (2048 if device.type == "cpu" else 8192)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -87,10 +88,10 @@ def peak_flops(device, dtype=torch.float32, n=None, seconds=0.5):
 
 
 def micro_batch_size(cfg, rows, tokens, gpt2, copies, device, ranks):
-    """Rows of all processes in a forward and backward pass: cfg's, or where that is 0 what fits, a divisor of `rows`.
+    """Return the rows of all processes in a forward and backward pass: cfg's, or if that is 0 the largest that fits.
 
-    See rows_that_fit, beside `copies` of the weights that are still to come: gradient, moments, reference. tokens: of a
-    row.
+    It is a divisor of `rows`. tokens: per row. copies: of the weights that are not allocated yet, such as gradients,
+    moments and reference.
     """
     if cfg.micro_batch_size:
         return cfg.micro_batch_size
@@ -98,31 +99,30 @@ def micro_batch_size(cfg, rows, tokens, gpt2, copies, device, ranks):
     fit = rows_that_fit(tokens, gpt2.config.n_embd, gpt2.config.n_layer, gpt2.n_tokens, device, copies * weights)
     sizes = [n for n in range(ranks.size, rows + 1, ranks.size) if rows % n == 0]
     size = max([n for n in sizes if n <= fit * ranks.size], default=ranks.size)
-    return rows - ranks.any(rows - size)  # what the process with the least memory can do
+    return rows - ranks.any(rows - size)  # the smallest of all processes
 
 
 def rows_that_fit(tokens, width, layers, vocabulary, device, reserved=0):
-    """Rows of so many tokens in a forward and backward pass of a language model; 0 where not even one fits.
+    """Return how many rows of so many tokens fit into a forward and backward pass of a language model; 0 if none does.
 
-    On CUDA what the free memory holds, less `reserved` numbers. Elsewhere 2,048 tokens: more are no faster.
+    On CUDA: into the free memory, minus `reserved` numbers. Elsewhere: rows of 2,048 tokens, since more are not faster.
     """
     if device.type != "cuda":
         return 2048 // tokens
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, free for tensors
-    numbers = 16 * width * layers + 2 * vocabulary  # kept for a token's backward pass
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, free for tensors
+    numbers = 16 * width * layers + 2 * vocabulary  # kept per token for the backward pass
     return int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached) - 4 * reserved) // (4 * tokens * numbers)
 
 
 def to_device(tensor, device):
-    """A tensor on the device: on CUDA by way of pinned memory, so that the host need not wait for the copy."""
+    """Copy a tensor to the device; on CUDA through pinned memory, so that the host does not wait for the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def keep_freed_memory():
-    """Let glibc keep what tensors free for the tensors to come: a PPO step on a CPU then takes a quarter less time.
+    """Let glibc reuse the memory of freed tensors: a PPO step on a CPU then takes a quarter less time.
 
-    Else large blocks go back to the system, and the next ones come back a page fault every 4 kB: written at 3 GB/s
-    instead of 20.
+    By default large blocks are returned to the system, and new ones cost a page fault per 4 kB.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # not in musl
         mallopt(M_MMAP_MAX, 0)
@@ -130,11 +130,11 @@ def keep_freed_memory():
 
 
 def seed_of(*key):
-    """A seed for each key of integers, such as (seed, step): what a run draws depends on nothing else."""
+    """Return a seed for a key of integers, such as (seed, step): random numbers depend on nothing else."""
     key = (len(key), *key)  # numpy takes (1,) and (1, 0) for the same seed
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 def random_generator(device, *key):
-    """A generator for each key of integers."""
+    """Return a torch.Generator for a key of integers."""
     return torch.Generator(device).manual_seed(seed_of(*key))

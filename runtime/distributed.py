@@ -32,7 +32,7 @@ class OneProcess:
         return part
 
     def mean(self, metrics):
-        """Average the metrics (floats by name) of all processes; of a maximum, max_..., take the largest."""
+        """Average the metrics (floats by name) of all processes; for a maximum, max_..., take the largest."""
         return metrics
 
     def any(self, flag):
@@ -48,7 +48,7 @@ class OneProcess:
 
 
 class Processes(OneProcess):
-    """The processes that torchrun started: NCCL on CUDA, else Gloo. Only rank 0 prints, logs and saves."""
+    """The processes that torchrun started: NCCL on CUDA, otherwise Gloo. Only rank 0 prints, logs and saves."""
 
     def __init__(self, device):
         if device.type == "mps":
@@ -110,14 +110,14 @@ ONE_PROCESS = OneProcess()
 
 
 def join(device, cfg, sizes):
-    """Return the processes of this run.
+    """Return the processes of this run, a OneProcess or Processes.
 
-    sizes: names of cfg's fields that count rows of all processes; BadInput if they do not divide by their number.
+    sizes: names of the fields of cfg that count rows of all processes. BadInput if their number does not divide these.
     """
     if "WORLD_SIZE" not in os.environ:
         return ONE_PROCESS
     processes = Processes(device)
     for name in sizes.split():
         if getattr(cfg, name) % processes.size:
-            raise BadInput(f"{name} {getattr(cfg, name)} does not divide by {processes.size} processes")
+            raise BadInput(f"{name} {getattr(cfg, name)} is not divisible by the number of processes, {processes.size}")
     return processes

@@ -5,15 +5,15 @@ import sys
 
 
 class BadInput(Exception):
-    """Something the user gave cannot work: shown as one line, exit status 2. Other exceptions are bugs."""
+    """Invalid input of the user: shown as one line, with exit status 2. Other exceptions are bugs."""
 
 
 class NotFinite(BadInput):
-    """A number in a rollout is not finite. PPO skips the step; three in a row stop the run."""
+    """A value in a rollout is not finite. PPO skips the step; three skipped steps in a row stop the run."""
 
 
 class Stopped(Exception):
-    """A signal ended the run after a checkpoint. Its number is the argument; the exit status is 128 more."""
+    """A signal ended the run after a checkpoint. The argument is its number, the exit status 128 plus that number."""
 
 
 def first_line(error):
@@ -29,5 +29,5 @@ def print_error(error):
 
 
 def printable(text):
-    """Return text as one line without control characters, which file names and generated texts may contain."""
+    """Return text as one line without control characters, which file names and responses may contain."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())

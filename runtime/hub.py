@@ -1,18 +1,17 @@
-"""Hugging Face folders: a model found on disk or on the hub, a GPT-2 read strictly, and written whole or not at all.
+"""Model folders of Hugging Face: located on disk or on the hub, read strictly, written atomically.
 
-Weights are read from safetensors, or from pytorch_model.bin with weights_only: nothing here can run code from a file.
+Weights are read from safetensors, or from pytorch_model.bin with weights_only: no code in a file is run.
 """
 
 import json
 import re
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_ETAG_TIMEOUT
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from config import PRESETS
@@ -22,7 +21,8 @@ from runtime.errors import BadInput, first_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json with merges.txt", "vocab.txt", "*.model")  # one of them is enough
-HINTS = {  # first folder of a path: what to do when the model in it is missing
+SMALL_FILES = ("config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+HINTS = {  # first folder of a path: what to do if the model in it is missing
     "finetune_checkpoints": "make it with: python finetune_gpt2.py",
     "reward_checkpoints": "make it with: python reward.py",
     "ppo_checkpoints": "make it with: python ppo.py",
@@ -30,9 +30,9 @@ HINTS = {  # first folder of a path: what to do when the model in it is missing
 }
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
 VALUE_HEAD = "value_head.safetensors"
-SENTENCE = "the movie was good"  # which any tokenizer of English can encode
-MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old releases stored among the weights
-SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # save_dtype: of stored weights
+SENTENCE = "the movie was good"  # any tokenizer of English can encode it
+MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which old releases stored as weights
+SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # of stored weights, by save_dtype
 
 # fields of config.json that would change the arithmetic, and the values that model.py implements
 SUPPORTED = {
@@ -46,100 +46,74 @@ SUPPORTED = {
 
 
 def locate(name):
-    """The local folder of a model: `name` itself if it is one, else the hub's copy, from its cache where there is one.
+    """Return the local folder of a model: `name` itself if it is a folder, otherwise the copy in the hub's cache.
 
-    A hub name may end in a revision (branch, tag or commit): gpt2@main. Raises BadInput when config.json, the weights
-    or the tokenizer are missing; for a folder of this project it says what to do. Only the files of a PyTorch
-    checkpoint are downloaded.
+    A hub name may end in a revision (branch, tag or commit): gpt2@main. What is missing in the cache is downloaded, for
+    PyTorch only. BadInput, with a hint for folders of this project, if config.json, weights or tokenizer are missing.
     """
     folder = Path(name)
     hint = HINTS.get(folder.parts[0], "") if folder.parts else ""
     if not (folder.is_dir() or hint or name.startswith((".", "/", "~"))):
         return _from_hub(name)
-    if not (folder / "config.json").is_file():
+    if missing := missing_files(folder):
         if hint.endswith(".py"):
             hint += next((f" --preset {part}" for part in folder.parts if part in PRESETS), "")
-        raise BadInput(f"{name} holds no model: looked for {folder / 'config.json'}{hint and '; '}{hint}")
-    weight_file(folder)
-    if not has_tokenizer(folder):
-        raise BadInput(f"{folder} holds no tokenizer: looked for {', '.join(TOKENIZERS)}")
+        raise BadInput(f"{name} has {missing[0]}{hint and '; '}{hint}")
     return folder
 
 
 def _from_hub(name):
-    small = ["config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
-    small.append("*.model")  # SentencePiece
     repo, _, revision = name.partition("@")
-    problem, missing = None, ""
-    for local in (True, False):  # the cache first: no network where none is needed
+    problems = {True: "no copy", False: ""}  # of the cache and of the hub
+    for local in (True, False):  # the cache first: no network if nothing is missing
         for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
+            patterns = [*SMALL_FILES, "*.model", weights]
             try:
-                folder = snapshot(repo, local, patterns=[*small, weights], revision=revision or None)
-            except HFValidationError:
-                raise BadInput(f"{name!r} is neither a folder here nor a name on the Hugging Face hub") from None
+                folder = snapshot(repo, local, patterns=patterns, revision=revision or None)
             except OSError as error:  # offline, no such name, gated
-                problem = error
                 if not local:
-                    break  # the other format of weights would fail in the same way
-                continue
-            found = {
-                "config.json": (folder / "config.json").is_file(),
-                f"weights ({', '.join(WEIGHTS)})": has_weights(folder),
-                f"a tokenizer ({', '.join(TOKENIZERS)})": has_tokenizer(folder),
-            }
-            if all(found.values()):
+                    problems[local] = str(error)
+                break  # the other format of weights would fail in the same way
+            missing = missing_files(folder)
+            if not missing:
                 REVISIONS[name] = folder.name  # the cache's folders are named after the commit
                 return folder
-            problem, missing = None, " and ".join(what for what, there in found.items() if not there)
-    if not problem:
-        raise BadInput(f"model {name!r} on the Hugging Face hub lacks {missing}")
-    cached = f"its copy in the Hugging Face cache ({HF_HUB_CACHE}) lacks {missing}"
-    if not missing:
-        cached = f"not in the Hugging Face cache ({HF_HUB_CACHE})"
+            problems[local] = " and ".join(missing)
     raise BadInput(
-        f"model {name!r}: no such folder, {cached}, and the hub did not give it ({problem}). Use --preset mini, which "
-        "needs no network, or give a local folder"
+        f"model {name!r}: no such folder; in the Hugging Face cache ({HF_HUB_CACHE}): {problems[True]}; on the hub: "
+        f"{problems[False]}. Use --preset mini, which needs no network, or give a local folder"
     )
 
 
-def has_weights(folder):
-    """Whether a folder holds a file of weights, with all the shards that it names."""
-    for file in map(folder.joinpath, WEIGHTS):
-        if file.is_file():
-            return file.suffix != ".json" or all((folder / name).is_file() for name in shards(file))
-    return False
-
-
-def has_tokenizer(folder):
-    """Whether a folder holds the files of a tokenizer: without them transformers builds an empty one."""
-    names = {file.name for file in folder.iterdir()}
-    return (
-        not names.isdisjoint(("tokenizer.json", "vocab.txt"))
-        or {"vocab.json", "merges.txt"} <= names
-        or any(name.endswith(".model") for name in names)
-    )
+def missing_files(folder):
+    """Return what a model folder lacks. Without the files of a tokenizer, transformers builds an empty one."""
+    names, weights = {file.name for file in folder.glob("*")}, weight_file(folder)
+    tokenizer = names & {"tokenizer.json", "vocab.txt"} or {"vocab.json", "merges.txt"} <= names
+    complete = {
+        "config.json": "config.json" in names,
+        f"weights ({', '.join(WEIGHTS)})": weights and (weights.suffix != ".json" or names.issuperset(shards(weights))),
+        f"tokenizer ({', '.join(TOKENIZERS)})": tokenizer or any(name.endswith(".model") for name in names),
+    }
+    return [f"no {part}" for part, is_complete in complete.items() if not is_complete]
 
 
 def snapshot(name, local, kind="model", patterns=None, revision=None):
-    """Return the folder of a hub repository in the Hugging Face cache; without `local`, download what is missing there.
+    """Return the folder of a hub repository in the Hugging Face cache; download what is missing there unless `local`.
 
-    kind: "model" or "dataset". patterns: of the files to download; None: all. Raises OSError with the reason in one
-    line, or HFValidationError if no repository can have this name.
+    kind: "model" or "dataset". patterns: of the files to download; None: all. Raises OSError with the reason in
+    one line.
     """
+    repo = dict(repo_id=name, repo_type=kind, revision=revision)
     try:
         if not local:  # snapshot_download starts with the same request, but without a time limit
-            HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
-        return Path(
-            snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, local_files_only=local)
-        )
-    except HFValidationError:
-        raise
+            HfApi().repo_info(**repo, timeout=HF_HUB_ETAG_TIMEOUT)
+        return Path(snapshot_download(**repo, allow_patterns=patterns, local_files_only=local))
     except Exception as error:  # not only OSError: the HTTP library and hf_xet raise their own
         raise OSError(hub_problem(error)) from None
 
 
 def hub_problem(error):
-    """Why a download from the hub failed, in one line."""
+    """Return why a download from the hub failed, in one line."""
     if isinstance(error, LocalEntryNotFoundError):
         error = error.__cause__ or error
     if isinstance(error, GatedRepoError):
@@ -147,38 +121,27 @@ def hub_problem(error):
     response = getattr(error, "response", None)
     if response is None:
         return first_line(error)
-    hints = {
-        401: ": no such repository, or a private one that needs a login: hf auth login",
-        404: ": no such repository or revision",
-    }
-    return f"{response.status_code} {response.reason_phrase}{hints.get(response.status_code, '')}"
+    hint = ": no such repository or revision, or a private one that needs a login: hf auth login"
+    return f"{response.status_code} {response.reason_phrase}{hint if response.status_code in (401, 404) else ''}"
 
 
 def weight_file(folder):
-    """The file to read weights from, safetensors before pickles; BadInput names what was looked for."""
-    found = [name for name in WEIGHTS if (folder / name).is_file()]
-    if found:
-        return folder / found[0]
-    raise BadInput(f"{folder} holds no weights: looked for {', '.join(WEIGHTS)}")
+    """Return the file to read weights from, safetensors before pickles, or None."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
 def read_tensors(folder):
-    """Yield (name, tensor) of a checkpoint, single or sharded, on the CPU."""
+    """Yield (name, tensor) of a model folder, single or sharded, on the CPU."""
     first = weight_file(Path(folder))
-    if first.suffix == ".safetensors" and (first.parent / "pytorch_model.bin").is_file():
-        print(f"{folder}: reading {first.name}, not the pytorch_model.bin beside it", file=sys.stderr)
-    if first.suffix != ".json":
-        yield from read_file(first)
-        return
-    for name in shards(first):
+    for name in shards(first) if first.suffix == ".json" else [first.name]:
         yield from read_file(first.parent / name)
 
 
 def shards(index):
-    """The names of the weight files that an index file (*.index.json) lists."""
+    """Return the names of the weight files that an index file (*.index.json) lists."""
     weight_map = read_json(index).get("weight_map")
     if not weight_map:
-        raise BadInput(f"{index} names no shards: it has no weight_map")
+        raise BadInput(f"{index} lists no shards: it has no weight_map")
     return sorted(set(weight_map.values()))
 
 
@@ -186,13 +149,13 @@ def shards(index):
 
 
 def read_config(folder):
-    """GPT2Config of a folder; BadInput when its config.json asks for arithmetic that model.py does not have."""
+    """Return the GPT2Config of a folder. BadInput if its config.json needs arithmetic that model.py does not have."""
     file = Path(folder) / "config.json"
     values = read_json(file)
     for name, supported in SUPPORTED.items():
-        found = values.get(name, supported[0] if name != "model_type" else None)
-        if found not in supported:
-            raise BadInput(f"{file}: {name} is {found!r}, supported: {', '.join(map(repr, supported))}")
+        value = values.get(name, supported[0] if name != "model_type" else None)
+        if value not in supported:
+            raise BadInput(f"{file}: {name} is {value!r}, supported: {', '.join(map(repr, supported))}")
     sizes = {f.name: values[f.name] for f in fields(GPT2Config) if values.get(f.name) is not None}
     for name, value in sizes.items():
         kind = float if name == "layer_norm_epsilon" else int
@@ -205,10 +168,10 @@ def read_config(folder):
 
 
 def load_tokenizer(folder, config=None):
-    """The tokenizer of a folder. BadInput if it cannot encode a sentence.
+    """Return the tokenizer of a folder. BadInput if it cannot encode a sentence.
 
-    With config, the tokenizer of a GPT-2: BadInput also if it decodes the sentence to another one, has no end-of-text
-    token, or more ids than config.vocab_size.
+    With config, for the tokenizer of a GPT-2: BadInput also if the decoded sentence differs, if there is no end-of-text
+    token, or if there are more ids than config.vocab_size.
     """
     from transformers import AutoTokenizer  # takes seconds to import
 
@@ -216,22 +179,20 @@ def load_tokenizer(folder, config=None):
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
         ids = tokenizer.encode(SENTENCE, add_special_tokens=False)
         decoded = tokenizer.decode(ids)
-    except Exception as error:  # transformers raises whatever its readers do
-        raise BadInput(f"{folder}: no tokenizer can be read ({first_line(error)})") from None
+    except Exception as error:  # transformers raises whatever its readers raise
+        raise BadInput(f"{folder}: the tokenizer cannot be read ({first_line(error)})") from None
     if config and len(tokenizer) > config.vocab_size:
         raise BadInput(f"{folder}: the tokenizer has {len(tokenizer)} ids, the embedding {config.vocab_size} rows")
     if config and tokenizer.eos_token_id is None:
         raise BadInput(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
     if set(ids) <= {tokenizer.unk_token_id} or config and decoded.split() != SENTENCE.split():
-        raise BadInput(
-            f"{folder}: the tokenizer encodes {SENTENCE!r} as {ids}, which it decodes as {decoded!r}: are its files "
-            "complete?"
-        )
+        problem = f"encodes {SENTENCE!r} as {ids}, which it decodes as {decoded!r}: are its files complete?"
+        raise BadInput(f"{folder}: the tokenizer {problem}")
     return tokenizer
 
 
 def tokenizer_text(tokenizer):
-    """Return what a tokenizer does as text, for fingerprints; of one written in Python, its vocabulary."""
+    """Return all that defines a tokenizer as text, for fingerprints; of one written in Python, its vocabulary."""
     if tokenizer.is_fast:
         return tokenizer.backend_tokenizer.to_str()
     return json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -243,37 +204,34 @@ def policy_fingerprint(policy, tokenizer):
 
 
 def open_gpt2(name):
-    """(folder, GPT2Config, tokenizer) of a folder or hub name: all that can be checked before its weights are read."""
+    """Return (folder, GPT2Config, tokenizer) of a folder or hub name, which are checked before weights are read."""
     folder = locate(name)
     config = read_config(folder)
     return folder, config, load_tokenizer(folder, config)
 
 
 def open_pair(before, after):
-    """{"before": ..., "after": ...}, what open_gpt2 returns of two names; BadInput unless they share one vocabulary."""
+    """Return {"before", "after"}: what open_gpt2 returns for two names. BadInput unless they share one vocabulary."""
     opened = {"before": open_gpt2(before), "after": open_gpt2(after)}
     (_, config, tokenizer), (_, after_config, after_tokenizer) = opened.values()
-    for what, a, b in (
-        ("vocab_size", config.vocab_size, after_config.vocab_size),
-        ("n_positions", config.n_positions, after_config.n_positions),
-        ("size of the tokenizer", len(tokenizer), len(after_tokenizer)),
-    ):
+    for field in ("vocab_size", "n_positions"):
+        a, b = getattr(config, field), getattr(after_config, field)
         if a != b:
-            raise BadInput(f"{what} differs: {a} in {before}, {b} in {after}: the comparison needs one vocabulary")
+            raise BadInput(f"{field} differs: {a} in {before}, {b} in {after}: the comparison needs one vocabulary")
     if tokenizer.get_vocab() != after_tokenizer.get_vocab():
         raise BadInput(f"{before} and {after} have different tokenizers: the comparison needs one vocabulary")
     return opened
 
 
 def load_gpt2(folder, config, n_tokens=None, bf16=False):
-    """GPT2 from a Hugging Face folder, strictly: every tensor there, none left over, every shape right, or BadInput.
+    """Return the GPT2 of a folder. BadInput unless the weights have exactly the names and shapes of the model.
 
-    The network is built without values and filled tensor by tensor, in float32 whatever they were stored in.
+    The model is built without values and filled tensor by tensor, in float32 whatever the stored dtype.
     """
     with torch.device("meta"):
         model = GPT2(config, n_tokens, bf16)
     model.to_empty(device="cpu")
-    state, found, lm_head = model.state_dict(), {}, None
+    state, tensors, lm_head = model.state_dict(), {}, None
     for name, tensor in read_tensors(folder):
         name = name.removeprefix("transformer.")
         if name == "lm_head.weight":
@@ -282,15 +240,15 @@ def load_gpt2(folder, config, n_tokens=None, bf16=False):
             tensor = tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
             if name in state and state[name].shape == tensor.shape:
                 state[name].copy_(tensor)
-            found[name] = tensor.to("meta")
-    match(found, state, folder)
+            tensors[name] = tensor.to("meta")
+    match(tensors, state, folder)
     if lm_head is not None and not torch.equal(lm_head.float(), state["wte.weight"]):
         raise BadInput(f"{folder}: lm_head.weight differs from wte.weight, and GPT-2 ties them")
     return model
 
 
 def load_policy(folder, config, tokenizer, bf16=False):
-    """Policy of what open_gpt2 returned, with the value head that lies beside the weights, or else zeros."""
+    """Return the Policy for what open_gpt2 returned, with the value head if the folder has one, otherwise zeros."""
     policy = Policy(load_gpt2(folder, config, len(tokenizer), bf16))
     if (folder / VALUE_HEAD).is_file():
         head = dict(read_file(folder / VALUE_HEAD))
@@ -300,11 +258,11 @@ def load_policy(folder, config, tokenizer, bf16=False):
 
 
 def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32, weights=None):
-    """Write a plain Hugging Face GPT-2 folder into `out`: weights, config, tokenizer; the value head beside them.
+    """Write a Hugging Face GPT-2 folder to `out`: weights, config, tokenizer, and the value head in a file of its own.
 
-    dtype: of the stored weights; the value head stays as it is. weights: a state dict to write instead of the model's.
+    dtype: of the stored weights, without the value head. weights: a state dict to write instead of the model's.
     """
-    state = {}
+    state, head = {}, value_head.state_dict() if value_head else {}
     for name, tensor in (weights or model.state_dict()).items():
         tensor = tensor.detach().to("cpu", dtype)
         state["transformer." + name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
@@ -317,13 +275,9 @@ def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32, weigh
         eos_token_id=tokenizer.eos_token_id,
         dtype=str(dtype).removeprefix("torch."),
     )
-    head = {f"{VALUE_HEAD}: {name}": tensor for name, tensor in (value_head.state_dict() if value_head else {}).items()}
-    with replacing(out, state | head) as folder:
+    with replacing(out, state | {f"value_head.{name}": tensor for name, tensor in head.items()}) as folder:
         tokenizer.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        if value_head is not None:
-            save_file(
-                {name: t.detach().cpu().contiguous() for name, t in value_head.state_dict().items()},
-                folder / VALUE_HEAD,
-            )
+        if head:
+            save_file({name: t.detach().cpu().contiguous() for name, t in head.items()}, folder / VALUE_HEAD)

@@ -15,35 +15,26 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.checkpoint import (
-    BEST,
-    CHECKPOINTS,
-    REVISIONS,
-    RUN_CONFIG,
-    delete_checkpoints,
-    delete_results,
-    remove_leftovers,
-    write_text,
-)
+from runtime.checkpoint import REVISIONS, RUN_CONFIG, delete_earlier_files, remove_leftovers, write_text
 from runtime.cli import sources
 from runtime.device import peak_flops, warn
 from runtime.errors import BadInput, printable
 
 SIDES = ("before PPO", "after PPO")  # titles of two columns
-CPU_SHARE = 0.6  # a training run on a CPU reaches this share of the speed of a large product: .5 to .74 in bench.py
+CPU_SHARE = 0.6  # of the speed of a large product, reached by a training run on a CPU: .5 to .74 in analysis/bench.py
 
 
 class RunLog:
     """The log of a run in cfg.out, or of a part of it in a subfolder: one JSON line per step, also to cfg.report_to.
 
     The constructor prepares the folder: it writes the config, with the commits of what was read from the hub. A new run
-    deletes log and checkpoints of an earlier one; a run that is resumed at first_step keeps its checkpoints and the log
-    before that step. BadInput if the folder cannot be written. Only rank 0 writes.
+    deletes the files of an earlier one; a run that is resumed at first_step keeps its checkpoints and the log before
+    that step. BadInput if the folder cannot be written. Only rank 0 writes.
     """
 
-    def __init__(self, cfg, model, part="", first_step=0, rank=0):
+    def __init__(self, cfg, part="", first_step=0, rank=0):
         self.out, self.start, self.tensorboard, self.wandb = Path(cfg.out, part), time.time(), None, None
-        self.cfg, self.file, self.bar = cfg, None, None
+        self.file = self.bar = None
         if rank:
             return
         wandb = importlib.util.find_spec("wandb")
@@ -53,25 +44,18 @@ class RunLog:
             self.out.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.out)
             if not first_step:
-                delete_checkpoints(self.out)  # before writing the config, so that a kill here cannot mix two runs
-                (self.out / CHECKPOINTS).mkdir()
+                delete_earlier_files(self.out)
             write_text(Path(cfg.out, RUN_CONFIG), json.dumps(asdict(cfg) | {"revisions": REVISIONS}, indent=1))
             earlier = self.keep("log.jsonl", first_step)
-            self.file = open(self.out / "log.jsonl", "a", encoding="utf-8")
-            if earlier:
-                self.start -= earlier[-1]["seconds"]
             self.keep("samples.jsonl", first_step)
-            if not first_step:
-                (self.out / "wandb_id").unlink(missing_ok=True)
-                shutil.rmtree(self.out / BEST, ignore_errors=True)
-                delete_results(self.out)  # of the earlier run's weights
+            self.file = open(self.out / "log.jsonl", "a", encoding="utf-8")
         except OSError as error:
             raise BadInput(f"cannot write to {self.out}: {error}") from None
+        if earlier:
+            self.start -= earlier[-1]["seconds"]
         if cfg.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            if not first_step:
-                shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
             self.tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=first_step)
         elif cfg.report_to == "wandb":
             import wandb
@@ -84,18 +68,16 @@ class RunLog:
             )
 
     def keep(self, name, first_step):
-        """Drop the lines of a JSON lines file from first_step on, and the file if none is left; return the others."""
+        """Drop the lines of a JSON lines file from first_step on; return the others."""
         file = self.out / name
         lines = [line for line in read_lines(file) if isinstance(line, dict) and isinstance(line.get("step"), int)]
         earlier = [line for line in lines if line["step"] < first_step]
-        if earlier:
+        if file.is_file():
             write_text(file, "".join(json.dumps(line) + "\n" for line in earlier))
-        else:
-            file.unlink(missing_ok=True)
         return earlier
 
     def progress(self, checkpoints, steps, name, unit):
-        """Return the steps of a loop, from the first or the resumed one on, with a progress bar."""
+        """Return the steps of a loop, from 0 or the resumed step on, with a progress bar."""
         first, hidden = checkpoints.first_step, self.file is None
         self.bar = tqdm(checkpoints.steps(steps), name, initial=first, total=steps, unit=unit, disable=hidden)
         return self.bar
@@ -112,16 +94,13 @@ class RunLog:
             self.wandb.log(metrics, step=step)
 
     def write_rollout(self, step, metrics, samples):
-        """Log the metrics of a PPO step and show the main ones; with samples, see monitor.sample, print a table."""
+        """Log the metrics of a PPO step and show the main ones; with samples (see monitor.sample), print them too."""
         self.write(step, **metrics)
         score, kl = metrics["score"], metrics["kl"]
-        self.bar.set_postfix(
-            score=f"{score:+.2f}", kl=f"{kl:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}", refresh=False
-        )
-        if (
-            kl < -1
-        ):  # k1 falls a little below 0 by chance, and by more only if the policy sampled from another distribution
-            self.print(f"warning: KL is {kl:.2f} nats: are sampling and log-probabilities one distribution?")
+        shown = dict(score=f"{score:+.2f}", kl=f"{kl:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
+        self.bar.set_postfix(shown, refresh=False)
+        if kl < -1:  # by chance, k1 is only a little below 0
+            self.print(f"warning: KL is {kl:.2f} nats: is the distribution that was sampled the one that was scored?")
         if samples is None:
             return
         if samples and self.file:
@@ -147,11 +126,8 @@ class RunLog:
         self.bar.write(text)
 
     def write_line(self, file, line):
-        try:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-        except OSError as error:
-            raise BadInput(f"{file.name} cannot be written: {error}; --resume resumes the run") from None
+        file.write(json.dumps(line) + "\n")
+        file.flush()
 
     def close(self):
         """Close the log; return the seconds that the run took, including its earlier parts."""
@@ -173,10 +149,13 @@ def read_lines(file):
     return lines
 
 
-def time_on_cpu(flops, cfg, device):
-    """Return {"time": an estimate for a run of so many FLOPs} on a CPU, else {}; warn if it is over an hour.
+# ---- the time of a run on a CPU
 
-    The estimate uses the speed of fp32 products also for bf16, in which a PPO step on a CPU is hardly faster.
+
+def time_on_cpu(flops, cfg, device):
+    """Return {"time": an estimate for a run of so many FLOPs} on a CPU, otherwise {}; warn if it is over an hour.
+
+    The estimate uses the speed of fp32 products also for bf16: a PPO step in bf16 is hardly faster on a CPU.
     """
     if device.type != "cpu":
         return {}
@@ -212,49 +191,45 @@ def ppo_flops(cfg, gpt2, rewards):
     return cfg.steps * cfg.batch_size * (passes * gpt2.flops(tokens, cfg.response_len) + classifiers)
 
 
+# ---- tables
+
+
+def sheet(title, rows):
+    """Return a table: names and values in two aligned columns under a title."""
+    width = max(len(name) for name in rows)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
 def ppo_sheet(cfg, policy, reward_fn, judge, n_prompts, device):
-    """Return a table of the run before it starts: models, episodes, optimizer steps, memory, time on a CPU."""
-    c, V = policy.gpt2.config, policy.gpt2.n_tokens
-    weights = sum(p.numel() for p in policy.parameters())
-    reward_weights = sum(p.numel() for p in reward_fn.model.parameters()) if hasattr(reward_fn, "model") else 0
-    judge_weights = sum(p.numel() for p in judge.model.parameters()) if judge else 0
-    tokens = cfg.micro_batch_size * (cfg.max_prompt_len + cfg.response_len)
-    trunk = (
-        tokens * c.n_layer * 16 * c.n_embd
-    )  # activations kept for the backward pass, per token and block 16 * n_embd
-    logits = 2 * cfg.micro_batch_size * cfg.response_len * V  # logits and their gradient
-    # weights, gradient, two moments of Adam, the reference; 4 bytes each
-    estimate = 4 * (5 * weights + reward_weights + judge_weights + trunk + logits)
+    """Return a table of a PPO run before it starts: models, episodes, optimizer steps, time on a CPU."""
     updates = cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
     rows = {
-        "policy": f"{weights:,} parameters from {cfg.policy}",
-        "reward": cfg.reward + (f", {reward_weights:,} parameters, {cfg.reward_kind}" if reward_weights else ""),
+        "policy": f"{sum(p.numel() for p in policy.parameters()):,} parameters from {cfg.policy}",
+        "reward": cfg.reward + (f", {cfg.reward_kind}" if hasattr(reward_fn, "model") else ""),
         "episodes": f"{cfg.steps * cfg.batch_size:,}: {cfg.steps} rollouts of {cfg.batch_size}, {n_prompts:,} prompts",
-        "tokens": f"prompts of {cfg.min_prompt_len} to {cfg.max_prompt_len}, responses of up to {cfg.response_len}",
-        "optimizer steps": f"{cfg.steps * updates:,}: {updates} a rollout, over {cfg.ppo_epochs} epochs",
+        "optimizer steps": f"{cfg.steps * updates:,}: {updates} per rollout, over {cfg.ppo_epochs} epochs",
         "forward passes": f"{cfg.micro_batch_size} episodes each",
-        "KL": f"coefficient {cfg.kl_coef}, " + (f"adaptive, target {cfg.kl_target} nats" if cfg.kl_target else "fixed"),
-        "device": f"{device}, {'bf16' if policy.gpt2.bf16 else 'fp32'}, about {estimate / 1e9:.1f} GB",
+        "device": f"{device}, {'bf16' if policy.gpt2.bf16 else 'fp32'}",
         **time_on_cpu(ppo_flops(cfg, policy.gpt2, [reward_fn, judge]), cfg, device),
         "config": sources(cfg),
-        "writes": cfg.out,
-    }  # fmt: skip
+        "output": cfg.out,
+    }
     return sheet("PPO", rows)
 
 
 def finetune_sheet(cfg, model, steps, n_reviews, n_tokens, n_held_out, n_validation, device):
-    """Return a table of the fine-tuning before it starts; n_tokens are packed from n_reviews."""
+    """Return a table of a fine-tuning run before it starts; n_tokens are packed from n_reviews."""
     trained, evaluated = steps * cfg.batch_size * cfg.block_size, (math.ceil(steps / cfg.eval_every) + 2) * n_validation
     flops = model.flops(3 * trained + evaluated, 3 * trained + evaluated)  # a backward pass takes twice a forward pass
     rows = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "reviews": f"{n_reviews:,} for training, {n_held_out:,} for validation",
-        "tokens": f"{n_tokens:,} packed, {cfg.epochs} epochs of them; {n_validation:,} for validation",
+        "tokens": f"{n_tokens:,} packed, for {cfg.epochs} epochs; {n_validation:,} for validation",
         "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
         "device": f"{device}, {'bf16' if model.bf16 else 'fp32'}",
         **time_on_cpu(flops, cfg, device),
         "config": sources(cfg),
-        "writes": cfg.out,
+        "output": cfg.out,
     }
     return sheet(f"fine-tuning {cfg.init_from} on {cfg.dataset}", rows)
 
@@ -265,46 +240,38 @@ def one_line(text, width):
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def sheet(title, rows):
-    """Return a table: names and values in two aligned columns under a title."""
-    width = max(len(name) for name in rows)
-    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
-
-
 def column_width(width=None):
-    """Characters of each of two columns that fill width, the terminal's when None."""
+    """Return the characters in each of two columns that fill width (None: that of the terminal)."""
     return max(20, min(width or shutil.get_terminal_size().columns, 160)) // 2 - 2
 
 
-def columns(texts, column, codes=(0, 0)):
-    """Two texts side by side, as lines: each wrapped to column characters and in its colour, an ANSI code or 0."""
-    cells = [textwrap.wrap(text, column) for text in texts]
-    return [
-        "    ".join(paint(text, code) + " " * (column - len(text)) for text, code in zip(row, codes)).rstrip()
-        for row in itertools.zip_longest(*cells, fillvalue="")
-    ]
+def columns(texts, column, probabilities=(None, None)):
+    """Return two texts side by side, as lines: each wrapped to `column` characters and in its color, see paint."""
+    rows = itertools.zip_longest(*(textwrap.wrap(text, column) for text in texts), fillvalue="")
+    cells = ([paint(text, p) + " " * (column - len(text)) for text, p in zip(row, probabilities)] for row in rows)
+    return ["    ".join(row).rstrip() for row in cells]
 
 
-def paint(text, code):
-    """Text in a colour, 0 for none: only for a terminal (or FORCE_COLOR), and never with NO_COLOR (no-color.org)."""
-    colours = not os.environ.get("NO_COLOR") and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
-    return f"\033[{code}m{text}\033[0m" if colours and code and text else text
+def paint(text, probability):
+    """Return text in green if this probability of POSITIVE is above one half, in red otherwise; None: as it is.
 
-
-def tint(probability):
-    """The colour of what the judge finds positive with this probability: green, or else red."""
-    return 32 if probability > 0.5 else 31
+    Colors are used only on a terminal or with FORCE_COLOR, and never with NO_COLOR (no-color.org).
+    """
+    plain = os.environ.get("NO_COLOR") or not (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+    if plain or not text or probability is None:
+        return text
+    return f"\033[{32 if probability > 0.5 else 31}m{text}\033[0m"
 
 
 def side_by_side(samples, width=None):
-    """Answers before and after PPO in two columns, as text, in the judge's colours.
+    """Return responses before and after PPO in two columns, in the colors of the judge, as text.
 
-    samples: (prompt, [(response, judge's probability of POSITIVE) before, and after]) each. width: as in column_width.
+    samples: (prompt, [(response, judge's probability of POSITIVE) before, after]) each. width: as in column_width.
     """
     column = column_width(width)
     lines = columns(SIDES, column)
-    for prompt, answers in samples:
-        lines += ["", paint(one_line(prompt, 2 * column) + " …", 1)]
-        texts = [f"({p:.2f}) {one_line(text, 600)}" for text, p in answers]
-        lines += columns(texts, column, [tint(p) for _, p in answers])
+    for prompt, responses in samples:
+        lines += ["", one_line(prompt, 2 * column) + " …"]
+        texts = [f"({p:.2f}) {one_line(text, 600)}" for text, p in responses]
+        lines += columns(texts, column, [p for _, p in responses])
     return "\n".join(lines)

@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices, steps=5):
-    """Return roughly the nearest semi-orthogonal matrices, singular values about 0.7 to 1.2. (n, a, b) -> (n, a, b).
+    """Return matrices close to the nearest semi-orthogonal ones, singular values 0.7 to 1.2: (n, a, b) -> (n, a, b).
 
     Newton-Schulz iterations of the odd polynomial 3.4445 x - 4.7750 x^3 + 2.0315 x^5 on the singular values.
     """
@@ -102,9 +102,9 @@ class Stepper:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.in_a_row = 0
-        self.model.zero_grad(set_to_none=True)
-        if not math.isfinite(norm):
+        else:
             self.skip(f"the gradient was not finite (norm {norm}): lower lr")
+        self.model.zero_grad(set_to_none=True)
         return norm
 
     def skip(self, reason):

@@ -391,7 +391,7 @@ def test_a_new_run_leaves_no_figures_of_the_weights_before(tmp_path):
     for name in (*results, "config.json"):
         (tmp_path / name).write_text("old")
     (tmp_path / "README.md").write_text(f"---\n---\n\n{CARD_MARK}\n")
-    RunLog(cfg, tiny()).close()
+    RunLog(cfg).close()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoints", "config.json", "log.jsonl", "run_config.json"]
 
 
@@ -399,7 +399,7 @@ def test_a_new_run_leaves_no_figures_of_the_weights_before(tmp_path):
 def test_a_log_that_a_crash_left_short_or_torn_goes_on_without_a_step_twice(tmp_path, lost):
     """The checkpoint is on the disk for certain, the end of the log is not."""
     cfg, file = FinetuneConfig(out=str(tmp_path), report_to="none"), tmp_path / "log.jsonl"
-    log = RunLog(cfg, tiny())
+    log = RunLog(cfg)
     for step in range(5):
         log.write(step, loss=1.0)
     log.close()
@@ -407,7 +407,7 @@ def test_a_log_that_a_crash_left_short_or_torn_goes_on_without_a_step_twice(tmp_
     whole = file.read_text()
     kept = {"": whole, "the last line": whole[:-10], "everything": "", "the file": None}[lost]
     file.unlink() if kept is None else file.write_text(kept)
-    log = RunLog(cfg, tiny(), first_step=3)
+    log = RunLog(cfg, first_step=3)
     for step in range(3, 6):
         log.write(step, loss=1.0)
     log.close()

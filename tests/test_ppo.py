@@ -573,7 +573,7 @@ def test_the_shares_that_reward_and_judge_find_positive_are_logged_where_there_a
 def test_kl_far_below_0_is_a_warning(kl, warned):
     """K5: noise of k1 goes a little below 0, sampling from another distribution goes far."""
     lines = []
-    log = RunLog(config(), None, rank=1)
+    log = RunLog(config(), rank=1)
     log.bar = types.SimpleNamespace(set_postfix=lambda **_: None, write=lines.append)
     log.write_rollout(1, dict(score=0.0, kl=kl, tokens_per_second=1.0), samples=None)
     assert [line.startswith(f"warning: KL is {kl:.2f}") for line in lines] == [True] * warned
@@ -1169,11 +1169,11 @@ class FakeWandb(types.ModuleType):
 
 
 def test_a_resumed_run_is_the_same_run_on_wandb_and_a_new_one_is_not(tmp_path, monkeypatch):
-    wandb, model = FakeWandb(), nn.Linear(2, 2)
+    wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     cfg = config(out=str(tmp_path), report_to="wandb")
     for first_step in (0, 1, 0):
-        log = RunLog(cfg, model, first_step=first_step)
+        log = RunLog(cfg, first_step=first_step)
         log.write(first_step, score=1.0)
         log.close()
     assert [run["id"] for run in wandb.inits] == ["first", "first", "second"]
@@ -1181,13 +1181,13 @@ def test_a_resumed_run_is_the_same_run_on_wandb_and_a_new_one_is_not(tmp_path, m
     assert wandb.logged[1] == (1, {"score": 1.0})
     (tmp_path / "wandb_id").write_text("")  # cut short by a crash
     wandb.ids = iter(["third"])
-    RunLog(cfg, model, first_step=1).close()
+    RunLog(cfg, first_step=1).close()
     assert wandb.inits[-1]["id"] == "third"
-    RunLog(config(out=str(tmp_path), report_to="none"), model).close()
+    RunLog(config(out=str(tmp_path), report_to="none")).close()
     assert not (tmp_path / "wandb_id").exists()  # of a run that is not there any more
     wandb.__spec__ = importlib.util.spec_from_loader("wandb", None)  # the folder that W&B writes, not the package
     with pytest.raises(BadInput, match="wandb, which is not installed"):
-        RunLog(cfg, model)
+        RunLog(cfg)
 
 
 def test_a_run_is_rewarded_by_its_reward_and_logs_the_judge_beside_it(train, bert_folder, judge_folder):
@@ -1211,5 +1211,5 @@ def test_a_run_starts_with_the_learning_rate_and_the_epsilon_of_its_config(train
 def test_lines_of_somebody_else_in_a_log_are_no_steps(tmp_path):
     for name in ("log.jsonl", "samples.jsonl"):
         (tmp_path / name).write_text('{"id": 1}\n[2]\n{"step": "x"}\n{"step": 0, "seconds": 1.0}\n')
-    RunLog(config(out=str(tmp_path), report_to="none"), nn.Linear(2, 2), first_step=1).close()
+    RunLog(config(out=str(tmp_path), report_to="none"), first_step=1).close()
     assert (tmp_path / "samples.jsonl").read_text() == '{"step": 0, "seconds": 1.0}\n'

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from analysis.card import base_model, card_text, command, ppo_run, samples_markdown, write_card
 from analysis.metrics import CAPTIONS, KLS, table_text
 from config import EvaluateConfig, FinetuneConfig, PPOConfig
-from runtime.checkpoint import CARD_MARK, delete_results
+from runtime.checkpoint import CARD_MARK, delete_earlier_files
 from runtime.cli import parse
 from runtime.errors import BadInput
 
@@ -140,13 +140,13 @@ def test_a_readme_by_other_hands_stays_and_ours_is_replaced(tmp_path, capsys):
     readme.write_text("mine\n")
     assert write_card(tmp_path, f"\n{CARD_MARK}\n1").name == "MODEL_CARD.md"
     assert "MODEL_CARD.md" in capsys.readouterr().out
-    delete_results(tmp_path)  # when a new run begins here
+    delete_earlier_files(tmp_path)  # when a new run begins here
     assert readme.read_text() == "mine\n"
     readme.unlink()
     for text in ("1", "2"):
         assert write_card(tmp_path, f"\n{CARD_MARK}\n{text}") == readme
     assert readme.read_text().endswith("2")
-    delete_results(tmp_path)
+    delete_earlier_files(tmp_path)
     assert not readme.exists()
 
 
