@@ -308,9 +308,9 @@ def check_sweep(cfg):
     """Raise BadInput if the folder holds a sweep of other sizes, whose points would not be comparable."""
     file = Path(cfg.out) / RUN_CONFIG
     free = ("seeds", "kl_coefs", "best_of", "positive_epochs", "ablation", "workers")  # may change when resuming
-    if file.is_file():
-        if changed := differing(cfg, read_json(file) | {name: getattr(cfg, name) for name in free}):
-            raise BadInput(f"{cfg.out} holds a sweep of another config ({', '.join(changed)}): use another --out")
+    saved = read_json(file) if file.is_file() else asdict(cfg)
+    if changed := differing(cfg, saved | {name: getattr(cfg, name) for name in free}):
+        raise BadInput(f"{cfg.out} holds a sweep of another config ({', '.join(changed)}): use another --out")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(asdict(cfg), indent=1))
 
