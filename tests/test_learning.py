@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from test_ppo import EOS, Words
+from test_ppo import EOS, FakeTokenizer
 from test_ppo import tiny_policy as any_policy
 
 from analysis.metrics import distinct
@@ -33,7 +33,7 @@ def train(policy, reward, cfg, prompt=1, ref_policy=None):
     generator, prompts = torch.Generator().manual_seed(0), torch.full((cfg.batch_size, 1), prompt)
     for step in range(cfg.steps):
         optimizer.param_groups[0]["lr"] = cfg.lr * (1 - (1 - cfg.lr_end) * step / cfg.steps)
-        batch = rollout(policy, ref_policy, Words(), reward, prompts, cfg.kl_coef, cfg, generator)
+        batch = rollout(policy, ref_policy, FakeTokenizer(), reward, prompts, cfg.kl_coef, cfg, generator)
         few = [ids[kept].tolist() for ids, kept in zip(batch.sequences[:32, batch.prompt_len :], batch.mask)]
         diversity = {"distinct_2": distinct(few, 2).mean()}  # of 32: 256 repeat all bigrams of 10 tokens anyway
         logs.append(rollout_metrics(batch, policy, ref_policy, 0.0, cfg) | diversity)
@@ -70,7 +70,7 @@ def test_policy_reaches_the_optimum_of_its_objective(beta, advantage):
 
 
 @pytest.mark.parametrize(("advantage", "reaches"), [("gae", True), ("rloo", True), ("grpo", False)])
-def test_grpo_alone_misses_the_optimum_where_the_score_is_a_lottery(advantage, reaches):
+def test_only_grpo_misses_the_optimum_of_a_random_score(advantage, reaches):
     """E2E-1 with a score of 4 in one of four cases, so 1 on average: the optimum is as above.
 
     Divided by the deviation of its group, a rare high score counts for less than a common low one: GRPO stays where it
@@ -87,7 +87,7 @@ def test_grpo_alone_misses_the_optimum_where_the_score_is_a_lottery(advantage, r
     assert error < 0.04 if reaches else error > 0.1 and (first_probs(policy) - ref_probs).abs().max() < 0.05
 
 
-def test_kl_alone_pulls_the_policy_back_to_its_reference():
+def test_kl_penalty_alone_moves_the_policy_back_to_its_reference():
     """E2E-2: +beta KL would drive it away; a reference that is the policy itself has nothing to pull to."""
     policy, ref_policy = tiny_policy(8, spread=0.2), tiny_policy(8, seed=1, spread=0.2)
     cfg = config(steps=20, lr=1e-2, response_len=3, kl_coef=1.0)
@@ -101,7 +101,7 @@ def share_of_sevens(texts):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_policy_learns_what_is_rewarded_and_unlearns_what_is_punished(sign):
+def test_policy_learns_rewarded_tokens_and_unlearns_penalized_ones(sign):
     """E2E-3: score is the share of id 7 among the response tokens, and drifting is free: so is saying one thing."""
     policy = tiny_policy(10)
 
@@ -117,8 +117,8 @@ def test_policy_learns_what_is_rewarded_and_unlearns_what_is_punished(sign):
     assert sign == -1 or last["distinct_2"] < 0.05
 
 
-def test_kl_penalty_lets_the_reward_rise_and_the_texts_stay_diverse():
-    """The same reward at a price: 10 tokens, so about e^2.5 / (e^2.5 + 9) = .58 sevens at 2.8 nats, and not one text.
+def test_with_the_kl_penalty_the_reward_rises_and_responses_stay_diverse():
+    """The same reward at a price: 10 tokens, so about e^2.5 / (e^2.5 + 9) = .58 count_sevens at 2.8 nats, and not one text.
 
     Without the penalty the run above ends at a score of 1, 9.4 nats, distinct-2 of .01.
     """

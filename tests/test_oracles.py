@@ -112,7 +112,7 @@ def test_temperature_divides_the_logits_as_openais_does():
 
 
 @every_step
-def test_every_token_is_paid_the_same(step):
+def test_token_rewards_are_the_same(step):
     """K3: the score on TRL's last real token, which in OpenAI's is the last column; garbage is unpaid."""
     rewards = rewards_of(step)
     assert close(rewards[step.mask], step.rewards) and not rewards[~step.mask].any()
@@ -131,7 +131,7 @@ def test_returns_and_advantages_are_the_same(step):
 
 
 @pytest.mark.parametrize("step", TRL[:3] + OPENAI[:3])  # without whitened rewards
-def test_rollout_puts_these_together_as_they_do(step):
+def test_rollout_combines_these_functions_as_they_do(step):
     """Each function may be right and their order wrong: here rollout itself goes from samples to advantages."""
     (batch, metrics), (B, N) = play(step), (len(MASK), int(step.mask.sum()))
     assert torch.equal(batch.mask, step.mask) and close(batch.returns[step.mask], step.returns)
@@ -154,7 +154,7 @@ def test_losses_and_their_gradients_are_the_same(step):
     assert close(found["vf_clip_frac"], step.vf_clip_frac, atol=1e-7)  # a share is float32
 
 
-def test_controller_moves_the_coefficient_as_theirs():
+def test_controller_gives_the_same_coefficients():
     """K4, clipped on both sides and not. The two libraries have the same one."""
     controller = AdaptiveKL(PPOConfig(kl_coef=0.2, kl_target=6.0, kl_horizon=10_000))
     for kl, episodes, coef in FILE.controller.tolist():
@@ -166,7 +166,7 @@ def test_controller_moves_the_coefficient_as_theirs():
 
 
 @pytest.mark.parametrize("step", [TRL[0], OPENAI[0]])
-def test_our_epsilon_stands_beside_the_standard_deviation_and_theirs_under_the_root(step):
+def test_our_epsilon_is_added_to_the_standard_deviation_and_theirs_to_the_variance(step):
     """As in Baselines and CleanRL: tokens 1e-4 apart are whitened to variance 1 too, theirs to about a half.
 
     Nor does TRL put zeros behind the ends afterwards, where the next sum over a row would count what stands there.
@@ -178,7 +178,7 @@ def test_our_epsilon_stands_beside_the_standard_deviation_and_theirs_under_the_r
 
 
 @pytest.mark.parametrize("step", OPENAI)
-def test_openai_whitens_by_the_variance_of_the_population_and_we_by_bessels(step):
+def test_openai_whitens_by_the_population_variance_and_we_by_the_unbiased_variance(step):
     """As TRL does: tokens are a sample. Ours are smaller by sqrt((n - 1) / n), 2 % at n = 24 and nothing at 2,000."""
     ours, n = whiten((step.returns - VALUES.flatten()).view_as(MASK), step.mask).flatten(), MASK.numel()
     assert close(step.advantages.var(correction=0), 1, atol=1e-7) and close(ours.var(), 1, atol=1e-7)
@@ -193,7 +193,7 @@ def test_openai_whitens_a_minibatch_and_we_the_rollout():
     assert close(batch.advantages.flatten()[:n], (raw[:n] - raw.mean()) / raw.std(), atol=1e-7)
 
 
-def test_trls_whitened_rewards_leak_from_behind_the_ends_and_ours_do_not():
+def test_trls_whitened_rewards_leak_from_padding_and_ours_do_not():
     """A3. Its padding is paid mu (1 - 1 / sd), which GAE carries back: a return would hang on how wide the table is.
 
     Ours at the last real token is what that token was paid; TRL's has all that was paid behind it too, decayed.
@@ -217,7 +217,7 @@ def test_openais_responses_do_not_end_and_ours_do(trl, openai):
 
 
 @pytest.mark.parametrize("kind, estimate", [("abs", torch.abs), ("mse", lambda kl: 0.5 * kl**2)])
-def test_trl_can_pay_by_other_estimates_of_the_kl_and_we_pay_by_k1_alone(kind, estimate):
+def test_trl_offers_other_kl_estimates_as_penalty_and_we_use_only_k1(kind, estimate):
     """Each is fine to log. Held constant in a reward, only k1 has the gradient of the KL."""
     assert close(getattr(FILE.penalties, kind).rewards, rewards_of(TRL[0], estimate(KL))[MASK])
     assert close(play(TRL[0])[0].kl, KL * MASK) and (KL[MASK] < 0).any()
@@ -232,7 +232,7 @@ def test_their_approximate_kl_is_k2_and_ours_k3(step):
 
 
 @every_step
-def test_they_count_tokens_that_the_clip_stops_and_we_all_that_are_outside_it(step):
+def test_their_clip_fraction_counts_stopped_tokens_and_ours_all_outside_the_range(step):
     """As CleanRL does: how far the policy moved, whichever way the advantages point."""
     ratio = IN.logprob_moves[step.mask].exp()
     outside = (ratio - 1).abs() > step.config.clip_eps
@@ -241,7 +241,7 @@ def test_they_count_tokens_that_the_clip_stops_and_we_all_that_are_outside_it(st
 
 
 @pytest.mark.parametrize("step", steps(FILE.leap))
-def test_at_an_absurd_ratio_openai_explodes_and_trl_skips_the_minibatch_and_we_clamp(step):
+def test_at_extreme_ratios_openai_overflows_and_trl_skips_the_minibatch_and_we_clamp(step):
     """Every token e^25 times likelier: TRL drops all of a minibatch whose mean ratio is over 10, sound tokens too."""
     ours, cost = loss_of(step, logprob_moves=25.0, value_moves=0.0), -step.advantages
     at = {move: torch.max(cost * exp(move), cost * 1.2).mean() for move in (20, 25)}
@@ -249,7 +249,7 @@ def test_at_an_absurd_ratio_openai_explodes_and_trl_skips_the_minibatch_and_we_c
     assert close(ours["pg_loss"], at[20], rtol=1e-9) and not ours["grad_logprobs"].any()
 
 
-def test_trl_logs_another_explained_variance_and_another_deviation_of_the_scores():
+def test_trl_logs_another_explained_variance_and_another_score_deviation():
     """Ours are CleanRL's, where values that are all the same explain 0, and the deviation of these scores, not all."""
     theirs, metrics, n = steps(FILE.first_step)[0], play(TRL[0])[1], len(MASK)
     errors, returns = theirs.returns - theirs.values, theirs.returns

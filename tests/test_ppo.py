@@ -75,7 +75,7 @@ def close(found, expected, tolerance=1e-12):
     return True
 
 
-class Words:
+class FakeTokenizer:
     """Stands in for a tokenizer: id 7 reads "7", and the end-of-text id is skipped."""
 
     eos_token_id = EOS
@@ -99,7 +99,7 @@ def tiny_policy(seed=0, vocab_size=VOCAB, spread=0.2, values=0.0):
 
 
 def moved_policy():
-    """The policy that samples in play, some steps later."""
+    """The policy that samples in tiny_rollout, some steps later."""
     policy = tiny_policy(0, values=0.5)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -107,19 +107,19 @@ def moved_policy():
     return policy
 
 
-def sevens(texts):
+def count_sevens(texts):
     return tensor([float(text.split().count("7")) for text in texts])
 
 
-def some_prompts(first_id=1):
+def random_prompts(first_id=1):
     return torch.randint(first_id, VOCAB, (8, 3), generator=torch.Generator().manual_seed(5))
 
 
-def play(cfg, policy=None, ref_policy=None, reward=sevens, prompts=None):
+def tiny_rollout(cfg, policy=None, ref_policy=None, reward=count_sevens, prompts=None):
     """A rollout of a policy that has values and differs from its reference; some responses end, some do not."""
     policy = policy or tiny_policy(0, values=0.5)
-    prompts, generator = some_prompts() if prompts is None else prompts, torch.Generator().manual_seed(1)
-    return rollout(policy, ref_policy or tiny_policy(1), Words(), reward, prompts, cfg.kl_coef, cfg, generator)
+    prompts, generator = random_prompts() if prompts is None else prompts, torch.Generator().manual_seed(1)
+    return rollout(policy, ref_policy or tiny_policy(1), FakeTokenizer(), reward, prompts, cfg.kl_coef, cfg, generator)
 
 
 def sgd(policy, lr=0.1, grad_clip=1e9):
@@ -127,7 +127,7 @@ def sgd(policy, lr=0.1, grad_clip=1e9):
     return Stepper(policy, [torch.optim.SGD(policy.parameters(), lr)], grad_clip)
 
 
-def state(policy):
+def parameters(policy):
     return torch.cat([p.detach().flatten() for p in policy.parameters()])
 
 
@@ -197,7 +197,7 @@ def test_gae_sees_nothing_behind_the_end():
         lambda x: gae(REWARDS, x, MASK, 0.9, 0.95),
     ],
 )
-def test_nan_after_the_end_reaches_no_number(function):
+def test_nan_after_the_end_of_a_response_reaches_no_result(function):
     """A product would let it through: nan times False is nan."""
     clean, dirty = function(REWARDS), function(REWARDS.masked_fill(~MASK, math.nan))
     assert all(torch.equal(a, b) and b.isfinite().all() for a, b in zip(clean, dirty))
@@ -234,45 +234,45 @@ def test_grpo_of_equal_rewards_is_zero_and_not_nan():
     assert close(group_advantages(double([2, 2]), config(advantage="grpo", samples_per_prompt=2)), [0, 0])
 
 
-def test_grpo_does_not_magnify_differences_that_are_rounding():
+def test_grpo_does_not_amplify_rounding_differences():
     """Divided by their standard deviation alone, the advantages of two equal float32 scores would be +-.7."""
     found = group_advantages(double([2, 2 + 1e-7]), config(advantage="grpo", samples_per_prompt=2))
     assert 0 < found[1] < 1e-3
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
-def test_every_token_of_a_response_has_the_advantage_of_its_whole_reward(advantage):
+def test_every_token_of_a_response_has_the_advantage_of_its_total_reward(advantage):
     """KL included: advantages of the score alone would ask for any drift. Values play no part."""
     cfg = config(advantage=advantage, samples_per_prompt=4, kl_coef=0.3)
-    batch = play(cfg, moved_policy(), tiny_policy(values=3.0))
+    batch = tiny_rollout(cfg, moved_policy(), tiny_policy(values=3.0))
     rewards = batch.scores - cfg.kl_coef * batch.kl.sum(1)
     expected = group_advantages(rewards, cfg)[:, None] * batch.mask
     assert close(batch.returns, expected) and close(batch.advantages, whiten(expected, batch.mask))
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
-def test_without_gae_the_value_head_learns_nothing(advantage):
+def test_without_gae_the_value_head_is_not_trained(advantage):
     policy = tiny_policy(values=0.5)
     before = copy.deepcopy(policy.value_head.state_dict())
     cfg = config(advantage=advantage)
-    update(policy, sgd(policy), play(cfg, policy), cfg)
+    update(policy, sgd(policy), tiny_rollout(cfg, policy), cfg)
     assert all(torch.equal(policy.value_head.state_dict()[name], tensor) for name, tensor in before.items())
-    assert any((new != old).any() for new, old in zip(state(policy), state(tiny_policy(values=0.5))))
+    assert any((new != old).any() for new, old in zip(parameters(policy), parameters(tiny_policy(values=0.5))))
 
 
-def test_whitening_counts_the_real_tokens_of_the_whole_rollout():
+def test_whitening_uses_all_real_tokens_of_the_rollout():
     """A1, Bessel. Population variance would give 1.0982 first, whitening each row alone -1.0939; garbage is outside."""
     garbage = torch.where(MASK, double(ADVANTAGES), 7.0)
     assert close(whiten(garbage, MASK), WHITENED, 1e-4)
 
 
-def test_whitening_rewards_keeps_their_mean_and_zeroes_what_is_outside():
+def test_whitening_rewards_keeps_their_mean_and_sets_padding_to_0():
     """A3. x / sd would give .6325 first; without masking again the padding would hold mu (1 - 1 / sd)."""
     x, mask = double([[1.0, 2, 3, 4, 5, 99]]), tensor([[1, 1, 1, 1, 1, 0]]).bool()
     assert close(whiten(x, mask, shift_mean=False), [[1.7351, 2.3675, 3, 3.6325, 4.2649, 0]], 5e-5)
 
 
-def test_two_tokens_are_whitened_to_half_the_root_of_two():
+def test_whitening_two_tokens_uses_the_unbiased_variance():
     """Bessel's correction: their variance is 1. Catches two tokens that are taken for too few."""
     whitened = whiten(double([[1.0, 5.0, 99.0]]), tensor([[True, True, False]]))
     assert close(whitened, [[-(0.5**0.5), 0.5**0.5, 0.0]], 1e-8)
@@ -280,7 +280,7 @@ def test_two_tokens_are_whitened_to_half_the_root_of_two():
 
 @pytest.mark.parametrize("x, mask", [([[3.0, 7.0]], [[1, 0]]), ([[3.0, 3.0]], [[1, 1]])])
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whitening_one_token_or_equal_ones_stays_finite(x, mask, shift_mean):
+def test_whitening_one_token_or_equal_tokens_is_finite(x, mask, shift_mean):
     mask = tensor(mask).bool()
     whitened = whiten(double(x), mask, shift_mean)
     assert whitened.isfinite().all() and not whitened[~mask].any()
@@ -323,13 +323,13 @@ def test_first_gradient_is_the_vanilla_policy_gradient():
     assert close(loss_of([-1, -2, -3, -4], old_logprobs=[-1, -2, -3, -4], advantages=advantages)[2], -advantages / 4)
 
 
-def test_policy_loss_has_no_gradient_for_the_values_nor_value_loss_for_the_logprobs():
+def test_policy_loss_has_no_gradient_for_values_and_value_loss_none_for_logprobs():
     _, _, grad, value_grad = loss_of([0.1, -0.1], [1.0, 2.0], advantages=[1.0, -2.0], returns=3.0, vf_coef=0.0)
     assert grad.all() and not value_grad.any()
     assert not loss_of([0.1, -0.1], [1.0, 2.0], returns=3.0)[2].any()
 
 
-def test_metrics_count_clipped_tokens_and_nonnegative_kl():
+def test_clip_metrics_are_fractions_of_tokens_without_gradient():
     ratios = tensor([0.7, 1.1, 1.5, 0.85])
     metrics = loss_of(ratios.log(), values=[0.5, 0.5, 0.1, 0.0], returns=[1.0, 0.0, 1.0, 0.0])[1]
     assert metrics["clip_frac"] == 0.5 and metrics["vf_clip_frac"] == 0.25
@@ -337,7 +337,7 @@ def test_metrics_count_clipped_tokens_and_nonnegative_kl():
 
 
 @pytest.mark.parametrize("log_ratio, k3", [(-1, 0.3679), (1, 0.7183), (0, 0)])
-def test_approx_kl_is_k3_of_the_old_policy_from_the_new(log_ratio, k3):
+def test_approx_kl_is_k3_from_the_old_to_the_new_policy(log_ratio, k3):
     """K1. With the sign of the log-ratio turned the two numbers change places."""
     metrics = loss_of(-2 + log_ratio, old_logprobs=-2)[1]
     assert metrics["approx_kl"].item() == pytest.approx(k3, abs=5e-5) and metrics["max_log_ratio"] == abs(log_ratio)
@@ -345,20 +345,20 @@ def test_approx_kl_is_k3_of_the_old_policy_from_the_new(log_ratio, k3):
 
 @pytest.mark.parametrize("log_ratio", [-1000, 1000])
 @pytest.mark.parametrize("advantage", [-1.0, 1.0])
-def test_loss_and_gradient_stay_finite_at_absurd_ratios(log_ratio, advantage):
+def test_loss_and_gradient_are_finite_at_extreme_ratios(log_ratio, advantage):
     loss, metrics, grad, _ = loss_of(log_ratio, advantages=advantage)
     assert math.isfinite(loss) and grad.isfinite().all() and all(value.isfinite() for value in metrics.values())
 
 
 @pytest.mark.parametrize("kl, expected", [(12, 0.201024), (6.3, 0.200256), (-3, 0.198976)])
-def test_controller_moves_the_coefficient_at_most_a_fifth_of_its_horizon(kl, expected):
+def test_controller_clips_its_error_at_one_fifth(kl, expected):
     """K4. Unclipped, KL 12 would give .20512 and KL -3 .19232."""
     controller = AdaptiveKL(config(kl_coef=0.2, kl_target=6.0, kl_horizon=10_000))
     controller.update(kl, episodes=256)
     assert controller.coef == pytest.approx(expected, abs=1e-9)
 
 
-def test_target_0_keeps_the_coefficient():
+def test_kl_target_0_keeps_the_coefficient_fixed():
     controller = AdaptiveKL(config(kl_coef=0.2, kl_target=0.0, kl_horizon=10_000))
     controller.update(50, episodes=256)
     assert controller.coef == 0.2
@@ -367,28 +367,28 @@ def test_target_0_keeps_the_coefficient():
 # ---- rollout
 
 
-def test_rollout_has_one_row_an_episode_and_no_column_nobody_needs():
-    batch = play(config())
+def test_rollout_has_one_row_per_episode_and_no_unused_column():
+    batch = tiny_rollout(config())
     lengths, T = batch.mask.sum(1), batch.mask.shape[1]
     assert len(lengths.unique()) > 1 and lengths.max() == T and batch.ended.any() and not batch.ended.all()
     assert batch.sequences.shape == (8, 3 + T) and batch.scores.shape == batch.ended.shape == (8,)
     assert len({x.shape for x in (batch.logprobs, batch.values, batch.advantages, batch.returns, batch.kl)}) == 1
-    assert torch.equal(batch.sequences[:, :3], some_prompts())
+    assert torch.equal(batch.sequences[:, :3], random_prompts())
     assert not (batch.kl.any(0) & ~batch.mask.any(0)).any() and not batch.kl[~batch.mask].any()
 
 
-def test_reward_reads_prompt_and_response_as_one_text():
+def test_reward_gets_prompt_and_response_as_one_text():
     seen = []
-    batch = play(config(), reward=lambda texts: seen.append(texts) or sevens(texts))
+    batch = tiny_rollout(config(), reward=lambda texts: seen.append(texts) or count_sevens(texts))
     assert seen == [[" ".join(str(i) for i in row if i != EOS) for row in batch.sequences.tolist()]]
     assert batch.texts == seen[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_values_belong_to_the_state_before_their_token(temperature):
+def test_logprobs_and_values_come_from_the_state_before_their_token(temperature):
     """L1, L2: against log-softmax of one full forward, a token at a time. One slice further would see the token."""
     policy, ref = tiny_policy(0, values=0.5), tiny_policy(1)
-    batch = play(config(temperature=temperature), policy, ref)
+    batch = tiny_rollout(config(temperature=temperature), policy, ref)
     hidden = policy.gpt2.trunk(batch.sequences)
     for t in range(batch.mask.shape[1]):
         ids = batch.sequences[:, 3 + t, None]
@@ -402,10 +402,10 @@ def test_logprobs_and_values_belong_to_the_state_before_their_token(temperature)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(whiten_rewards=True), dict(gamma=0.9, lam=0.5)])
-def test_rollout_whitens_the_advantages_once_and_leaves_the_returns_alone(changes):
+def test_rollout_whitens_advantages_once_and_does_not_whiten_returns(changes):
     """A4, A5: the returns come from advantages before whitening, in the scale of the rewards."""
     cfg = config(**changes)
-    batch = play(cfg)
+    batch = tiny_rollout(cfg)
     rewards = token_rewards(batch.scores.double(), batch.kl, batch.mask, cfg.kl_coef)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, batch.mask, shift_mean=False)
@@ -416,112 +416,112 @@ def test_rollout_whitens_the_advantages_once_and_leaves_the_returns_alone(change
 
 def test_before_the_first_step_advantages_are_whitened_discounted_returns():
     """V1: the value head starts at 0, so that noise in it moves nothing."""
-    batch = play(config(), policy=tiny_policy(0))
+    batch = tiny_rollout(config(), policy=tiny_policy(0))
     assert not batch.values.any() and close(batch.advantages, whiten(batch.returns, batch.mask))
 
 
-def test_return_of_a_response_is_its_score_less_beta_times_k1():
+def test_return_of_a_response_is_its_score_minus_beta_times_k1():
     """k3 in the reward has another gradient; +beta would pay for drifting."""
-    batch = play(config(gamma=1, lam=1, kl_coef=0.3))
+    batch = tiny_rollout(config(gamma=1, lam=1, kl_coef=0.3))
     assert (batch.kl[batch.mask] < 0).any() and close(batch.returns[:, 0], batch.scores - 0.3 * batch.kl.sum(1))
 
 
-def test_penalty_is_for_a_response_without_eos_whatever_the_prompt_holds():
+def test_missing_eos_penalty_ignores_the_prompt():
     """G8. Looking for <|endoftext|> in prompt and response would excuse every episode here."""
-    prompts = some_prompts().index_fill(1, tensor([1]), EOS)
-    batch = play(config(gamma=1, lam=1, kl_coef=0, missing_eos_penalty=10), prompts=prompts)
+    prompts = random_prompts().index_fill(1, tensor([1]), EOS)
+    batch = tiny_rollout(config(gamma=1, lam=1, kl_coef=0, missing_eos_penalty=10), prompts=prompts)
     assert batch.ended.any() and not batch.ended.all()
     assert close(batch.returns[:, 0], batch.scores - 10.0 * ~batch.ended)
-    assert torch.equal(batch.scores, sevens(batch.texts).float())
+    assert torch.equal(batch.scores, count_sevens(batch.texts).float())
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_clip_is_for_the_score_and_not_for_the_kl(sign):
+def test_score_clip_applies_to_the_score_and_not_to_the_kl(sign):
     """To either side."""
     cfg = config(gamma=1, lam=1, kl_coef=20, score_clip=5)
-    batch = play(cfg, reward=lambda texts: sign * 100 * torch.ones(len(texts)))
+    batch = tiny_rollout(cfg, reward=lambda texts: sign * 100 * torch.ones(len(texts)))
     assert (batch.scores == sign * 100).all() and (batch.kl.sum(1).abs() * 20 > 5).any()
     assert close(batch.returns[:, 0], sign * 5 - 20 * batch.kl.sum(1))
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_nothing_in_a_rollout_carries_a_gradient(compile):
+def test_no_tensor_of_a_rollout_requires_grad(compile):
     """A6: else the policy loss would train the values through the advantages."""
-    batch = play(config(compile=compile))
+    batch = tiny_rollout(config(compile=compile))
     for found in (batch.logprobs, batch.values, batch.advantages, batch.returns, batch.kl):
         assert not found.requires_grad and not found.is_inference()
 
 
 @pytest.mark.parametrize("changes", [{}, dict(whiten_rewards=True), dict(advantage="rloo", samples_per_prompt=2)])
-def test_nan_after_the_end_reaches_no_number_of_a_rollout(changes, monkeypatch):
+def test_nan_after_the_end_of_a_response_changes_no_rollout(changes, monkeypatch):
     cfg, forward = config(**changes), Policy.forward
-    clean = play(cfg)
+    clean = tiny_rollout(cfg)
 
     def with_nan(self, sequences, prompt_len, temperature):
         ended = ~response_mask(sequences[:, prompt_len:], EOS)
         return tuple(x.masked_fill(ended, math.nan) for x in forward(self, sequences, prompt_len, temperature))
 
     monkeypatch.setattr(Policy, "forward", with_nan)
-    dirty = play(cfg)
+    dirty = tiny_rollout(cfg)
     assert dirty.logprobs.isnan().any() and dirty.values.isnan().any()
     for name in ("advantages", "returns", "kl"):
         assert torch.equal(getattr(dirty, name), getattr(clean, name)), name
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_score_that_is_not_finite_names_its_text(bad):
+def test_error_for_a_score_that_is_not_finite_names_its_text(bad):
     with pytest.raises(BadInput, match=r"score of text 3 is (nan|inf): '[\d ]+'"):
-        play(config(), reward=lambda texts: [bad if i == 3 else 1.0 for i in range(len(texts))])
+        tiny_rollout(config(), reward=lambda texts: [bad if i == 3 else 1.0 for i in range(len(texts))])
 
 
-def test_a_pass_that_is_not_finite_is_told_from_the_reference_s():
+def test_error_for_a_forward_pass_that_is_not_finite_names_its_model():
     """Also the value alone: the log-probabilities beside it are good."""
     policy, ref_policy = tiny_policy(), tiny_policy(1)
     nn.init.constant_(policy.value_head.bias, math.nan)
     with pytest.raises(NotFinite, match="log-probability or value of text 0 is nan"):
-        play(config(), policy)
+        tiny_rollout(config(), policy)
     nn.init.constant_(ref_policy.gpt2.ln_f.bias, math.nan)
     with pytest.raises(NotFinite, match="the reference's log-probability of text 0 is nan"):
-        play(config(), ref_policy=ref_policy)
+        tiny_rollout(config(), ref_policy=ref_policy)
 
 
-def test_scores_of_the_wrong_shape_are_refused():
+def test_scores_of_the_wrong_shape_are_rejected():
     with pytest.raises(BadInput, match=r"8 texts need shape \(8,\), found \(8, 1\)"):
-        play(config(), reward=lambda texts: torch.ones(len(texts), 1))
+        tiny_rollout(config(), reward=lambda texts: torch.ones(len(texts), 1))
 
 
-def test_a_rollout_ends_with_its_longest_response():
+def test_rollout_is_trimmed_to_its_longest_response():
     """Padding that all rows have in common is cut off: nothing is computed for it."""
     policy, ref = tiny_policy(0, values=0.5), tiny_policy(1)
-    sequences = torch.cat([some_prompts(), torch.full((8, 6), EOS)], dim=1)
+    sequences = torch.cat([random_prompts(), torch.full((8, 6), EOS)], dim=1)
     sequences[2, 3:6] = tensor([4, 5, 6])  # with <|endoftext|> the longest response, 4 tokens
     policy.gpt2.generate = lambda *_: sequences
-    batch = play(config(), policy, ref)
+    batch = tiny_rollout(config(), policy, ref)
     assert batch.sequences.shape == (8, 3 + 4) and batch.mask.shape == batch.logprobs.shape == (8, 4)
     assert batch.mask.sum(1).tolist() == [1, 1, 4, 1, 1, 1, 1, 1]
 
 
-def test_the_objective_of_a_response_is_its_score_as_trained_less_kl_coef_times_its_kl():
+def test_objective_is_the_clipped_and_penalized_score_minus_kl_coef_times_kl():
     """Clipped and with the penalty for a missing end: what is maximised, not what is reported."""
     cfg = config(score_clip=0.5, missing_eos_penalty=2.0, kl_coef=0.3)
-    batch = play(cfg)
+    batch = tiny_rollout(cfg)
     assert batch.ended.any() and not batch.ended.all() and batch.scores.max() > 0.5
     expected = batch.scores.clamp(-0.5, 0.5) - 2.0 * ~batch.ended - 0.3 * batch.kl.sum(1)
     assert batch.objective.shape == (8,) and close(batch.objective, expected)
 
 
-def test_a_generator_decides_what_a_rollout_samples():
+def test_rollout_draws_all_random_numbers_from_its_generator():
     """Catches random numbers of the process, which a resumed run would not draw again."""
     cfg, policy, ref = config(), tiny_policy(0), tiny_policy(1)
     torch.manual_seed(0)
-    one = play(cfg, policy, ref)
+    one = tiny_rollout(cfg, policy, ref)
     torch.manual_seed(1)
-    assert torch.equal(play(cfg, policy, ref).sequences, one.sequences)
+    assert torch.equal(tiny_rollout(cfg, policy, ref).sequences, one.sequences)
 
 
-def test_the_seconds_of_a_rollout_are_those_of_its_phases():
+def test_rollout_measures_the_seconds_of_each_phase():
     start = time.time()
-    batch = play(config(), reward=lambda texts: time.sleep(0.1) or sevens(texts))
+    batch = tiny_rollout(config(), reward=lambda texts: time.sleep(0.1) or count_sevens(texts))
     elapsed = time.time() - start
     assert list(batch.seconds) == ["generate", "score", "judge", "logprobs", "reference"]
     assert all(seconds >= 0 for seconds in batch.seconds.values()) and sum(batch.seconds.values()) <= elapsed
@@ -531,7 +531,7 @@ def test_the_seconds_of_a_rollout_are_those_of_its_phases():
 # ---- rollout_metrics
 
 
-def hand_made(values=0.0):
+def example_rollout(values=0.0):
     """Two responses of 3 and 5 tokens, each token .1 nats from its reference and -2 nats likely."""
     mask, returns = MASK, torch.arange(10.0).reshape(2, 5)
     scores, ended = tensor([1.0, 3.0]), tensor([True, False])
@@ -548,7 +548,7 @@ def hand_made(values=0.0):
 def test_metrics_sum_kl_over_a_response_and_average_over_responses():
     """K2, L7. A mean over tokens would say .1; a mean over the padded table .08; garbage behind the end is not seen."""
     policy = tiny_policy()
-    metrics = rollout_metrics(hand_made(), policy, policy, 0.5, config())
+    metrics = rollout_metrics(example_rollout(), policy, policy, 0.5, config())
     expected = dict(
         kl=0.4, kl_stderr=0.1 / math.sqrt(2), kl_k3=4 * (math.exp(-0.1) - 0.9), kl_exact=0, entropy=2, score=2,
         score_std=1, objective=1.5, response_length=4, eos_frac=0.5, truncated_frac=0.5, tokens_per_second=4,
@@ -557,9 +557,9 @@ def test_metrics_sum_kl_over_a_response_and_average_over_responses():
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-8)
 
 
-def test_the_shares_that_reward_and_judge_find_positive_are_logged_where_there_are_any():
+def test_positive_shares_of_reward_and_judge_are_logged_if_there_are_any():
     """Each under its own name. A user's function finds nothing positive."""
-    policy, batch = tiny_policy(), hand_made()
+    policy, batch = tiny_policy(), example_rollout()
     metrics = rollout_metrics(batch, policy, policy, 0.0, config())
     assert (metrics["positive_by_reward"], metrics["positive_by_judge"]) == (1.0, 0.5)
     batch = replace(batch, positive_by_reward=None)
@@ -570,7 +570,7 @@ def test_the_shares_that_reward_and_judge_find_positive_are_logged_where_there_a
 
 
 @pytest.mark.parametrize("kl, warned", [(-0.9, False), (-1.1, True)])
-def test_kl_far_below_0_is_a_warning(kl, warned):
+def test_kl_far_below_0_prints_a_warning(kl, warned):
     """K5: noise of k1 goes a little below 0, sampling from another distribution goes far."""
     lines = []
     log = RunLog(config(), rank=1)
@@ -582,15 +582,15 @@ def test_kl_far_below_0_is_a_warning(kl, warned):
 @pytest.mark.parametrize("share, expected", [(1.0, 1.0), (0.5, 0.75), (-1.0, -3.0)])
 def test_explained_variance_is_1_for_perfect_values_and_below_0_for_harmful_ones(share, expected):
     policy = tiny_policy()
-    metrics = rollout_metrics(hand_made(values=share), policy, policy, 0.0, config())
+    metrics = rollout_metrics(example_rollout(values=share), policy, policy, 0.0, config())
     assert metrics["explained_variance"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_exact_kl_is_the_mean_of_k1_over_what_the_policy_would_say():
+def test_exact_kl_is_the_expectation_of_k1_under_the_policy():
     """One token after one prompt: sum over the vocabulary of p (log p - log ref)."""
     policy, ref, prompts = tiny_policy(0), tiny_policy(1), torch.ones(8, 3).long()
     cfg = config(response_len=1, temperature=0.7)
-    metrics = rollout_metrics(play(cfg, policy, ref, prompts=prompts), policy, ref, 0.0, cfg)
+    metrics = rollout_metrics(tiny_rollout(cfg, policy, ref, prompts=prompts), policy, ref, 0.0, cfg)
     p, q = ((model.gpt2(prompts)[0, -1] / 0.7).softmax(-1) for model in (policy, ref))
     assert metrics["kl_exact"] == pytest.approx((p * (p / q).log()).sum().item())
 
@@ -602,7 +602,7 @@ def test_exact_kl_is_the_mean_of_k1_over_what_the_policy_would_say():
 def test_without_a_step_every_ratio_is_1_in_every_epoch(temperature):
     """L4, E2E-5: rollout and update compute the same log-probabilities, at one temperature, dropout nowhere."""
     policy, cfg = tiny_policy(0), config(temperature=temperature)
-    batch = play(cfg, policy, copy.deepcopy(policy))
+    batch = tiny_rollout(cfg, policy, copy.deepcopy(policy))
     metrics = update(policy, sgd(policy, lr=0.0), batch, cfg)
     assert batch.kl.abs().max() < 1e-12
     for name in ("max_log_ratio", "first_max_log_ratio", "last_max_log_ratio", "approx_kl", "clip_frac"):
@@ -614,7 +614,7 @@ def test_without_a_step_every_ratio_is_1_in_float32_and_in_bf16(bf16, rounding):
     """L4, E2E-5: a rollout in float32 and an update in bf16 are .018 nats a token apart before anything is learned."""
     policy, cfg = tiny_policy(0).float(), config(temperature=0.7)
     policy.gpt2.bf16 = bf16
-    batch = play(cfg, policy, copy.deepcopy(policy))
+    batch = tiny_rollout(cfg, policy, copy.deepcopy(policy))
     assert batch.logprobs.dtype == torch.float32 and batch.kl.abs().max() <= rounding
     assert update(policy, sgd(policy, lr=0.0), batch, cfg)["max_log_ratio"] <= rounding
 
@@ -622,13 +622,13 @@ def test_without_a_step_every_ratio_is_1_in_float32_and_in_bf16(bf16, rounding):
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_micro_batch_size_does_not_change_the_step(micro_batch_size):
     """O1. Responses differ in length: the mean of the micro-batches' means would weigh a short one's tokens more."""
-    batch, states, logs = play(config()), [], []
+    batch, states, logs = tiny_rollout(config()), [], []
     for size in (8, micro_batch_size):
         policy = moved_policy()  # not the one that sampled: ratios differ from 1, some are clipped
         cfg = config(minibatch_size=8, micro_batch_size=size, ppo_epochs=2, vf_coef=1.0)
         logs.append(update(policy, sgd(policy), batch, cfg, torch.Generator().manual_seed(0)))
-        states.append(state(policy))
-    assert (states[0] - state(moved_policy())).abs().max() > 1e-3 and close(states[1], states[0], 1e-10)
+        states.append(parameters(policy))
+    assert (states[0] - parameters(moved_policy())).abs().max() > 1e-3 and close(states[1], states[0], 1e-10)
     clocks = [log.pop("seconds_update") for log in logs]
     assert logs[1] == pytest.approx(logs[0], abs=1e-6) and 0 < logs[0]["clip_frac"] < 0.9 and min(clocks) > 0
 
@@ -639,7 +639,7 @@ def test_every_minibatch_of_every_epoch_takes_one_step(ppo_epochs, minibatch_siz
     policy, cfg, taken = tiny_policy(0), config(ppo_epochs=ppo_epochs, minibatch_size=minibatch_size), []
     stepper = sgd(policy)
     stepper.optimizers[0].register_step_post_hook(lambda *_: taken.append(1))
-    update(policy, stepper, play(cfg), cfg)
+    update(policy, stepper, tiny_rollout(cfg), cfg)
     assert len(taken) == steps
 
 
@@ -657,10 +657,10 @@ def losses(monkeypatch):
     return calls
 
 
-def test_every_real_token_is_used_once_an_epoch_in_a_new_order(losses):
+def test_every_real_token_is_used_once_per_epoch_in_a_new_order(losses):
     """O7, A4: nothing is whitened again a minibatch, and what lies behind an end is not there."""
     policy, cfg = tiny_policy(0), config(ppo_epochs=3)
-    batch = play(cfg)
+    batch = tiny_rollout(cfg)
     update(policy, sgd(policy), batch, cfg)
     epochs = [torch.cat([advantages for advantages, _ in losses[4 * k : 4 * k + 4]]) for k in range(3)]
     everything = batch.advantages[batch.mask].sort().values
@@ -671,7 +671,7 @@ def test_every_real_token_is_used_once_an_epoch_in_a_new_order(losses):
 def test_metrics_are_means_over_the_minibatches_and_the_largest_ratio(losses):
     """L7. The last minibatch's would be the cheap mistake; E_old[ratio] is 1 for any two policies, so max it is."""
     policy, cfg = tiny_policy(0), config(micro_batch_size=4, ppo_epochs=2)
-    metrics = update(policy, sgd(policy), play(cfg), cfg)
+    metrics = update(policy, sgd(policy), tiny_rollout(cfg), cfg)
     for name in ("pg_loss", "vf_loss", "approx_kl", "clip_frac", "vf_clip_frac"):
         assert metrics[name] == pytest.approx(sum(m[name].item() for _, m in losses) / 4), name
     assert metrics["max_log_ratio"] == max(m["max_log_ratio"].item() for _, m in losses)
@@ -681,12 +681,12 @@ def test_metrics_are_means_over_the_minibatches_and_the_largest_ratio(losses):
     assert metrics["last_max_log_ratio"] > metrics["first_max_log_ratio"]
 
 
-def test_what_lies_behind_the_end_changes_no_metric_and_no_step():
+def test_garbage_after_the_end_changes_no_metric_and_no_step():
     """G7: other ids there, nan there, bit by bit the same."""
     cfg, ref, found = config(), tiny_policy(1), []
     for garbage in (False, True):
         policy = tiny_policy(0, values=0.5)
-        batch = play(cfg, policy, ref)
+        batch = tiny_rollout(cfg, policy, ref)
         if garbage:
             behind = torch.cat([torch.zeros(8, 3).bool(), ~batch.mask], 1)
             assert behind.any()
@@ -695,43 +695,43 @@ def test_what_lies_behind_the_end_changes_no_metric_and_no_step():
         metrics = rollout_metrics(batch, policy, ref, 0.0, cfg)
         metrics |= update(policy, sgd(policy), batch, cfg, torch.Generator().manual_seed(0))
         found.append([v for k, v in metrics.items() if "second" not in k and "memory" not in k])
-        found[-1].append(state(policy).tolist())
+        found[-1].append(parameters(policy).tolist())
     assert found[0] == found[1]
 
 
 def test_value_loss_reaches_the_trunk():
     """V4: one network for both, so the advantage 0 everywhere leaves the value loss to move it."""
     policy, cfg = tiny_policy(0, values=0.5), config(ppo_epochs=1)
-    before, batch = policy.gpt2.h[0].attn.c_attn.weight.clone(), play(cfg)
+    before, batch = policy.gpt2.h[0].attn.c_attn.weight.clone(), tiny_rollout(cfg)
     update(policy, sgd(policy), replace(batch, advantages=torch.zeros_like(batch.advantages)), cfg)
     assert (policy.gpt2.h[0].attn.c_attn.weight - before).abs().max() > 1e-6
 
 
-def test_a_minibatch_leaves_no_gradient_to_the_next():
+def test_a_minibatch_leaves_no_gradient_for_the_next():
     """Two minibatches are the same as two updates of one minibatch each, in the same order."""
-    batch, cfg = play(config()), config(ppo_epochs=1)
+    batch, cfg = tiny_rollout(config()), config(ppo_epochs=1)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
     together, apart = moved_policy(), moved_policy()
     update(together, sgd(together), batch, cfg, torch.Generator().manual_seed(3))
     for rows in order.split(4):
         half = {name: getattr(batch, name)[rows] for name in ("sequences", "mask", *TABLES)}
         update(apart, sgd(apart), replace(batch, **half), cfg)
-    assert close(state(together), state(apart)) and all(p.grad is None for p in together.parameters())
+    assert close(parameters(together), parameters(apart)) and all(p.grad is None for p in together.parameters())
 
 
-def test_gradient_is_clipped_once_a_step():
+def test_gradient_is_clipped_once_per_step():
     """O3: the step has length lr * grad_clip, and the logged norm is the one before clipping."""
     policy, cfg = moved_policy(), config(minibatch_size=8, ppo_epochs=1)
-    before = state(policy)
-    metrics = update(policy, sgd(policy, lr=1.0, grad_clip=1e-3), play(cfg), cfg)
-    assert metrics["grad_norm"] > 1e-3 and (state(policy) - before).norm() == pytest.approx(1e-3, rel=1e-2)
+    before = parameters(policy)
+    metrics = update(policy, sgd(policy, lr=1.0, grad_clip=1e-3), tiny_rollout(cfg), cfg)
+    assert metrics["grad_norm"] > 1e-3 and (parameters(policy) - before).norm() == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted():
     policy, cfg = tiny_policy(0), config(ppo_epochs=1)
-    before, batch = state(policy), play(cfg)
+    before, batch = parameters(policy), tiny_rollout(cfg)
     poisoned, stepper = replace(batch, advantages=batch.advantages * math.nan), sgd(policy)
-    assert update(policy, stepper, poisoned, cfg)["skipped_steps"] == 2 and torch.equal(state(policy), before)
+    assert update(policy, stepper, poisoned, cfg)["skipped_steps"] == 2 and torch.equal(parameters(policy), before)
     with pytest.raises(BadInput, match="three steps in a row"):
         update(policy, stepper, poisoned, cfg)
 
@@ -855,18 +855,18 @@ def test_every_rollout_draws_its_own_random_numbers(trained):
     assert len(set(trained.seeds)) == len(trained.seeds) == 3
 
 
-def test_prompts_of_a_run_begin_no_review_that_is_held_out_or_was_learned_from(trained):
+def test_prompts_of_a_run_come_from_the_prompts_split_only(trained):
     """Of the reviews that evaluate.py takes its prompts from PPO must know nothing."""
     assert trained.texts == load_splits(trained.cfg.dataset)["prompts"].texts
 
 
-def test_learning_rate_falls_linearly_to_0_behind_the_last_rollout(trained):
+def test_learning_rate_falls_linearly_to_0_after_the_last_rollout(trained):
     """O5: the last step still learns, and every group of parameters follows."""
     assert [line["lr"] for line in trained.metrics] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
     assert {group["lr"] for group in trained.stepper.optimizers[0].param_groups} == {trained.metrics[2]["lr"]}
 
 
-def test_coefficient_moves_once_a_rollout_by_that_rollouts_kl(trained):
+def test_kl_coef_is_updated_once_per_rollout_by_its_kl(trained):
     expected = AdaptiveKL(trained.cfg)
     for line in trained.metrics:
         assert line["kl_coef"] == pytest.approx(expected.coef, abs=1e-12)
@@ -885,7 +885,7 @@ def test_optimizer_is_adam_without_weight_decay_over_the_policy_alone(trained):
     assert trained.stepper.grad_clip == trained.cfg.grad_clip
 
 
-def test_reference_stays_what_the_policy_was(trained, gpt2_folder):
+def test_reference_keeps_the_initial_weights_of_the_policy(trained, gpt2_folder):
     """O6: a copy, not another name for the policy."""
     from transformers import AutoModelForCausalLM
 
@@ -897,7 +897,7 @@ def test_reference_stays_what_the_policy_was(trained, gpt2_folder):
         assert mine.data_ptr() != its.data_ptr() and mine.requires_grad and not its.requires_grad
 
 
-def test_transformers_opens_what_a_run_writes(trained):
+def test_transformers_loads_what_a_run_writes(trained):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = tensor([[3, 1, 4, 1, 5]])
@@ -909,7 +909,7 @@ def test_transformers_opens_what_a_run_writes(trained):
     assert {name: saved[name] for name in asdict(trained.cfg)} == asdict(trained.cfg)
 
 
-def test_a_checkpoint_is_written_along_the_way_and_none_is_left_at_the_end(trained):
+def test_a_run_writes_checkpoints_and_deletes_them_at_its_end(trained):
     assert trained.cfg.save_every == 2 and trained.saved_after == [2]
     assert latest_checkpoint(trained.out) is None
 
@@ -941,7 +941,7 @@ def test_the_best_policy_is_chosen_by_means_over_rollouts(tmp_path, objectives, 
     assert best.best["rollouts"] == 2 and best.rollouts == []
 
 
-def test_the_best_policy_before_the_first_mean_is_that_of_the_first_rollout(tmp_path):
+def test_until_the_first_mean_the_best_policy_is_that_of_the_first_rollout(tmp_path):
     best = best_policy(tmp_path, save_every=9)
     for step in range(3):
         best.model.value_head.bias.data.fill_(step + 1)
@@ -960,7 +960,7 @@ def test_policies_are_compared_at_the_latest_kl_coefficient(tmp_path, kl_coef, e
     assert best.best["score"] == pytest.approx([1.0, 3.0][expected])
 
 
-def test_of_two_policies_that_are_equally_good_the_earlier_one_stays(tmp_path):
+def test_of_two_equally_good_policies_the_earlier_one_is_kept(tmp_path):
     best = best_policy(tmp_path, save_every=1)
     for step in range(2):
         best.model.value_head.bias.data.fill_(step)
@@ -968,7 +968,7 @@ def test_of_two_policies_that_are_equally_good_the_earlier_one_stays(tmp_path):
     assert best.weights["value_head.bias"].item() == 0
 
 
-def test_the_best_policy_is_written_as_it_was_and_the_policy_goes_on_unchanged(tmp_path, gpt2_folder):
+def test_the_best_policy_is_written_without_changing_the_current_one(tmp_path, gpt2_folder):
     """Twice: the folder is there already then. Catches weights of the moment, and a value head that is shared."""
     folder, gpt2_config, tokenizer = open_gpt2(str(gpt2_folder))
     policy = load_policy(folder, gpt2_config, tokenizer)
@@ -985,27 +985,27 @@ def test_the_best_policy_is_written_as_it_was_and_the_policy_goes_on_unchanged(t
         assert kept.value_head.bias.item() == number and (kept.gpt2.ln_f.bias == number).all()
 
 
-def test_the_best_policy_is_kept_beside_the_last(trained):
+def test_a_run_writes_its_best_policy_besides_the_last_one(trained):
     """The one that sampled rollout 1, since means are over two; or that of a run's first rollout."""
     best = load_policy(*open_gpt2(str(trained.out / "best")))
     assert trained.cfg.save_every == 2
-    assert not torch.equal(state(best), state(trained.ref_policy).float())
-    assert not torch.equal(state(best), state(trained.policy).float())
+    assert not torch.equal(parameters(best), parameters(trained.ref_policy).float())
+    assert not torch.equal(parameters(best), parameters(trained.policy).float())
 
 
-def test_a_seed_repeats_a_run_and_another_seed_does_not(trained, train):
+def test_a_run_with_the_same_seed_is_identical_and_one_with_another_seed_is_not(trained, train):
     def told(run):
         return [{name: value for name, value in line.items() if name not in CLOCKS} for line in run.metrics]
 
     again, other = train("again"), train("other", seed=1)
-    assert told(again) == told(trained) and torch.equal(state(again.policy), state(trained.policy))
+    assert told(again) == told(trained) and torch.equal(parameters(again.policy), parameters(trained.policy))
     assert told(other) != told(trained)
 
 
 # ---- how main puts a run together
 
 
-def calls_of(patch, name):
+def record_calls(patch, name):
     """The arguments of each call of ppo's `name` from now on; the calls are made all the same."""
     function, calls = getattr(ppo, name), []
     patch.setattr(ppo, name, lambda *args, **kwargs: calls.append((*args, kwargs)) or function(*args, **kwargs))
@@ -1015,7 +1015,7 @@ def calls_of(patch, name):
 def test_a_run_takes_its_sizes_from_its_config(train):
     """Catches a micro-batch made for other sizes than the run's, and processes that cannot share it."""
     with pytest.MonkeyPatch.context() as patch:
-        sizes, joins = calls_of(patch, "micro_batch_size"), calls_of(patch, "join")
+        sizes, joins = record_calls(patch, "micro_batch_size"), record_calls(patch, "join")
         run = train("sizes", steps=1, micro_batch_size=0, batch_size=8, minibatch_size=4)
     ((cfg, rows, tokens, gpt2, copies, device, _, _),) = sizes
     assert (rows, tokens, copies, gpt2) == (4, 4 + 6, 4, run.policy.gpt2) and device.type == "cpu"
@@ -1025,7 +1025,7 @@ def test_a_run_takes_its_sizes_from_its_config(train):
 
 def test_a_run_checks_its_policy_against_a_copy_on_its_first_prompts(train, capsys):
     with pytest.MonkeyPatch.context() as patch:
-        checks, batches = calls_of(patch, "check_policy"), calls_of(patch, "prompt_batch")
+        checks, batches = record_calls(patch, "check_policy"), record_calls(patch, "prompt_batch")
         train("checked", steps=1)
         ((policy, reference, prompts, cfg, _),) = checks
         pool = batches[0][0]
@@ -1038,7 +1038,7 @@ def test_a_run_checks_its_policy_against_a_copy_on_its_first_prompts(train, caps
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_run_compiles_its_policy_and_its_reference_where_it_is_asked_to(train, compiled):
+def test_a_run_compiles_policy_and_reference_if_compile_is_set(train, compiled):
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "compile_passes", lambda *args: calls.append(args))
@@ -1051,7 +1051,7 @@ def test_a_run_computes_in_the_dtype_of_its_config(train):
     assert not train("fp32", steps=1, dtype="fp32").policy.gpt2.bf16
 
 
-def test_a_run_reads_the_columns_and_the_task_of_its_config(train, tmp_path):
+def test_a_run_uses_the_columns_and_the_task_of_its_config(train, tmp_path):
     """Two controls of 14 tokens at most, in a model of 48 positions: checked for the longest."""
     file = reviews_csv(tmp_path / "reviews.csv")
     (tmp_path / "named.csv").write_text(file.read_text().replace("text,label", "body,stars", 1))
@@ -1064,7 +1064,7 @@ def test_a_run_reads_the_columns_and_the_task_of_its_config(train, tmp_path):
         train("long", steps=1, task="controlled", response_len=40, **columns)
 
 
-def test_compiled_passes_and_no_others_are_made_for_all_lengths(monkeypatch):
+def test_compile_passes_compiles_forward_and_decoding_for_dynamic_lengths(monkeypatch):
     compiled, policies = [], [tiny_policy(), tiny_policy()]
     for name, policy in zip(("policy", "reference"), policies):
         monkeypatch.setattr(policy, "compile", lambda name=name, **how: compiled.append((name, how)))
@@ -1083,7 +1083,7 @@ def samples_of(run):
     return [json.loads(line) for line in (run.out / "samples.jsonl").read_text().splitlines()]
 
 
-def test_samples_are_responses_to_the_same_prompts_along_the_way(train):
+def test_samples_are_responses_to_the_same_prompts_throughout_a_run(train):
     """Written to a file, not only shown: every sample_every rollouts and in the last one, with scores."""
     run = train("samples", steps=4, sample_every=2, sample_prompts=3, lr=1e-2)
     lines = samples_of(run)
@@ -1097,28 +1097,28 @@ def test_samples_are_responses_to_the_same_prompts_along_the_way(train):
     assert responses[0] != responses[2]  # it learns
 
 
-def test_the_samples_of_a_policy_do_not_change_from_call_to_call(train):
+def test_an_unchanged_policy_gives_the_same_samples(train):
     """One seed for all rollouts: what differs between two lines is the policy."""
     run = train("frozen", steps=3, sample_every=1, lr=1e-12)
     first, second, third = (line["samples"] for line in samples_of(run))
     assert first == second == third
 
 
-def test_samples_change_nothing_in_a_run_and_are_not_written_where_none_are_wanted(trained, train):
+def test_samples_do_not_change_a_run_and_are_not_written_with_sample_prompts_0(trained, train):
     run = train("without", sample_prompts=0)
-    assert not (run.out / "samples.jsonl").exists() and torch.equal(state(run.policy), state(trained.policy))
+    assert not (run.out / "samples.jsonl").exists() and torch.equal(parameters(run.policy), parameters(trained.policy))
     assert [line["score"] for line in run.metrics] == [line["score"] for line in trained.metrics]
 
 
-def test_a_score_that_is_not_finite_is_null_in_the_samples_and_skips_no_rollout():
-    policy, words = tiny_policy(), Words()
+def test_a_score_that_is_not_finite_is_null_in_the_samples():
+    policy, words = tiny_policy(), FakeTokenizer()
     pool, cfg = np.ones((9, 3), dtype=np.int64), config(sample_prompts=2)
     samples = sample(policy, words, lambda texts: tensor([math.nan, 1.0]), pool, 0, cfg)
     assert [one["score"] for one in samples] == [None, 1.0] and "NaN" not in json.dumps(samples)
 
 
 def test_another_seed_gives_other_samples_and_scores_have_four_decimals():
-    policy, words, pool = tiny_policy(), Words(), np.ones((9, 3), dtype=np.int64)
+    policy, words, pool = tiny_policy(), FakeTokenizer(), np.ones((9, 3), dtype=np.int64)
 
     def samples(seed):
         return sample(policy, words, lambda texts: tensor([1 / 3] * 4), pool, 0, config(seed=seed))
@@ -1131,7 +1131,7 @@ def test_another_seed_gives_other_samples_and_scores_have_four_decimals():
 # ---- what a reward reads
 
 
-def test_reward_and_judge_read_each_text_of_a_rollout_once(train, tmp_path):
+def test_reward_and_judge_score_each_text_of_a_rollout_once(train, tmp_path):
     """For the score and for the shares positive: catches a second pass for the log."""
     folders, passes = {}, []
     for seed, name in enumerate(("reward", "judge")):
@@ -1168,7 +1168,7 @@ class FakeWandb(types.ModuleType):
         return types.SimpleNamespace(log=lambda metrics, step: self.logged.append((step, metrics)), finish=lambda: None)
 
 
-def test_a_resumed_run_is_the_same_run_on_wandb_and_a_new_one_is_not(tmp_path, monkeypatch):
+def test_a_resumed_run_continues_its_wandb_run_and_a_new_run_does_not(tmp_path, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     cfg = config(out=str(tmp_path), report_to="wandb")
@@ -1190,7 +1190,7 @@ def test_a_resumed_run_is_the_same_run_on_wandb_and_a_new_one_is_not(tmp_path, m
         RunLog(cfg)
 
 
-def test_a_run_is_rewarded_by_its_reward_and_logs_the_judge_beside_it(train, bert_folder, judge_folder):
+def test_a_run_is_trained_on_the_reward_and_only_logs_the_judge(train, bert_folder, judge_folder):
     """Two runs with the two classifiers exchanged: their first rollouts have the same texts."""
     pairs = {"judged": (bert_folder, judge_folder), "exchanged": (judge_folder, bert_folder)}
     one, other = (
@@ -1201,14 +1201,14 @@ def test_a_run_is_rewarded_by_its_reward_and_logs_the_judge_beside_it(train, ber
     assert one["positive_by_judge"] == other["positive_by_reward"] and one["score"] != other["score"]
 
 
-def test_a_run_starts_with_the_learning_rate_and_the_epsilon_of_its_config(train):
+def test_the_optimizer_has_the_learning_rate_and_the_epsilon_of_the_config(train):
     """Not Adam's own 1e-3 and 1e-8."""
     run = train("rate", steps=1, lr=3e-4, adam_eps=2e-5)
     (group,) = run.stepper.optimizers[0].param_groups
     assert run.metrics[0]["lr"] == group["lr"] == 3e-4 and group["eps"] == 2e-5
 
 
-def test_lines_of_somebody_else_in_a_log_are_no_steps(tmp_path):
+def test_log_lines_without_a_step_are_dropped(tmp_path):
     for name in ("log.jsonl", "samples.jsonl"):
         (tmp_path / name).write_text('{"id": 1}\n[2]\n{"step": "x"}\n{"step": 0, "seconds": 1.0}\n')
     RunLog(config(out=str(tmp_path), report_to="none"), first_step=1).close()

@@ -11,7 +11,7 @@ import torch
 from conftest import TEXTS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_ppo import TABLES, VOCAB, close, config, moved_policy, sgd, state, tiny_policy
+from test_ppo import TABLES, VOCAB, close, config, moved_policy, sgd, parameters, tiny_policy
 
 from config import FinetuneConfig, PPOConfig
 from data import EOS, block_order, encode, pack, prompt_batch, train_bpe
@@ -83,14 +83,14 @@ def test_an_episode_has_the_same_rewards_advantages_and_returns_alone_and_in_any
 
 @many
 @given(episodes(), shares)
-def test_the_rewards_of_any_response_sum_to_its_score_less_beta_kl(episode, kl_coef):
+def test_the_rewards_of_any_response_sum_to_its_score_minus_beta_kl(episode, kl_coef):
     mask, kl, _, scores = episode
     assert close(token_rewards(scores, kl, mask, kl_coef).sum(1), scores - kl_coef * (kl * mask).sum(1))
 
 
 @many
 @given(episodes(), shares, shares)
-def test_gae_is_the_discounted_sum_of_the_td_errors_to_come(episode, gamma, lam):
+def test_gae_is_the_discounted_sum_of_future_td_errors(episode, gamma, lam):
     """Eq. 16 as it is written, a double sum; with lambda 1 it telescopes to the rewards to come less the value."""
     mask, rewards, values, _ = episode
     advantages, returns = gae(rewards, values, mask, gamma, lam)
@@ -107,7 +107,7 @@ def test_gae_is_the_discounted_sum_of_the_td_errors_to_come(episode, gamma, lam)
 
 @many
 @given(st.lists(st.tuples(st.floats(-9, 9), st.booleans()), min_size=12, max_size=12), st.booleans())
-def test_whitened_numbers_have_variance_1_and_mean_0_or_their_own(numbers, shift_mean):
+def test_whitened_values_have_variance_1_and_mean_0_or_their_original_mean(numbers, shift_mean):
     """All rows together, under any mask, holes in it too, wherever two of the numbers differ."""
     x, mask = (torch.tensor(column).reshape(3, 4) for column in zip(*numbers))
     assume(mask.sum() > 1 and x[mask].std() > 1e-3)
@@ -119,7 +119,7 @@ def test_whitened_numbers_have_variance_1_and_mean_0_or_their_own(numbers, shift
 
 @many
 @given(st.data(), episodes(), st.integers(1, 4), st.floats(-1e9, 1e9))
-def test_whitening_sees_no_padding_and_no_order_of_the_episodes(data, episode, columns, garbage):
+def test_whitening_ignores_padding_and_does_not_depend_on_the_order_of_episodes(data, episode, columns, garbage):
     mask, x, _, _ = episode
     assume(mask.sum() > 1 and x[mask].std() > 1e-3)
     order = data.draw(st.permutations(range(len(x))))
@@ -133,7 +133,7 @@ def test_whitening_sees_no_padding_and_no_order_of_the_episodes(data, episode, c
 
 @many
 @given(episodes())
-def test_no_function_of_the_arithmetic_changes_what_it_is_given(episode):
+def test_the_arithmetic_does_not_modify_its_arguments(episode):
     """O8: `x -= mean` in whiten would turn a rollout's advantages or rewards into others under the same name."""
     mask, kl, values, scores = copies = [x.clone() for x in episode]
     whiten(kl, mask), whiten(kl, mask, shift_mean=False)
@@ -156,7 +156,7 @@ def bpe():
 
 @many
 @given(texts)
-def test_any_texts_come_back_from_the_packed_stream_split_at_the_end_of_text(bpe, texts):
+def test_any_texts_are_recovered_from_the_packed_stream(bpe, texts):
     """Also what spells <|endoftext|>, control characters, emoji, and nothing at all."""
     stream = pack(texts, bpe)
     documents = np.split(stream, np.flatnonzero(stream == bpe.eos_token_id) + 1)
@@ -167,7 +167,7 @@ def test_any_texts_come_back_from_the_packed_stream_split_at_the_end_of_text(bpe
 
 @many
 @given(st.integers(2, 60), st.integers(1, 12))
-def test_the_blocks_of_any_stream_follow_each_other_without_gap_or_overlap(n_tokens, block_size):
+def test_the_blocks_of_any_stream_have_no_gap_or_overlap(n_tokens, block_size):
     """What is left over at the end is less than a block: every other token is an input once and a target once."""
     assume(n_tokens > block_size)
     n_blocks, *_ = plan(n_tokens, FinetuneConfig(block_size=block_size, epochs=1000))
@@ -180,7 +180,7 @@ def test_the_blocks_of_any_stream_follow_each_other_without_gap_or_overlap(n_tok
 
 @many
 @given(st.integers(1, 15), st.integers(1, 6), st.floats(0.1, 3.5), st.integers(0, 9))
-def test_the_steps_of_a_run_take_every_block_once_an_epoch_whatever_the_batch_size(n_blocks, batch_size, epochs, seed):
+def test_every_block_is_used_once_per_epoch_for_any_batch_size(n_blocks, batch_size, epochs, seed):
     """The steps that plan counts are those that hold blocks; the batch size cuts the same order into other parts."""
     total = int(epochs * n_blocks)
     assume(total)
@@ -198,7 +198,7 @@ def test_the_steps_of_a_run_take_every_block_once_an_epoch_whatever_the_batch_si
 
 @many
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 3), st.integers(1, 6), st.integers(0, 9))
-def test_a_pass_gives_each_prompt_once_but_for_less_than_a_batch_and_in_no_order_of_lengths(
+def test_a_pass_uses_each_prompt_at_most_once_and_leaves_out_less_than_a_batch(
     prompts, batch_size, passes, shortest, seed
 ):
     """The lengths are drawn apart from the order: the same reviews come up when the range of lengths is another."""
@@ -266,7 +266,7 @@ def learned(batch, minibatch_size=8, micro_batch_size=8):
     policy, cfg = moved_policy(), config(minibatch_size=minibatch_size, micro_batch_size=micro_batch_size, ppo_epochs=2)
     metrics = update(policy, sgd(policy), batch, cfg, torch.Generator().manual_seed(0))
     metrics.pop("seconds_update")
-    return state(policy), metrics
+    return parameters(policy), metrics
 
 
 def learns_the_same(found, expected):
@@ -277,7 +277,7 @@ def learns_the_same(found, expected):
 
 @few
 @given(rollouts(), st.sampled_from([(8, 4), (8, 2), (8, 1), (4, 2), (4, 1), (2, 1)]))
-def test_any_split_into_micro_batches_takes_the_same_steps(batch, sizes):
+def test_any_split_into_micro_batches_gives_the_same_steps(batch, sizes):
     """Whatever the lengths; of 2 tokens of loss 1 and 18 of loss 0 the mean is .1, the mean of both means .5."""
     minibatch_size, micro_batch_size = sizes
     assert learns_the_same(*(learned(batch, minibatch_size, micro) for micro in (micro_batch_size, minibatch_size)))
@@ -285,7 +285,7 @@ def test_any_split_into_micro_batches_takes_the_same_steps(batch, sizes):
 
 @few
 @given(rollouts(), st.permutations(range(8)))
-def test_the_order_of_the_episodes_changes_no_step_over_all_of_them(batch, order):
+def test_the_order_of_episodes_within_a_minibatch_changes_no_step(batch, order):
     shuffled = replace(batch, **{name: getattr(batch, name)[order] for name in (*READ, "mask")})
     assert learns_the_same(learned(shuffled), learned(batch))
 

@@ -22,7 +22,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 "last = torch.full_like(mask[:, :1].long(), mask.shape[1] - 1)",
             ),
         ],
-        "test_learning::test_kl_alone_pulls_the_policy_back_to_its_reference": [
+        "test_learning::test_kl_penalty_alone_moves_the_policy_back_to_its_reference": [
             ("the KL penalty has the wrong sign", "(-kl_coef * kl)", "(kl_coef * kl)"),
         ],
         "test_learning::test_policy_reaches_the_optimum_of_its_objective": [
@@ -48,17 +48,17 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ),
             ("GAE without lambda", "delta + gamma * lam * advantage", "delta + gamma * advantage"),
         ],
-        "test_ppo::test_whitening_counts_the_real_tokens_of_the_whole_rollout": [
+        "test_ppo::test_whitening_uses_all_real_tokens_of_the_rollout": [
             (
                 "padding is part of the mean when advantages are whitened",
                 "real = x[mask]  # (N,)",
                 "real = x.flatten()",
             ),
         ],
-        "test_ppo::test_whitening_one_token_or_equal_ones_stays_finite": [
+        "test_ppo::test_whitening_one_token_or_equal_tokens_is_finite": [
             ("the standard deviation of one token is nan", "if len(real) < 2:", "if len(real) < 1:"),
         ],
-        "test_ppo::test_rollout_whitens_the_advantages_once_and_leaves_the_returns_alone": [
+        "test_ppo::test_rollout_whitens_advantages_once_and_does_not_whiten_returns": [
             (
                 "each response is whitened by itself, so that good and bad ones get the same advantages",
                 "advantages = whiten(advantages, mask)  # over",
@@ -85,27 +85,27 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         "test_ppo::test_grpo_gives_the_golden_numbers": [
             ("GRPO divides by the standard deviation over all prompts", "groups.std(1, keepdim=True)", "groups.std()"),
         ],
-        "test_ppo::test_grpo_does_not_magnify_differences_that_are_rounding": [
+        "test_ppo::test_grpo_does_not_amplify_rounding_differences": [
             ("an epsilon that is too small for float32 rewards", "keepdim=True) + 1e-4)", "keepdim=True) + 1e-12)"),
         ],
-        "test_ppo::test_every_token_of_a_response_has_the_advantage_of_its_whole_reward": [
+        "test_ppo::test_every_token_of_a_response_has_the_advantage_of_its_total_reward": [
             (
                 "RLOO and GRPO without the KL penalty",
                 "group_advantages(rewards.sum(1), cfg)",
                 "group_advantages(scores.to(kl.dtype), cfg)",
             ),
         ],
-        "test_ppo::test_nothing_in_a_rollout_carries_a_gradient": [
+        "test_ppo::test_no_tensor_of_a_rollout_requires_grad": [
             ("the rollout stores a graph for gradients", "@torch.no_grad()\ndef rollout(", "def rollout("),
         ],
-        "test_ppo::test_clip_is_for_the_score_and_not_for_the_kl": [
+        "test_ppo::test_score_clip_applies_to_the_score_and_not_to_the_kl": [
             (
                 "the clip of the score is applied to score and KL penalty together",
                 "rewards = token_rewards(penalised.to(kl.dtype), kl, mask, kl_coef)",
                 "rewards = token_rewards(penalised.to(kl.dtype), kl, mask, kl_coef).clamp(-5, 5)",
             ),
         ],
-        "test_ppo::test_penalty_is_for_a_response_without_eos_whatever_the_prompt_holds": [
+        "test_ppo::test_missing_eos_penalty_ignores_the_prompt": [
             (
                 "an <|endoftext|> in the prompt counts as the end of the response",
                 "ended = (sequences[:, prompt_len:] == eos_id).any(1)",
@@ -141,14 +141,14 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         "test_ppo::test_first_gradient_is_the_vanilla_policy_gradient": [
             ("the ratio is inverted", "log_ratio = logprobs - old_logprobs", "log_ratio = old_logprobs - logprobs"),
         ],
-        "test_ppo::test_approx_kl_is_k3_of_the_old_policy_from_the_new": [
+        "test_ppo::test_approx_kl_is_k3_from_the_old_to_the_new_policy": [
             (
                 "approx_kl of the other direction",
                 "(ratio - 1 - log_ratio).mean()",
                 "(1 / ratio - 1 + log_ratio).mean()",
             ),
         ],
-        "test_ppo::test_controller_moves_the_coefficient_at_most_a_fifth_of_its_horizon": [
+        "test_ppo::test_controller_clips_its_error_at_one_fifth": [
             (
                 "the error of the adaptive KL controller is not clipped",
                 "error = min(max(kl / self.target - 1, -0.2), 0.2)",
@@ -183,7 +183,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 "torch.no_grad()",
             ),
         ],
-        "test_ppo::test_reference_stays_what_the_policy_was": [
+        "test_ppo::test_reference_keeps_the_initial_weights_of_the_policy": [
             (
                 "the reference is the policy itself, so that the KL is 0",
                 "copy.deepcopy(policy).eval().requires_grad_(False)",
@@ -199,7 +199,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         ],
     },
     "runtime/optimizer.py": {
-        "test_ppo::test_a_minibatch_leaves_no_gradient_to_the_next": [
+        "test_ppo::test_a_minibatch_leaves_no_gradient_for_the_next": [
             ("the gradients are not set to zero", "self.model.zero_grad(set_to_none=True)", "pass"),
         ],
         "test_optimizer::test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted": [

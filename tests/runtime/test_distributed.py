@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, message, reviews_csv
-from test_ppo import CLOCKS, Words, close, config, moved_policy, play, sevens, sgd, some_prompts, state, tiny_policy
+from test_ppo import CLOCKS, FakeTokenizer, close, config, moved_policy, tiny_rollout, count_sevens, sgd, random_prompts, parameters, tiny_policy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import finetune_gpt2
@@ -48,8 +48,8 @@ def updated(ranks, hook=None):
     if hook:
         learner.register_comm_hook(None, hook)
     cfg = config(ppo_epochs=2, vf_coef=1.0, micro_batch_size=2)  # two to a minibatch, an episode a process
-    metrics = ppo.update(learner, sgd(policy, grad_clip=0.5), play(cfg), cfg, random_generator("cpu", 0), ranks)
-    return {"parameters": state(policy), "metrics": metrics}
+    metrics = ppo.update(learner, sgd(policy, grad_clip=0.5), tiny_rollout(cfg), cfg, random_generator("cpu", 0), ranks)
+    return {"parameters": parameters(policy), "metrics": metrics}
 
 
 def fine_tuned(ranks):
@@ -62,8 +62,8 @@ def fine_tuned(ranks):
 
 def played(ranks):
     policy, ref_policy, generator = moved_policy(), tiny_policy(1), random_generator("cpu", 1, ranks.rank)
-    _, actor, ref_actor, reward_fn, _ = ranks.spread(policy, ref_policy, sevens, None)
-    batch = ppo.rollout(actor, ref_actor, Words(), reward_fn, some_prompts(), CFG.kl_coef, CFG, generator)
+    _, actor, ref_actor, reward_fn, _ = ranks.spread(policy, ref_policy, count_sevens, None)
+    batch = ppo.rollout(actor, ref_actor, FakeTokenizer(), reward_fn, random_prompts(), CFG.kl_coef, CFG, generator)
     return vars(batch) | {"metrics": rollout_metrics(batch, policy, ref_policy, 0.0, CFG)}
 
 
@@ -85,7 +85,7 @@ def trained(cfg, reward):
     written, batches, steppers = observe(RunLog, "write"), observe(ppo, "prompt_batch"), observe(ppo, "Stepper")
     ppo.main(cfg)
     return {
-        "policy": state(steppers[0][0][0]),
+        "policy": parameters(steppers[0][0][0]),
         "prompts": [args[1] for args, _ in calls[1:]],
         "seeds": [args[5].initial_seed() for args, _ in calls[1:]],
         "batches": [prompts for _, prompts in batches[1:]],
@@ -195,7 +195,7 @@ def test_a_rollout_of_two_processes_is_what_one_finds_for_all_its_episodes(one, 
     first, second = (rank["rollout"] for rank in two.found)
     policy = moved_policy()
     policy.gpt2.generate = lambda *_: first["sequences"]
-    batch = play(CFG, policy)
+    batch = tiny_rollout(CFG, policy)
     expected = vars(batch) | {"metrics": rollout_metrics(batch, policy, tiny_policy(1), 0.0, CFG)}
     for name in ("mask", "logprobs", "values", "advantages", "returns", "kl", "scores", "ended"):
         assert torch.equal(first[name], second[name]) and close(first[name], expected[name], 1e-12), name
@@ -230,7 +230,7 @@ def test_only_rank_0_writes_and_prints(two):
 
 def test_what_two_processes_trained_is_one_folder_that_loads(two):
     ppo_out, out = two.folder / "ppo", two.folder / "finetune"
-    assert torch.equal(state(load_policy(*open_gpt2(str(ppo_out)))), two.found[0]["main"]["policy"])
+    assert torch.equal(parameters(load_policy(*open_gpt2(str(ppo_out)))), two.found[0]["main"]["policy"])
     assert load_gpt2(*open_gpt2(str(out))[:2]).wte.weight.isfinite().all()
     files = "config.json log.jsonl model.safetensors results.json run_config.json tokenizer.json tokenizer_config.json"
     assert sorted(file.name for file in out.iterdir()) == files.split()
