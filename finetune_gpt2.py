@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from config import FinetuneConfig
-from data import block_order, encode, language_model_texts, load_splits, pack, texts_of, train_bpe
+from data import block_order, encode, language_model_texts, load_splits, pack, train_bpe
 from model import GPT2, GPT2Config
 from runtime.checkpoint import RESULTS, BestWeights, Checkpoints, check_run, delete_checkpoints, fingerprint, write_text
 from runtime.cli import run
@@ -152,7 +152,7 @@ def main(cfg):
     cfg = replace(cfg, micro_batch_size=size)
     stream, data = pack(texts, tokenizer), fingerprint(*texts)
     n_blocks, trained_blocks, steps = plan(len(stream), cfg, ranks.size)
-    held_out = validation_texts(texts_of(splits["prompts"], cfg.reviews), tokenizer, cfg.eval_tokens)
+    held_out = validation_texts(language_model_texts(splits, cfg.reviews, ["prompts"]), tokenizer, cfg.eval_tokens)
     validation, characters = pack(held_out, tokenizer), sum(map(len, held_out))
     sizes = dict(block_size=cfg.block_size, batch_size=size, eos_id=tokenizer.eos_token_id)
     evaluate = partial(validate, stream=validation, characters=characters, **sizes)

@@ -11,8 +11,7 @@ The teacher is an earlier run with a pretrained encoder (one command):
 
 Reward and judge are trained on disjoint reviews. PPO maximizes the reward. It does not optimize the judge, so that
 evaluate.py --judge can tell whether responses became positive or only exploit the reward. Each is written as a Hugging
-Face folder with the labels NEGATIVE and POSITIVE, log.jsonl and results.json, to reward_checkpoints/<preset>/reward and
-/judge.
+Face folder with the labels NEGATIVE and POSITIVE, log.jsonl and results.json in reward_checkpoints/<preset>/.
 """
 
 import importlib.util
@@ -346,17 +345,11 @@ def small_classifier(texts, cfg):
     print(f"training a tokenizer of {cfg.vocab_size:,} tokens", flush=True)
     tokenizer = train_wordpiece(texts, cfg.vocab_size)
     config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=cfg.hidden_size,
-        num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads,
-        intermediate_size=4 * cfg.hidden_size,
-        max_position_embeddings=cfg.max_length,
-        hidden_dropout_prob=cfg.dropout,
-        attention_probs_dropout_prob=cfg.dropout,
-        pad_token_id=tokenizer.pad_token_id,
-        **LABELS,
-    )
+        vocab_size=len(tokenizer), hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_heads, intermediate_size=4 * cfg.hidden_size,
+        max_position_embeddings=cfg.max_length, hidden_dropout_prob=cfg.dropout,
+        attention_probs_dropout_prob=cfg.dropout, pad_token_id=tokenizer.pad_token_id, **LABELS,
+    )  # fmt: skip
     return BertForSequenceClassification(config), tokenizer
 
 
