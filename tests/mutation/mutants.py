@@ -221,7 +221,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 "logits = self.gpt2.logits(hidden)",
             ),
         ],
-        "test_model::test_the_self_check_refuses_a_temperature_in_the_cached_pass_alone": [
+        "test_self_check::test_the_self_check_refuses_a_temperature_in_the_cached_pass_only": [
             ("the self-check at temperature 1", "prompts.shape[1], cfg.temperature", "prompts.shape[1], 1.0"),
         ],
         "test_model::test_a_value_is_read_from_the_hidden_state_before_its_token": [
@@ -238,7 +238,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 'return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), 0.1, self.training)',
             ),
         ],
-        "test_model::test_bf16_rounds_the_trunk_and_never_the_logits": [
+        "test_model::test_bf16_rounds_the_trunk_but_not_the_logits": [
             (
                 "logits in bf16",
                 "return linear(hidden, weight)",
@@ -252,10 +252,10 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 "return linear(hidden, weight.detach())",
             ),
         ],
-        "test_model::test_rows_of_the_embedding_beyond_the_tokenizer_have_no_logit_and_are_never_sampled": [
+        "test_model::test_embedding_rows_without_a_token_have_no_logits_and_are_never_sampled": [
             ("padding rows of the embedding can be sampled", "weight = weight[: self.n_tokens]", "pass"),
         ],
-        "test_model::test_a_row_holds_nothing_but_eos_behind_its_first_eos_and_all_it_drew_before": [
+        "test_model::test_a_row_is_padded_with_eos_after_its_first_one_and_no_other_token_changes": [
             ("responses continue after <|endoftext|>", "new = torch.where(ended, eos_id, new)", "pass"),
         ],
         "test_compile::test_nan_left_in_the_static_cache_reaches_no_later_response": [
@@ -273,7 +273,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 '"attn.c_attn.weight", ',
             ),
         ],
-        "test_model::test_every_style_of_key_and_file_gives_the_same_weights": [
+        "test_model::test_all_formats_of_names_and_files_give_the_same_weights": [
             (
                 "the bias of c_attn is dropped, since the causal mask is named attn.bias",
                 'r"h\\.\\d+\\.attn\\.(bias|masked_bias)"',
