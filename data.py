@@ -151,11 +151,11 @@ def _rows(table, source, columns):
     cells = []
     for column, usual, flag in zip(columns, (TEXT_COLUMNS, LABEL_COLUMNS), ("text_column", "label_column")):
         names = [column] if column else usual
-        found = [name for name in names if name in table.column_names]
-        if not found:
-            columns = ", ".join(table.column_names)
-            raise BadInput(f"dataset {source}: no column {' or '.join(names)}, only {columns}: set --{flag}")
-        cells.append(table[found[0]])
+        present = [name for name in names if name in table.column_names]
+        if not present:
+            others = ", ".join(table.column_names)
+            raise BadInput(f"dataset {source}: no column {' or '.join(names)}, only {others}: set --{flag}")
+        cells.append(table[present[0]])
     return [(f"row {number}", text, label) for number, (text, label) in enumerate(zip(*cells), 1)]
 
 
