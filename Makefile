@@ -1,10 +1,10 @@
-# demo: a GPT-2 learns to write positive reviews, offline on a CPU, from the models in asset/mini. It replaces the run
-# in ppo_checkpoints/mini.
-# test: the linter and all tests.
-# mutants: the tests against known mistakes and a sample of generated mutants, which they must all catch.
-# mutation: against all generated mutants, more than an hour; writes tests/mutation/report.md.
-# A test that hangs for a quarter of an hour ends the tests, with a traceback of where.
-# soak: 50 kills of saves and 50 of a run, at random moments; minutes.
+# demo: train a GPT-2 with PPO to write positive reviews, offline on a CPU, from the models in asset/mini, and evaluate
+#   it. Replaces the run in ppo_checkpoints/mini.
+# test: run the linter and all tests. A test that hangs for 15 minutes ends the run with a traceback of where it hangs.
+# mutants: run the tests against known mistakes and a sample of generated mutants. Each must make a test fail.
+# mutation: run the tests against all generated mutants, which takes more than an hour. Writes tests/mutation/report.md.
+# soak: kill a save 50 times and a run 50 times at random moments, which takes minutes.
+# clean: delete .venv and all caches.
 PYTHON ?= python3
 BIN = .venv/bin
 
