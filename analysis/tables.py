@@ -46,15 +46,13 @@ def results_rows(results):
 
     A metric without a caption is shown by its name.
     """
-    sides = {"before": "before PPO", "after": "after PPO", "difference": "difference"}
-    names = [name for name in CAPTIONS if name in results["before"]]
-    names += [name for name in results["before"] if name not in CAPTIONS]
+    sides = results["before"], results["after"], results.get("difference", {})
+    names = [name for name in CAPTIONS if name in sides[0]] + [name for name in sides[0] if name not in CAPTIONS]
     controlled = results.get("config", {}).get("task") == "controlled"  # the judge's label is then that of the control
-    rows = [["", *sides.values()]]
+    rows = [["", "before PPO", "after PPO", "difference"]]
     for name in names:
         caption = CAPTIONS.get(name, name)
-        entries = [results.get(side, {}).get(name) for side in sides]
-        cells = [number(entry, DIGITS.get(name, 2)) if entry else "-" for entry in entries]
+        cells = [number(side[name], DIGITS.get(name, 2)) if name in side else "-" for side in sides]
         rows.append([caption.replace("positive, by", "agreeing, by") if controlled else caption, *cells])
     return rows
 

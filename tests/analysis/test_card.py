@@ -1,4 +1,4 @@
-"""The model card: it parses, it tells what was measured, and nothing untrusted becomes markup in it."""
+"""The model card: it parses, it has the results, and untrusted text does not become markup."""
 
 import html
 import json
@@ -10,8 +10,9 @@ import pytest
 from conftest import message
 from huggingface_hub import ModelCard
 
+from analysis import card
 from analysis.card import base_model, card_text, command, ppo_run, samples_markdown, write_card
-from analysis.metrics import CAPTIONS, KLS, table_text
+from analysis.tables import CAPTIONS, KLS, table_text
 from config import EvaluateConfig, FinetuneConfig, PPOConfig
 from runtime.checkpoint import CARD_MARK, delete_earlier_files
 from runtime.cli import parse
@@ -32,57 +33,57 @@ SAMPLES = [(NASTY, [(NASTY, 0.2), ("fine", 0.9)])]
 
 @pytest.fixture
 def write(tmp_path):
-    """Write the card of a config and a run; returns it as the hub's own library reads it."""
+    """Return a function that writes the card of a config and a run, and loads it with huggingface_hub."""
 
-    def written(cfg, run, log=LOG):
+    def load(cfg, run, log=LOG):
         return ModelCard.load(write_card(tmp_path, card_text(RESULTS, SAMPLES, cfg, run, log)))
 
-    return written
+    return load
 
 
-def test_the_card_has_what_the_hub_reads_and_what_was_measured(write):
+def test_the_card_has_the_metadata_of_the_hub_and_the_results(write):
     cfg = replace(EvaluateConfig(), after="ppo_checkpoints/gpt2")
-    card = write(cfg, PPOConfig(policy="gpt2"))
-    data = card.data.to_dict()
-    told = dict(language="en", license="mit", pipeline_tag="text-generation", library_name="transformers")
-    assert data | told | dict(base_model="gpt2", datasets=["stanfordnlp/imdb"]) == data
+    loaded = write(cfg, PPOConfig(policy="gpt2"))
+    data = loaded.data.to_dict()
+    expected = dict(language="en", license="mit", pipeline_tag="text-generation", library_name="transformers")
+    assert data | expected | dict(base_model="gpt2", datasets=["stanfordnlp/imdb"]) == data
     (index,) = data["model-index"]
     (result,) = index["results"]
-    measured = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    values = {metric["type"]: metric["value"] for metric in result["metrics"]}
     assert index["name"] == "gpt2"
-    assert measured == {name: entry["value"] for name, entry in AFTER.items()}  # of the policy, not of its start
-    assert table_text(RESULTS) in card.text
-    assert "25,600: 200 rollouts of 128" in card.text
+    assert values == {name: entry["value"] for name, entry in AFTER.items()}  # after PPO, not before
+    assert table_text(RESULTS) in loaded.text
+    assert "25,600: 200 rollouts of 128" in loaded.text
 
 
-def test_the_card_tells_the_reward_from_the_judge_in_training_and_in_the_evaluation(write):
+def test_the_card_names_reward_and_judge_of_the_training_and_of_the_evaluation(write):
     run, cfg = PPOConfig(reward="a/b", judge="c/d"), EvaluateConfig(reward="e/f", judge="g/h")
     text = write(cfg, run).text
-    assert "| reward | a/b, logit |" in text and "| judge in training | c/d |" in text
-    assert "the score is by e/f, the judge is g/h." in " ".join(text.split())
+    assert re.search(r"\| reward +\| a/b, logit +\|", text) and re.search(r"\| judge during training +\| c/d +\|", text)
+    assert "The score is given by e/f, the judge is g/h." in " ".join(text.split())
 
 
-def test_nothing_untrusted_becomes_markup(write):
-    """Headings, fences and tags are the card's own, and the values are still there to be read."""
+def test_untrusted_text_does_not_become_markup(write):
+    """All headings, fences and tags are those of the card, and the values are still readable."""
     run = PPOConfig(policy=NASTY, reward=NASTY, judge=NASTY, dataset=NASTY)
     cfg = EvaluateConfig(after=f"x/{NASTY.replace('/', '')}", reward=NASTY, judge=NASTY, dataset=NASTY)
-    card = write(cfg, run)
-    prose = re.sub(r"```(python|bash)\n.*?\n```\n", "", card.text, flags=re.DOTALL)
-    headings = re.findall(r"^#.*", card.text, re.MULTILINE)
+    loaded = write(cfg, run)
+    prose = re.sub(r"```(python|bash)\n.*?\n```\n", "", loaded.text, flags=re.DOTALL)
+    headings = re.findall(r"^#.*", loaded.text, re.MULTILINE)
     assert [line for line in headings if line.startswith("## ")] == [
-        "## How it was trained", "## Before and after", "## Samples", "## Use", "## Limits", "## The same again"
+        "## Training", "## Evaluation", "## Samples", "## Use", "## Limits", "## Reproduce"
     ]  # fmt: skip
     assert len(headings) == 7
-    assert card.text.count("\n```") == 4
+    assert loaded.text.count("\n```") == 4
     assert re.findall(r"<[^>]*>", prose) == [CARD_MARK]
     assert not re.search(r"[\[!]\w*\]?\(|\*\*|\$|@|www\.|`code`", prose)
     assert " ".join(NASTY.split())[:40] in html.unescape(prose)
-    assert "base_model" not in card.data.to_dict()
-    assert "\n" not in card.data.to_dict()["model-index"][0]["name"]
+    assert "base_model" not in loaded.data.to_dict()
+    assert "\n" not in loaded.data.to_dict()["model-index"][0]["name"]
 
 
-def test_the_samples_are_a_table_in_which_nothing_stays_markup():
-    """Nothing but letters of it is left, and a reader sees the text as it was."""
+def test_the_samples_are_a_table_without_markup():
+    """A reader sees the text as it was generated."""
     header, rule, line = samples_markdown([("A film", [(NASTY, 0.5), (NASTY, 0.5)])]).splitlines()
     cells = line.split("|")[1:-1]
     assert header.count("|") == rule.count("|") == line.count("|") == 6
@@ -90,17 +91,17 @@ def test_the_samples_are_a_table_in_which_nothing_stays_markup():
     assert html.unescape(cells[1]).strip() == " ".join(NASTY.split())
 
 
-def test_a_policy_of_an_unknown_run_has_a_card_too(write, tmp_path):
+def test_a_policy_of_an_unknown_run_has_a_card(write, tmp_path):
     file = tmp_path / "reviews.csv"
     file.touch()
-    card = write(EvaluateConfig(after="asset", dataset=str(file)), None, [])
-    assert "how it was trained is not known" in card.text
-    assert "ppo.py --" not in card.text
-    assert {"datasets", "base_model"}.isdisjoint(card.data.to_dict())
-    assert card.data.to_dict()["model-index"][0]["results"][0]["dataset"]["name"] == "reviews.csv"
+    loaded = write(EvaluateConfig(after="asset", dataset=str(file)), None, [])
+    assert "how the policy was trained is not known" in loaded.text
+    assert "ppo.py --" not in loaded.text
+    assert {"datasets", "base_model"}.isdisjoint(loaded.data.to_dict())
+    assert loaded.data.to_dict()["model-index"][0]["results"][0]["dataset"]["name"] == "reviews.csv"
 
 
-def test_the_commands_give_the_configs_that_were_used():
+def test_the_commands_reproduce_the_configs():
     cfg = parse(PPOConfig, ["--preset", "mini", "--kl_coef", "0.5", "--policy", "a b'c", "--self_check", "False"])
     program, script, *flags = shlex.split(command("ppo.py", replace(cfg, force=True)))
     assert (program, script) == ("python", "ppo.py")
@@ -110,17 +111,17 @@ def test_the_commands_give_the_configs_that_were_used():
     assert command("evaluate.py", parse(EvaluateConfig, ["--preset", "mini"])) == "python evaluate.py --preset mini"
 
 
-def test_the_base_model_is_the_hubs_or_none(tmp_path, monkeypatch):
+def test_the_base_model_is_a_name_on_the_hub_or_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder, start in (("tuned", "openai-community/gpt2"), ("made", "scratch"), ("local", "made")):
+    for folder, start in (("tuned", "openai-community/gpt2"), ("trained", "scratch"), ("local", "trained")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "run_config.json").write_text(json.dumps(asdict(FinetuneConfig(init_from=start))))
     (tmp_path / "bare").mkdir()
-    found = {name: base_model(name) for name in ("tuned", "made", "local", "bare", "gpt2", "a b", "asset/mini/gpt2")}
-    assert found == dict.fromkeys(found) | {"tuned": "openai-community/gpt2", "gpt2": "gpt2"}
+    names = {name: base_model(name) for name in ("tuned", "trained", "local", "bare", "gpt2", "a b", "asset/mini/gpt2")}
+    assert names == dict.fromkeys(names) | {"tuned": "openai-community/gpt2", "gpt2": "gpt2"}
 
 
-def test_the_run_of_a_policy_is_read_from_its_folder_and_for_the_best_one_from_the_folder_above(tmp_path):
+def test_the_run_of_a_policy_is_read_from_its_folder_and_that_of_the_best_policy_from_the_parent(tmp_path):
     run = PPOConfig(kl_coef=0.5, judge="", self_check=False, out="a b")
     (tmp_path / "best").mkdir()
     (tmp_path / "run_config.json").write_text(json.dumps(asdict(run) | {"of_another_version": 1}))
@@ -130,17 +131,17 @@ def test_the_run_of_a_policy_is_read_from_its_folder_and_for_the_best_one_from_t
     (tmp_path / "run_config.json").write_text(json.dumps(asdict(FinetuneConfig())))
     assert ppo_run(tmp_path) == (None, [])
     (tmp_path / "run_config.json").write_text(json.dumps(asdict(run) | {"lam": "much"}))
-    found = message(ppo_run, tmp_path)
-    assert "run_config.json" in found
-    assert "much" in found
+    error = message(ppo_run, tmp_path)
+    assert "run_config.json" in error
+    assert "much" in error
 
 
-def test_a_readme_by_other_hands_stays_and_ours_is_replaced(tmp_path, capsys):
+def test_a_readme_of_the_user_is_kept_and_ours_is_replaced(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("mine\n")
     assert write_card(tmp_path, f"\n{CARD_MARK}\n1").name == "MODEL_CARD.md"
     assert "MODEL_CARD.md" in capsys.readouterr().out
-    delete_earlier_files(tmp_path)  # when a new run begins here
+    delete_earlier_files(tmp_path)  # as a new run in this folder does
     assert readme.read_text() == "mine\n"
     readme.unlink()
     for text in ("1", "2"):
@@ -150,23 +151,27 @@ def test_a_readme_by_other_hands_stays_and_ours_is_replaced(tmp_path, capsys):
     assert not readme.exists()
 
 
-def test_the_card_of_a_broken_config_is_refused_before_anything_runs(tmp_path):
+def test_a_broken_run_config_is_refused(tmp_path):
     (tmp_path / "run_config.json").write_text("{")
     with pytest.raises(BadInput, match=r"run_config\.json"):
         ppo_run(tmp_path)
 
 
-def test_the_card_names_the_commits_of_what_came_from_the_hub(tmp_path, write, monkeypatch):
-    """Of the training those that it recorded, of the evaluation those that it reads now; of a local folder none."""
-    run = PPOConfig(policy="made", reward="lvwerra/bert-imdb", judge="", dataset="stanfordnlp/imdb@v1")
+def test_the_card_names_the_commits_of_what_was_read_from_the_hub(tmp_path, write, monkeypatch):
+    """Those recorded by the training, those read by the evaluation, and none for a local folder."""
+    run = PPOConfig(policy="trained", reward="lvwerra/bert-imdb", judge="", dataset="stanfordnlp/imdb@v1")
     (tmp_path / "run_config.json").write_text(
         json.dumps(asdict(run) | {"revisions": {"lvwerra/bert-imdb": "abc123", "stanfordnlp/imdb@v1": "def456"}})
     )
-    monkeypatch.setattr("card.REVISIONS", {"some/judge": "789aaa", "lvwerra/bert-imdb": "newer"})
+    monkeypatch.setattr(card, "REVISIONS", {"some/judge": "789aaa", "lvwerra/bert-imdb": "newer"})
     for after in (tmp_path, tmp_path / "best"):
         text = write(EvaluateConfig(after=str(after), judge="some/judge", reward="lvwerra/bert-imdb"), run).text
-        rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", text, re.MULTILINE))
-        assert rows["reward"].startswith("lvwerra/bert-imdb (commit abc123)") and rows["judge in training"] == "none"
-        assert "imdb&#64;v1 (commit def456)" in rows["prompts"] and rows["start and reference"] == "made"
+        rows = dict(re.findall(r"^\| (.+?) +\| (.+?) +\|$", text, re.MULTILINE))
+        assert (
+            rows["reward"].startswith("lvwerra/bert-imdb (commit abc123)") and rows["judge during training"] == "none"
+        )
+        assert "imdb&#64;v1 (commit def456)" in rows["prompts"] and rows["initial policy and reference"] == "trained"
         prose = " ".join(text.split())
-        assert "the score is by lvwerra/bert-imdb (commit newer), the judge is some/judge (commit 789aaa)" in prose
+        assert (
+            "The score is given by lvwerra/bert-imdb (commit newer), the judge is some/judge (commit 789aaa)" in prose
+        )
