@@ -1,6 +1,6 @@
-"""PPO's arithmetic against numbers worked out by hand, then rollout, update and main on tiny random policies.
+"""Test PPO's arithmetic against results computed by hand, then rollout, update and main with tiny random policies.
 
-Row 0 of most examples ends at its third token; what lies behind a response's end is filled with garbage on purpose.
+Row 0 of most examples ends at its third token. The tokens after the end of a response hold garbage on purpose.
 """
 
 import copy
@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import reviews_csv, write_bert
 from torch import nn, tensor
-from torch._subclasses import FakeTensor  # torch.compile keeps some
+from torch._subclasses import FakeTensor
 
 import data
 import ppo
@@ -42,65 +42,65 @@ from runtime import checkpoint
 from runtime.checkpoint import latest_checkpoint, save_checkpoint
 from runtime.errors import BadInput, NotFinite
 from runtime.hub import load_policy, open_gpt2
-from runtime.log import RunLog
+from runtime.log import RunLog, read_lines
 from runtime.monitor import BestPolicy, rollout_metrics, sample
 from runtime.optimizer import Stepper
 
 EOS = 0
 VOCAB = 12
-TABLES = ("logprobs", "values", "advantages", "returns")  # of a Rollout, what update reads at real tokens
+TABLES = ("logprobs", "values", "advantages", "returns")  # what update reads of a Rollout at real tokens
 SMALL = dict(batch_size=8, minibatch_size=4, micro_batch_size=2, response_len=6, min_prompt_len=3, max_prompt_len=3)
 
 
 @pytest.fixture(autouse=True)
 def float64():
-    """So that 1e-12 is the tolerance, and no difference hides behind rounding."""
+    """Compute in float64, so that a tolerance of 1e-12 is enough for rounding."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
-def double(numbers):
-    return tensor(numbers, dtype=torch.float64)
+def double(values):
+    return tensor(values, dtype=torch.float64)
 
 
 def config(**changes):
     return PPOConfig(**(SMALL | changes))
 
 
-def close(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(
-        found, torch.as_tensor(expected, dtype=found.dtype), atol=tolerance, rtol=0, check_device=False
-    )
+def close(actual, expected, tolerance=1e-12):
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0, check_device=False)
     return True
 
 
 class FakeTokenizer:
-    """Stands in for a tokenizer: id 7 reads "7", and the end-of-text id is skipped."""
+    """A tokenizer that decodes id 7 to "7" and skips <|endoftext|>."""
 
     eos_token_id = EOS
 
     def batch_decode(self, sequences, skip_special_tokens, clean_up_tokenization_spaces):
-        assert skip_special_tokens and clean_up_tokenization_spaces is False  # None leaves it to the tokenizer
+        # False, since None is the tokenizer's own default
+        assert skip_special_tokens and clean_up_tokenization_spaces is False
         return [" ".join(str(i) for i in row if i != EOS) for row in sequences.tolist()]
 
 
-def tiny_policy(seed=0, vocab_size=VOCAB, spread=0.2, values=0.0):
-    """A one-layer GPT-2 with random biases too; values: the spread of the value head, 0 as PPO starts it."""
+def tiny_policy(seed=0, vocab_size=VOCAB, std=0.2, value_std=0.0):
+    """Return a one-layer GPT-2 with random weights and biases; value_std: of the value head, which PPO starts at 0."""
     torch.manual_seed(seed)
     shape = GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=16, n_layer=1, n_head=2)
     policy = Policy(GPT2(shape).init_weights())
     with torch.no_grad():
         for parameter in policy.gpt2.parameters():
-            parameter.add_(spread * torch.randn_like(parameter))
+            parameter.add_(std * torch.randn_like(parameter))
         for parameter in policy.value_head.parameters():
-            parameter.add_(values * torch.randn_like(parameter))
+            parameter.add_(value_std * torch.randn_like(parameter))
     return policy
 
 
 def moved_policy():
-    """The policy that samples in tiny_rollout, some steps later."""
-    policy = tiny_policy(0, values=0.5)
+    """Return the policy of tiny_rollout with noise on its parameters, as if trained for some steps."""
+    policy = tiny_policy(0, value_std=0.5)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
@@ -111,24 +111,25 @@ def count_sevens(texts):
     return tensor([float(text.split().count("7")) for text in texts])
 
 
-def random_prompts(first_id=1):
-    return torch.randint(first_id, VOCAB, (8, 3), generator=torch.Generator().manual_seed(5))
+def random_prompts():
+    return torch.randint(1, VOCAB, (8, 3), generator=torch.Generator().manual_seed(5))
 
 
 def tiny_rollout(cfg, policy=None, ref_policy=None, reward=count_sevens, prompts=None):
-    """A rollout of a policy that has values and differs from its reference; some responses end, some do not."""
-    policy = policy or tiny_policy(0, values=0.5)
+    """Return a rollout of a policy with values that differs from its reference; some responses end, some do not."""
+    policy, ref_policy = policy or tiny_policy(0, value_std=0.5), ref_policy or tiny_policy(1)
     prompts, generator = random_prompts() if prompts is None else prompts, torch.Generator().manual_seed(1)
-    return rollout(policy, ref_policy or tiny_policy(1), FakeTokenizer(), reward, prompts, cfg.kl_coef, cfg, generator)
+    return rollout(policy, ref_policy, FakeTokenizer(), reward, prompts, cfg.kl_coef, cfg, generator)
 
 
 def sgd(policy, lr=0.1, grad_clip=1e9):
-    """A stepper whose steps are linear in the gradient, so that equal parameters mean equal gradients."""
+    """Return a stepper whose steps are linear in the gradient, so that equal parameters imply equal gradients."""
     return Stepper(policy, [torch.optim.SGD(policy.parameters(), lr)], grad_clip)
 
 
-def parameters(policy):
-    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+def parameters(model):
+    """Return all parameters of a model in one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 # ---- response_mask, token_rewards, whiten, gae
@@ -145,7 +146,7 @@ def parameters(policy):
     ],
 )
 def test_mask_keeps_the_first_eos_and_nothing_after_it(response, expected):
-    """`responses != eos` would leave ending a response without a gradient, and an empty response without a token."""
+    """With `responses != eos`, ending a response has no gradient, and an empty response has no token."""
     assert response_mask(tensor([response]), EOS).int().tolist() == [expected]
 
 
@@ -154,15 +155,10 @@ ENDS_AT_3 = tensor([[1, 1, 1, 0, 0]]).bool()
 
 
 def test_score_lands_on_the_last_real_token_and_kl_on_every_one():
-    """K3. Not on the last column, not on the slot behind the end, not scaled by the coefficient."""
+    """Not in the last column, not in the column after the end, and not scaled by the coefficient."""
     kl = LOGPROBS - REF_LOGPROBS
     assert close(token_rewards(tensor([2.0]), kl, ENDS_AT_3, 0.1), [[-0.02, 0.05, 2.0, 0, 0]])
     assert close(token_rewards(tensor([2.0]), kl[:, :3], ENDS_AT_3[:, :3], 0.1), [[-0.02, 0.05, 2.0]])
-
-
-def test_rewards_of_a_response_sum_to_its_score_less_beta_kl():
-    mask, kl, scores = tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool(), torch.randn(2, 4), tensor([3.0, -1.0])
-    assert close(token_rewards(scores, kl, mask, 0.3).sum(1), scores - 0.3 * (kl * mask).sum(1))
 
 
 MASK = tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
@@ -174,17 +170,12 @@ WHITENED = [[1.0273, 1.2265, 1.3231, 0, 0], [-0.5067, -0.5993, -0.6891, -0.8139,
 
 
 def test_gae_gives_the_golden_numbers():
-    """A1. Unmasked values would give 1.9027 first, a score in the last column 1.1108, a bootstrapped row 1 -.4487."""
+    """The first number is 1.9027 with unmasked values and 1.1108 with the score in the last column.
+
+    The first number of row 1 is -.4487 if its last value is bootstrapped.
+    """
     advantages, returns = gae(REWARDS, VALUES, MASK, 1.0, 0.95)
     assert close(advantages, ADVANTAGES, 5e-5) and close(returns, RETURNS, 5e-5)
-
-
-def test_gae_sees_nothing_behind_the_end():
-    narrow = gae(REWARDS[:1, :3], VALUES[:1, :3], MASK[:1, :3], 0.9, 0.95)
-    wide = gae(REWARDS[:1], VALUES[:1], MASK[:1], 0.9, 0.95)
-    loud = gae(REWARDS[:1] + 1e6 * ~MASK[:1], VALUES[:1] - 1e6 * ~MASK[:1], MASK[:1], 0.9, 0.95)
-    for a, b, c in zip(narrow, wide, loud):
-        assert torch.equal(a, b[:, :3]) and torch.equal(b, c) and not b[:, 3:].any()
 
 
 @pytest.mark.parametrize(
@@ -198,36 +189,25 @@ def test_gae_sees_nothing_behind_the_end():
     ],
 )
 def test_nan_after_the_end_of_a_response_reaches_no_result(function):
-    """A product would let it through: nan times False is nan."""
+    """A product with the mask keeps it: nan times False is nan."""
     clean, dirty = function(REWARDS), function(REWARDS.masked_fill(~MASK, math.nan))
     assert all(torch.equal(a, b) and b.isfinite().all() for a, b in zip(clean, dirty))
 
 
-def test_gae_with_lambda_0_is_the_td_error():
-    expected = [[-0.1 + 0.9 * 0.4 - 0.5, 0.05 + 0.9 * 0.3 - 0.4, 2 - 0.3]]
-    assert close(gae(REWARDS, VALUES, MASK, 0.9, 0.0)[0][:1, :3], expected)
-
-
-def test_without_values_and_discount_every_advantage_is_the_score():
-    rewards = token_rewards(tensor([2.0, -3.0]), torch.zeros(2, 5), MASK, 0.1)
-    advantages, returns = gae(rewards, torch.zeros(2, 5), MASK, 1.0, 1.0)
-    assert close(advantages, tensor([[2.0], [-3.0]]) * MASK) and torch.equal(advantages, returns)
-
-
-GROUPS = double([1, 2, 6, 0, 0, 3])  # of three responses to each of two prompts
+GROUPS = double([1, 2, 6, 0, 0, 3])  # rewards of three responses to each of two prompts
 
 
 def test_rloo_gives_the_golden_numbers():
-    """1 - (2 + 6) / 2, 2 - (1 + 6) / 2, ...: a mean of all three would be off by a third."""
-    found = group_advantages(GROUPS, config(advantage="rloo", samples_per_prompt=3, batch_size=12))
-    assert close(found, [-3, -1.5, 4.5, -1.5, -1.5, 3])
+    """1 - (2 + 6) / 2, 2 - (1 + 6) / 2, ...: with the mean of all three, results are too small by a third."""
+    advantages = group_advantages(GROUPS, config(advantage="rloo", samples_per_prompt=3, batch_size=12))
+    assert close(advantages, [-3, -1.5, 4.5, -1.5, -1.5, 3])
 
 
 def test_grpo_gives_the_golden_numbers():
-    """Means 3 and 1, Bessel's deviations sqrt(7) and sqrt(3); the epsilon of 1e-4 shows in the fifth digit."""
-    found = group_advantages(GROUPS, config(advantage="grpo", samples_per_prompt=3, batch_size=12))
+    """Means 3 and 1, unbiased standard deviations sqrt(7) and sqrt(3); the epsilon is 1e-4."""
+    advantages = group_advantages(GROUPS, config(advantage="grpo", samples_per_prompt=3, batch_size=12))
     expected = [-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5, -1 / 3**0.5, -1 / 3**0.5, 2 / 3**0.5]
-    assert close(found, expected, tolerance=1e-4) and (found[:3].sum().abs() < 1e-12)
+    assert close(advantages, expected, tolerance=1e-4) and advantages[:3].sum().abs() < 1e-12
 
 
 def test_grpo_of_equal_rewards_is_zero_and_not_nan():
@@ -235,16 +215,16 @@ def test_grpo_of_equal_rewards_is_zero_and_not_nan():
 
 
 def test_grpo_does_not_amplify_rounding_differences():
-    """Divided by their standard deviation alone, the advantages of two equal float32 scores would be +-.7."""
-    found = group_advantages(double([2, 2 + 1e-7]), config(advantage="grpo", samples_per_prompt=2))
-    assert 0 < found[1] < 1e-3
+    """Without the epsilon, the advantages of two scores that differ by float32 rounding are +-.7."""
+    advantages = group_advantages(double([2, 2 + 1e-7]), config(advantage="grpo", samples_per_prompt=2))
+    assert 0 < advantages[1] < 1e-3
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
 def test_every_token_of_a_response_has_the_advantage_of_its_total_reward(advantage):
-    """KL included: advantages of the score alone would ask for any drift. Values play no part."""
+    """Including the KL penalty: with the score alone, nothing limits the divergence. Values are not used."""
     cfg = config(advantage=advantage, samples_per_prompt=4, kl_coef=0.3)
-    batch = tiny_rollout(cfg, moved_policy(), tiny_policy(values=3.0))
+    batch = tiny_rollout(cfg, moved_policy(), tiny_policy(value_std=3.0))
     rewards = batch.scores - cfg.kl_coef * batch.kl.sum(1)
     expected = group_advantages(rewards, cfg)[:, None] * batch.mask
     assert close(batch.returns, expected) and close(batch.advantages, whiten(expected, batch.mask))
@@ -252,28 +232,28 @@ def test_every_token_of_a_response_has_the_advantage_of_its_total_reward(advanta
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
 def test_without_gae_the_value_head_is_not_trained(advantage):
-    policy = tiny_policy(values=0.5)
-    before = copy.deepcopy(policy.value_head.state_dict())
+    policy = tiny_policy(value_std=0.5)
+    before = copy.deepcopy(policy)
     cfg = config(advantage=advantage)
     update(policy, sgd(policy), tiny_rollout(cfg, policy), cfg)
-    assert all(torch.equal(policy.value_head.state_dict()[name], tensor) for name, tensor in before.items())
-    assert any((new != old).any() for new, old in zip(parameters(policy), parameters(tiny_policy(values=0.5))))
+    assert torch.equal(parameters(policy.value_head), parameters(before.value_head))
+    assert not torch.equal(parameters(policy), parameters(before))
 
 
 def test_whitening_uses_all_real_tokens_of_the_rollout():
-    """A1, Bessel. Population variance would give 1.0982 first, whitening each row alone -1.0939; garbage is outside."""
-    garbage = torch.where(MASK, double(ADVANTAGES), 7.0)
-    assert close(whiten(garbage, MASK), WHITENED, 1e-4)
+    """The first number is 1.0982 with the population variance and -1.0939 if each row is whitened alone."""
+    with_garbage = torch.where(MASK, double(ADVANTAGES), 7.0)
+    assert close(whiten(with_garbage, MASK), WHITENED, 1e-4)
 
 
 def test_whitening_rewards_keeps_their_mean_and_sets_padding_to_0():
-    """A3. x / sd would give .6325 first; without masking again the padding would hold mu (1 - 1 / sd)."""
+    """The first number is .6325 with x / std; without masking the result, the padding is mean * (1 - 1 / std)."""
     x, mask = double([[1.0, 2, 3, 4, 5, 99]]), tensor([[1, 1, 1, 1, 1, 0]]).bool()
     assert close(whiten(x, mask, shift_mean=False), [[1.7351, 2.3675, 3, 3.6325, 4.2649, 0]], 5e-5)
 
 
 def test_whitening_two_tokens_uses_the_unbiased_variance():
-    """Bessel's correction: their variance is 1. Catches two tokens that are taken for too few."""
+    """Catches a check that requires more than two tokens."""
     whitened = whiten(double([[1.0, 5.0, 99.0]]), tensor([[True, True, False]]))
     assert close(whitened, [[-(0.5**0.5), 0.5**0.5, 0.0]], 1e-8)
 
@@ -290,9 +270,9 @@ def test_whitening_one_token_or_equal_tokens_is_finite(x, mask, shift_mean):
 
 
 def loss_of(logprobs=0.0, values=0.0, old_logprobs=0.0, old_values=0.0, advantages=0.0, returns=0.0, **changes):
-    """ppo_loss of numbers, or lists of N: (loss, metrics, gradient of logprobs, gradient of values)."""
-    numbers = (logprobs, values, old_logprobs, old_values, advantages, returns)
-    tensors = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in numbers))
+    """Call ppo_loss with scalars or lists of N; return (loss, metrics, gradient of logprobs, gradient of values)."""
+    arguments = (logprobs, values, old_logprobs, old_values, advantages, returns)
+    tensors = torch.broadcast_tensors(*(torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in arguments))
     logprobs, values, *rest = (x.clone() for x in tensors)
     logprobs.requires_grad_(), values.requires_grad_()
     loss, metrics = ppo_loss(logprobs, values, *rest, config(**changes))
@@ -304,17 +284,17 @@ def loss_of(logprobs=0.0, values=0.0, old_logprobs=0.0, old_values=0.0, advantag
     "ratio, advantage, loss, slope", [(0.7, 1, -0.7, -1), (0.7, -1, 0.8, 0), (1.5, 1, -1.2, 0), (1.5, -1, 1.5, 1)]
 )
 def test_clipped_surrogate_is_pessimistic_on_both_sides(ratio, advantage, loss, slope):
-    """V5: the four corners, with d loss / d ratio."""
-    found, metrics, grad, _ = loss_of(math.log(ratio), advantages=advantage)
-    assert found == pytest.approx(loss) and metrics["pg_loss"].item() == pytest.approx(loss)
+    """slope: d loss / d ratio, at a ratio below and above the clip range, for both signs of the advantage."""
+    actual, metrics, grad, _ = loss_of(math.log(ratio), advantages=advantage)
+    assert actual == pytest.approx(loss) and metrics["pg_loss"].item() == pytest.approx(loss)
     assert grad.item() == pytest.approx(slope * ratio)
 
 
 @pytest.mark.parametrize("value, target, loss, slope", [(0.5, 1, 0.32, 0), (0.5, 0, 0.125, 0.5), (0.1, 1, 0.405, -0.9)])
 def test_value_loss_clips_around_the_old_value_and_takes_the_larger_error(value, target, loss, slope):
-    """V2. The gradient of the whole loss has vf_coef once, and the half once."""
-    found, metrics, _, grad = loss_of(values=value, returns=target, vf_coef=0.1)
-    assert metrics["vf_loss"].item() == pytest.approx(loss) and found == pytest.approx(0.1 * loss)
+    """The factors vf_coef and one half each occur once in the gradient of the total loss."""
+    total, metrics, _, grad = loss_of(values=value, returns=target, vf_coef=0.1)
+    assert metrics["vf_loss"].item() == pytest.approx(loss) and total == pytest.approx(0.1 * loss)
     assert grad.item() == pytest.approx(0.1 * slope)
 
 
@@ -338,7 +318,7 @@ def test_clip_metrics_are_fractions_of_tokens_without_gradient():
 
 @pytest.mark.parametrize("log_ratio, k3", [(-1, 0.3679), (1, 0.7183), (0, 0)])
 def test_approx_kl_is_k3_from_the_old_to_the_new_policy(log_ratio, k3):
-    """K1. With the sign of the log-ratio turned the two numbers change places."""
+    """With the opposite sign of the log-ratio, the first two numbers are swapped."""
     metrics = loss_of(-2 + log_ratio, old_logprobs=-2)[1]
     assert metrics["approx_kl"].item() == pytest.approx(k3, abs=5e-5) and metrics["max_log_ratio"] == abs(log_ratio)
 
@@ -352,7 +332,7 @@ def test_loss_and_gradient_are_finite_at_extreme_ratios(log_ratio, advantage):
 
 @pytest.mark.parametrize("kl, expected", [(12, 0.201024), (6.3, 0.200256), (-3, 0.198976)])
 def test_controller_clips_its_error_at_one_fifth(kl, expected):
-    """K4. Unclipped, KL 12 would give .20512 and KL -3 .19232."""
+    """Without clipping, a KL of 12 gives .20512 and a KL of -3 gives .19232."""
     controller = AdaptiveKL(config(kl_coef=0.2, kl_target=6.0, kl_horizon=10_000))
     controller.update(kl, episodes=256)
     assert controller.coef == pytest.approx(expected, abs=1e-9)
@@ -378,16 +358,16 @@ def test_rollout_has_one_row_per_episode_and_no_unused_column():
 
 
 def test_reward_gets_prompt_and_response_as_one_text():
-    seen = []
-    batch = tiny_rollout(config(), reward=lambda texts: seen.append(texts) or count_sevens(texts))
-    assert seen == [[" ".join(str(i) for i in row if i != EOS) for row in batch.sequences.tolist()]]
-    assert batch.texts == seen[0]
+    calls = []
+    batch = tiny_rollout(config(), reward=lambda texts: calls.append(texts) or count_sevens(texts))
+    assert calls == [[" ".join(str(i) for i in row if i != EOS) for row in batch.sequences.tolist()]]
+    assert batch.texts == calls[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_values_come_from_the_state_before_their_token(temperature):
-    """L1, L2: against log-softmax of one full forward, a token at a time. One slice further would see the token."""
-    policy, ref = tiny_policy(0, values=0.5), tiny_policy(1)
+    """Compare each token with the log-softmax of one full forward pass; one position later would see the token."""
+    policy, ref = tiny_policy(0, value_std=0.5), tiny_policy(1)
     batch = tiny_rollout(config(temperature=temperature), policy, ref)
     hidden = policy.gpt2.trunk(batch.sequences)
     for t in range(batch.mask.shape[1]):
@@ -403,7 +383,7 @@ def test_logprobs_and_values_come_from_the_state_before_their_token(temperature)
 
 @pytest.mark.parametrize("changes", [{}, dict(whiten_rewards=True), dict(gamma=0.9, lam=0.5)])
 def test_rollout_whitens_advantages_once_and_does_not_whiten_returns(changes):
-    """A4, A5: the returns come from advantages before whitening, in the scale of the rewards."""
+    """The returns are computed from the advantages before whitening, so they keep the scale of the rewards."""
     cfg = config(**changes)
     batch = tiny_rollout(cfg)
     rewards = token_rewards(batch.scores.double(), batch.kl, batch.mask, cfg.kl_coef)
@@ -415,19 +395,19 @@ def test_rollout_whitens_advantages_once_and_does_not_whiten_returns(changes):
 
 
 def test_before_the_first_step_advantages_are_whitened_discounted_returns():
-    """V1: the value head starts at 0, so that noise in it moves nothing."""
+    """The value head starts at 0, so it adds no noise."""
     batch = tiny_rollout(config(), policy=tiny_policy(0))
     assert not batch.values.any() and close(batch.advantages, whiten(batch.returns, batch.mask))
 
 
 def test_return_of_a_response_is_its_score_minus_beta_times_k1():
-    """k3 in the reward has another gradient; +beta would pay for drifting."""
+    """As a reward, k3 has a different gradient; +beta rewards divergence from the reference."""
     batch = tiny_rollout(config(gamma=1, lam=1, kl_coef=0.3))
     assert (batch.kl[batch.mask] < 0).any() and close(batch.returns[:, 0], batch.scores - 0.3 * batch.kl.sum(1))
 
 
 def test_missing_eos_penalty_ignores_the_prompt():
-    """G8. Looking for <|endoftext|> in prompt and response would excuse every episode here."""
+    """Every prompt here holds <|endoftext|>: a search in prompt and response penalizes no episode."""
     prompts = random_prompts().index_fill(1, tensor([1]), EOS)
     batch = tiny_rollout(config(gamma=1, lam=1, kl_coef=0, missing_eos_penalty=10), prompts=prompts)
     assert batch.ended.any() and not batch.ended.all()
@@ -437,7 +417,7 @@ def test_missing_eos_penalty_ignores_the_prompt():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_score_clip_applies_to_the_score_and_not_to_the_kl(sign):
-    """To either side."""
+    """Scores are clipped on both sides."""
     cfg = config(gamma=1, lam=1, kl_coef=20, score_clip=5)
     batch = tiny_rollout(cfg, reward=lambda texts: sign * 100 * torch.ones(len(texts)))
     assert (batch.scores == sign * 100).all() and (batch.kl.sum(1).abs() * 20 > 5).any()
@@ -446,10 +426,10 @@ def test_score_clip_applies_to_the_score_and_not_to_the_kl(sign):
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_no_tensor_of_a_rollout_requires_grad(compile):
-    """A6: else the policy loss would train the values through the advantages."""
+    """Otherwise the policy loss trains the values through the advantages. Inference tensors have no gradient at all."""
     batch = tiny_rollout(config(compile=compile))
-    for found in (batch.logprobs, batch.values, batch.advantages, batch.returns, batch.kl):
-        assert not found.requires_grad and not found.is_inference()
+    for result in (batch.logprobs, batch.values, batch.advantages, batch.returns, batch.kl):
+        assert not result.requires_grad and not result.is_inference()
 
 
 @pytest.mark.parametrize("changes", [{}, dict(whiten_rewards=True), dict(advantage="rloo", samples_per_prompt=2)])
@@ -475,7 +455,7 @@ def test_error_for_a_score_that_is_not_finite_names_its_text(bad):
 
 
 def test_error_for_a_forward_pass_that_is_not_finite_names_its_model():
-    """Also the value alone: the log-probabilities beside it are good."""
+    """Policy or reference; also if only a value is not finite."""
     policy, ref_policy = tiny_policy(), tiny_policy(1)
     nn.init.constant_(policy.value_head.bias, math.nan)
     with pytest.raises(NotFinite, match="log-probability or value of text 0 is nan"):
@@ -486,15 +466,15 @@ def test_error_for_a_forward_pass_that_is_not_finite_names_its_model():
 
 
 def test_scores_of_the_wrong_shape_are_rejected():
-    with pytest.raises(BadInput, match=r"8 texts need shape \(8,\), found \(8, 1\)"):
+    with pytest.raises(BadInput, match=r"8 texts need shape \(8,\), not \(8, 1\)"):
         tiny_rollout(config(), reward=lambda texts: torch.ones(len(texts), 1))
 
 
 def test_rollout_is_trimmed_to_its_longest_response():
-    """Padding that all rows have in common is cut off: nothing is computed for it."""
-    policy, ref = tiny_policy(0, values=0.5), tiny_policy(1)
+    """Columns that are padding in all rows are removed, so nothing is computed for them."""
+    policy, ref = tiny_policy(0, value_std=0.5), tiny_policy(1)
     sequences = torch.cat([random_prompts(), torch.full((8, 6), EOS)], dim=1)
-    sequences[2, 3:6] = tensor([4, 5, 6])  # with <|endoftext|> the longest response, 4 tokens
+    sequences[2, 3:6] = tensor([4, 5, 6])  # the longest response: 4 tokens with <|endoftext|>
     policy.gpt2.generate = lambda *_: sequences
     batch = tiny_rollout(config(), policy, ref)
     assert batch.sequences.shape == (8, 3 + 4) and batch.mask.shape == batch.logprobs.shape == (8, 4)
@@ -502,7 +482,7 @@ def test_rollout_is_trimmed_to_its_longest_response():
 
 
 def test_objective_is_the_clipped_and_penalized_score_minus_kl_coef_times_kl():
-    """Clipped and with the penalty for a missing end: what is maximised, not what is reported."""
+    """It is what PPO maximizes; the logged score is not clipped and has no penalty for a missing end."""
     cfg = config(score_clip=0.5, missing_eos_penalty=2.0, kl_coef=0.3)
     batch = tiny_rollout(cfg)
     assert batch.ended.any() and not batch.ended.all() and batch.scores.max() > 0.5
@@ -511,12 +491,12 @@ def test_objective_is_the_clipped_and_penalized_score_minus_kl_coef_times_kl():
 
 
 def test_rollout_draws_all_random_numbers_from_its_generator():
-    """Catches random numbers of the process, which a resumed run would not draw again."""
+    """Catches the global generator, which a resumed run cannot reproduce."""
     cfg, policy, ref = config(), tiny_policy(0), tiny_policy(1)
     torch.manual_seed(0)
-    one = tiny_rollout(cfg, policy, ref)
+    first = tiny_rollout(cfg, policy, ref)
     torch.manual_seed(1)
-    assert torch.equal(tiny_rollout(cfg, policy, ref).sequences, one.sequences)
+    assert torch.equal(tiny_rollout(cfg, policy, ref).sequences, first.sequences)
 
 
 def test_rollout_measures_the_seconds_of_each_phase():
@@ -532,13 +512,13 @@ def test_rollout_measures_the_seconds_of_each_phase():
 
 
 def example_rollout(values=0.0):
-    """Two responses of 3 and 5 tokens, each token .1 nats from its reference and -2 nats likely."""
+    """Return two responses of 3 and 5 tokens; each token has a KL of .1 nats and a log-probability of -2 nats."""
     mask, returns = MASK, torch.arange(10.0).reshape(2, 5)
     scores, ended = tensor([1.0, 3.0]), tensor([True, False])
     logprobs = torch.where(mask, -2.0, 99.0)
     sequences, seconds = torch.ones(2, 8).long(), {"generate": 2.0, "score": 1.0, "logprobs": 1.0}
     kl, values = 0.1 * mask, torch.where(mask, values * returns, 99.0)
-    positive = tensor([1.0, 1.0]), tensor([1.0, 0.0])  # by the reward, by the judge
+    positive = tensor([1.0, 1.0]), tensor([1.0, 0.0])  # according to reward and judge
     return Rollout(
         sequences, 3, mask, logprobs, values, returns, returns, kl, scores, scores - 0.5, *positive, ended, ["a", "b"],
         seconds,
@@ -546,7 +526,7 @@ def example_rollout(values=0.0):
 
 
 def test_metrics_sum_kl_over_a_response_and_average_over_responses():
-    """K2, L7. A mean over tokens would say .1; a mean over the padded table .08; garbage behind the end is not seen."""
+    """A mean over tokens gives a KL of .1, a mean over all columns .08. Garbage after the end is ignored."""
     policy = tiny_policy()
     metrics = rollout_metrics(example_rollout(), policy, policy, 0.5, config())
     expected = dict(
@@ -558,7 +538,7 @@ def test_metrics_sum_kl_over_a_response_and_average_over_responses():
 
 
 def test_positive_shares_of_reward_and_judge_are_logged_if_there_are_any():
-    """Each under its own name. A user's function finds nothing positive."""
+    """A reward function that is not a classifier has no positive share."""
     policy, batch = tiny_policy(), example_rollout()
     metrics = rollout_metrics(batch, policy, policy, 0.0, config())
     assert (metrics["positive_by_reward"], metrics["positive_by_judge"]) == (1.0, 0.5)
@@ -569,14 +549,14 @@ def test_positive_shares_of_reward_and_judge_are_logged_if_there_are_any():
     assert "positive_by_judge" not in metrics
 
 
-@pytest.mark.parametrize("kl, warned", [(-0.9, False), (-1.1, True)])
-def test_kl_far_below_0_prints_a_warning(kl, warned):
-    """K5: noise of k1 goes a little below 0, sampling from another distribution goes far."""
+@pytest.mark.parametrize("kl, has_warning", [(-0.9, False), (-1.1, True)])
+def test_kl_far_below_0_prints_a_warning(kl, has_warning):
+    """By chance, k1 is a little below 0; it is far below 0 if samples come from another distribution."""
     lines = []
     log = RunLog(config(), rank=1)
-    log.bar = types.SimpleNamespace(set_postfix=lambda **_: None, write=lines.append)
+    log.bar = types.SimpleNamespace(set_postfix=lambda *_, **__: None, write=lines.append)
     log.write_rollout(1, dict(score=0.0, kl=kl, tokens_per_second=1.0), samples=None)
-    assert [line.startswith(f"warning: KL is {kl:.2f}") for line in lines] == [True] * warned
+    assert [line.startswith(f"warning: KL is {kl:.2f}") for line in lines] == [True] * has_warning
 
 
 @pytest.mark.parametrize("share, expected", [(1.0, 1.0), (0.5, 0.75), (-1.0, -3.0)])
@@ -587,7 +567,7 @@ def test_explained_variance_is_1_for_perfect_values_and_below_0_for_harmful_ones
 
 
 def test_exact_kl_is_the_expectation_of_k1_under_the_policy():
-    """One token after one prompt: sum over the vocabulary of p (log p - log ref)."""
+    """For one token after one prompt: the sum over the vocabulary of p * (log p - log ref)."""
     policy, ref, prompts = tiny_policy(0), tiny_policy(1), torch.ones(8, 3).long()
     cfg = config(response_len=1, temperature=0.7)
     metrics = rollout_metrics(tiny_rollout(cfg, policy, ref, prompts=prompts), policy, ref, 0.0, cfg)
@@ -600,7 +580,7 @@ def test_exact_kl_is_the_expectation_of_k1_under_the_policy():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_without_a_step_every_ratio_is_1_in_every_epoch(temperature):
-    """L4, E2E-5: rollout and update compute the same log-probabilities, at one temperature, dropout nowhere."""
+    """Rollout and update compute the same log-probabilities, at the same temperature and without dropout."""
     policy, cfg = tiny_policy(0), config(temperature=temperature)
     batch = tiny_rollout(cfg, policy, copy.deepcopy(policy))
     metrics = update(policy, sgd(policy, lr=0.0), batch, cfg)
@@ -611,7 +591,7 @@ def test_without_a_step_every_ratio_is_1_in_every_epoch(temperature):
 
 @pytest.mark.parametrize("bf16, rounding", [(False, 1e-5), (True, 5e-3)])
 def test_without_a_step_every_ratio_is_1_in_float32_and_in_bf16(bf16, rounding):
-    """L4, E2E-5: a rollout in float32 and an update in bf16 are .018 nats a token apart before anything is learned."""
+    """With a rollout in float32 and an update in bf16, the first ratios differ from 1 by .018 nats per token."""
     policy, cfg = tiny_policy(0).float(), config(temperature=0.7)
     policy.gpt2.bf16 = bf16
     batch = tiny_rollout(cfg, policy, copy.deepcopy(policy))
@@ -621,21 +601,20 @@ def test_without_a_step_every_ratio_is_1_in_float32_and_in_bf16(bf16, rounding):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_micro_batch_size_does_not_change_the_step(micro_batch_size):
-    """O1. Responses differ in length: the mean of the micro-batches' means would weigh a short one's tokens more."""
+    """Responses differ in length: a mean of the means of micro-batches gives tokens of short responses more weight."""
     batch, states, logs = tiny_rollout(config()), [], []
     for size in (8, micro_batch_size):
-        policy = moved_policy()  # not the one that sampled: ratios differ from 1, some are clipped
+        policy = moved_policy()  # not the policy that sampled: ratios differ from 1, and some are clipped
         cfg = config(minibatch_size=8, micro_batch_size=size, ppo_epochs=2, vf_coef=1.0)
         logs.append(update(policy, sgd(policy), batch, cfg, torch.Generator().manual_seed(0)))
         states.append(parameters(policy))
     assert (states[0] - parameters(moved_policy())).abs().max() > 1e-3 and close(states[1], states[0], 1e-10)
-    clocks = [log.pop("seconds_update") for log in logs]
-    assert logs[1] == pytest.approx(logs[0], abs=1e-6) and 0 < logs[0]["clip_frac"] < 0.9 and min(clocks) > 0
+    seconds = [log.pop("seconds_update") for log in logs]
+    assert logs[1] == pytest.approx(logs[0], abs=1e-6) and 0 < logs[0]["clip_frac"] < 0.9 and min(seconds) > 0
 
 
 @pytest.mark.parametrize("ppo_epochs, minibatch_size, steps", [(1, 8, 1), (4, 8, 4), (4, 4, 8), (3, 2, 12)])
 def test_every_minibatch_of_every_epoch_takes_one_step(ppo_epochs, minibatch_size, steps):
-    """O2."""
     policy, cfg, taken = tiny_policy(0), config(ppo_epochs=ppo_epochs, minibatch_size=minibatch_size), []
     stepper = sgd(policy)
     stepper.optimizers[0].register_step_post_hook(lambda *_: taken.append(1))
@@ -645,7 +624,7 @@ def test_every_minibatch_of_every_epoch_takes_one_step(ppo_epochs, minibatch_siz
 
 @pytest.fixture
 def losses(monkeypatch):
-    """What update hands to ppo_loss and gets back: a list of (advantages, metrics)."""
+    """Record the calls of ppo_loss by update: a list of (advantages, metrics)."""
     calls = []
 
     def spy(*tensors_and_cfg):
@@ -658,18 +637,18 @@ def losses(monkeypatch):
 
 
 def test_every_real_token_is_used_once_per_epoch_in_a_new_order(losses):
-    """O7, A4: nothing is whitened again a minibatch, and what lies behind an end is not there."""
+    """The advantages are not whitened again per minibatch, and tokens after an end are left out."""
     policy, cfg = tiny_policy(0), config(ppo_epochs=3)
     batch = tiny_rollout(cfg)
     update(policy, sgd(policy), batch, cfg)
     epochs = [torch.cat([advantages for advantages, _ in losses[4 * k : 4 * k + 4]]) for k in range(3)]
-    everything = batch.advantages[batch.mask].sort().values
-    assert len(losses) == 12 and all(torch.equal(epoch.sort().values, everything) for epoch in epochs)
+    expected = batch.advantages[batch.mask].sort().values
+    assert len(losses) == 12 and all(torch.equal(epoch.sort().values, expected) for epoch in epochs)
     assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
 
 
 def test_metrics_are_means_over_the_minibatches_and_the_largest_ratio(losses):
-    """L7. The last minibatch's would be the cheap mistake; E_old[ratio] is 1 for any two policies, so max it is."""
+    """Not those of the last minibatch. The mean ratio is 1 for any two policies, so the largest one is logged."""
     policy, cfg = tiny_policy(0), config(micro_batch_size=4, ppo_epochs=2)
     metrics = update(policy, sgd(policy), tiny_rollout(cfg), cfg)
     for name in ("pg_loss", "vf_loss", "approx_kl", "clip_frac", "vf_clip_frac"):
@@ -682,33 +661,33 @@ def test_metrics_are_means_over_the_minibatches_and_the_largest_ratio(losses):
 
 
 def test_garbage_after_the_end_changes_no_metric_and_no_step():
-    """G7: other ids there, nan there, bit by bit the same."""
-    cfg, ref, found = config(), tiny_policy(1), []
+    """Results with other ids and nan after the end are equal to the bit."""
+    cfg, ref, results = config(), tiny_policy(1), []
     for garbage in (False, True):
-        policy = tiny_policy(0, values=0.5)
+        policy = tiny_policy(0, value_std=0.5)
         batch = tiny_rollout(cfg, policy, ref)
         if garbage:
-            behind = torch.cat([torch.zeros(8, 3).bool(), ~batch.mask], 1)
-            assert behind.any()
+            padding = torch.cat([torch.zeros(8, 3).bool(), ~batch.mask], 1)
+            assert padding.any()
             tables = {name: getattr(batch, name).masked_fill(~batch.mask, math.nan) for name in (*TABLES, "kl")}
-            batch = replace(batch, sequences=torch.where(behind, 9, batch.sequences), **tables)
+            batch = replace(batch, sequences=torch.where(padding, 9, batch.sequences), **tables)
         metrics = rollout_metrics(batch, policy, ref, 0.0, cfg)
         metrics |= update(policy, sgd(policy), batch, cfg, torch.Generator().manual_seed(0))
-        found.append([v for k, v in metrics.items() if "second" not in k and "memory" not in k])
-        found[-1].append(parameters(policy).tolist())
-    assert found[0] == found[1]
+        metrics = {name: value for name, value in metrics.items() if name not in MEASURED}
+        results.append((metrics, parameters(policy).tolist()))
+    assert results[0] == results[1]
 
 
 def test_value_loss_reaches_the_trunk():
-    """V4: one network for both, so the advantage 0 everywhere leaves the value loss to move it."""
-    policy, cfg = tiny_policy(0, values=0.5), config(ppo_epochs=1)
+    """Policy and values share one network: with all advantages 0, only the value loss changes it."""
+    policy, cfg = tiny_policy(0, value_std=0.5), config(ppo_epochs=1)
     before, batch = policy.gpt2.h[0].attn.c_attn.weight.clone(), tiny_rollout(cfg)
     update(policy, sgd(policy), replace(batch, advantages=torch.zeros_like(batch.advantages)), cfg)
     assert (policy.gpt2.h[0].attn.c_attn.weight - before).abs().max() > 1e-6
 
 
 def test_a_minibatch_leaves_no_gradient_for_the_next():
-    """Two minibatches are the same as two updates of one minibatch each, in the same order."""
+    """An update with two minibatches equals two updates with one minibatch each, in the same order."""
     batch, cfg = tiny_rollout(config()), config(ppo_epochs=1)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
     together, apart = moved_policy(), moved_policy()
@@ -720,7 +699,7 @@ def test_a_minibatch_leaves_no_gradient_for_the_next():
 
 
 def test_gradient_is_clipped_once_per_step():
-    """O3: the step has length lr * grad_clip, and the logged norm is the one before clipping."""
+    """The step has length lr * grad_clip, and the norm is logged before clipping."""
     policy, cfg = moved_policy(), config(minibatch_size=8, ppo_epochs=1)
     before = parameters(policy)
     metrics = update(policy, sgd(policy, lr=1.0, grad_clip=1e-3), tiny_rollout(cfg), cfg)
@@ -738,33 +717,21 @@ def test_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted():
 
 # ---- main
 
-CLOCKS = {
+MEASURED = {  # metrics that differ between identical runs
     *(f"seconds{phase}" for phase in ("", "_generate", "_score", "_judge", "_logprobs", "_reference", "_update")),
     *("tokens_per_second", "peak_memory_gb"),
 }
 METRICS = {
-    *(
-        "step",
-        "score",
-        "score_std",
-        "objective",
-        "kl",
-        "kl_stderr",
-        "kl_k3",
-        "kl_exact",
-        "kl_coef",
-        "entropy",
-        "explained_variance",
-    ),
-    *("response_length", "eos_frac", "truncated_frac", "pg_loss", "vf_loss", "clip_frac", "vf_clip_frac", "grad_norm"),
-    *("max_log_ratio", "first_max_log_ratio", "last_max_log_ratio", "approx_kl", "first_approx_kl", "last_approx_kl"),
-    *("skipped_steps", "lr"),
-}
+    "step", "score", "score_std", "objective", "kl", "kl_stderr", "kl_k3", "kl_exact", "kl_coef", "entropy",
+    "explained_variance", "response_length", "eos_frac", "truncated_frac", "pg_loss", "vf_loss", "clip_frac",
+    "vf_clip_frac", "grad_norm", "max_log_ratio", "first_max_log_ratio", "last_max_log_ratio", "approx_kl",
+    "first_approx_kl", "last_approx_kl", "skipped_steps", "lr",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory, gpt2_folder):
-    """A function that runs main on tiny folders: what it wrote, and the objects that it trained."""
+    """Return a function that runs main with tiny models and returns its config, metrics, models and random seeds."""
     home = tmp_path_factory.mktemp("ppo")
     (home / "my_reward.py").write_text(
         "import torch\ndef e(texts):\n  return torch.tensor([t.count('e') for t in texts])"
@@ -775,43 +742,39 @@ def train(tmp_path_factory, gpt2_folder):
         torch.set_default_dtype(torch.float32)
         cfg = PPOConfig(
             **dict(
-                dataset=str(reviews), policy=str(gpt2_folder), reward=f"{home / 'my_reward.py'}:e", out=str(home / name),
+                dataset=str(reviews), policy=str(gpt2_folder), reward=f"{home}/my_reward.py:e", out=str(home / name),
                 steps=3, batch_size=8, minibatch_size=4, micro_batch_size=2, response_len=6, max_prompt_len=4,
                 lr=1e-3, lr_end=0.0, save_every=2, save_share=1.0, judge="", report_to="none", device="cpu",
             ) | changes
         )  # fmt: skip
-        kept = types.SimpleNamespace(cfg=cfg, out=home / name, saved_after=[], seeds=[], minibatch_seeds=[])
+        result = types.SimpleNamespace(cfg=cfg, out=home / name, saved_after=[], seeds=[], minibatch_seeds=[])
 
-        def keep_stepper(*args):
-            kept.stepper = Stepper(*args)
-            return kept.stepper
-
-        def keep_policies(*args):
-            kept.policy, kept.ref_policy = args[:2]
-            kept.seeds.append(args[7].initial_seed())
+        def record_rollout(*args):
+            result.policy, result.ref_policy = args[:2]
+            result.seeds.append(args[7].initial_seed())
             return rollout(*args)
 
-        def keep_minibatches(*args):
-            kept.minibatch_seeds.append(args[4].initial_seed())
+        def record_update(*args):
+            result.stepper = args[1]
+            result.minibatch_seeds.append(args[4].initial_seed())
             return update(*args)
 
-        def keep_saves(out, *args):
-            kept.saved_after.append(len((kept.out / "log.jsonl").read_text().splitlines()))
+        def record_save(out, *args):
+            result.saved_after.append(len((result.out / "log.jsonl").read_text().splitlines()))
             save_checkpoint(out, *args)
 
-        def keep_texts(texts, *args):
-            kept.texts = texts
+        def record_texts(texts, *args):
+            result.texts = texts
             return prompt_pool(texts, *args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "save_checkpoint", keep_saves)
-            patch.setattr(data, "prompt_pool", keep_texts)
-            patch.setattr(ppo, "Stepper", keep_stepper)
-            patch.setattr(ppo, "rollout", keep_policies)
-            patch.setattr(ppo, "update", keep_minibatches)
+            patch.setattr(checkpoint, "save_checkpoint", record_save)
+            patch.setattr(data, "prompt_pool", record_texts)
+            patch.setattr(ppo, "rollout", record_rollout)
+            patch.setattr(ppo, "update", record_update)
             ppo.main(cfg)
-        kept.metrics = [json.loads(line) for line in (kept.out / "log.jsonl").read_text().splitlines()]
-        return kept
+        result.metrics = read_lines(result.out / "log.jsonl")
+        return result
 
     return run
 
@@ -824,44 +787,44 @@ def trained(train):
 def test_a_run_logs_every_metric_of_every_rollout(trained):
     assert [line["step"] for line in trained.metrics] == [0, 1, 2]
     for line in trained.metrics:
-        assert set(line) == METRICS | CLOCKS and all(math.isfinite(value) for value in line.values())
+        assert set(line) == METRICS | MEASURED and all(math.isfinite(value) for value in line.values())
         assert line["first_max_log_ratio"] < 1e-5 and line["skipped_steps"] == 0 and line["kl_exact"] >= 0
     assert trained.metrics[0]["kl"] == trained.metrics[0]["kl_exact"] == 0 and trained.metrics[2]["kl_exact"] > 0
 
 
 def test_memory_does_not_grow_with_the_number_of_steps(train):
-    """Catches a loss or a rollout that is kept with its graph. What lives when a line is logged is counted."""
-    alive, write = [], RunLog.write
+    """Catches a loss or a rollout that is kept with its graph: counts the tensors each time metrics are logged."""
+    counts, write = [], RunLog.write
 
     def count(*args, **metrics):
         gc.collect()
         tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and type(x) is not FakeTensor]
-        alive.append((len(tensors), sum(x.nbytes for x in tensors)))
+        counts.append((len(tensors), sum(x.nbytes for x in tensors)))
         write(*args, **metrics)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "write", count)
         train("longer", steps=6, save_every=9, min_prompt_len=4, missing_eos_penalty=100.0)
-    assert len(alive) == 6 and alive[1] == alive[3] == alive[5]  # behind the first the optimizer has its moments
+    assert len(counts) == 6 and counts[1] == counts[3] == counts[5]  # the first step creates Adam's moments
 
 
 def test_every_rollout_has_minibatches_of_its_own(trained):
-    """A generator from the run's seed alone would put the same rows together in every rollout."""
+    """A generator seeded by the run's seed alone gives the same minibatches in every rollout."""
     assert len(set(trained.minibatch_seeds)) == len(trained.minibatch_seeds) == 3
 
 
 def test_every_rollout_draws_its_own_random_numbers(trained):
-    """A generator that is made anew from the run's seed alone would draw the same in every rollout."""
+    """A generator seeded by the run's seed alone draws the same numbers in every rollout."""
     assert len(set(trained.seeds)) == len(trained.seeds) == 3
 
 
 def test_prompts_of_a_run_come_from_the_prompts_split_only(trained):
-    """Of the reviews that evaluate.py takes its prompts from PPO must know nothing."""
+    """PPO must not be trained on the reviews from which evaluate.py takes its prompts."""
     assert trained.texts == load_splits(trained.cfg.dataset)["prompts"].texts
 
 
 def test_learning_rate_falls_linearly_to_0_after_the_last_rollout(trained):
-    """O5: the last step still learns, and every group of parameters follows."""
+    """The last step still has a learning rate, and all parameter groups have the same one."""
     assert [line["lr"] for line in trained.metrics] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
     assert {group["lr"] for group in trained.stepper.optimizers[0].param_groups} == {trained.metrics[2]["lr"]}
 
@@ -875,26 +838,27 @@ def test_kl_coef_is_updated_once_per_rollout_by_its_kl(trained):
 
 
 def test_optimizer_is_adam_without_weight_decay_over_the_policy_alone(trained):
-    """O4, O6: AdamW would pull the policy to 0, not to its reference."""
+    """AdamW's weight decay pulls the policy towards 0 instead of its reference."""
     optimizer = trained.stepper.optimizers[0]
     assert type(optimizer) is torch.optim.Adam
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-5, 0)
-    optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert optimised == {id(p) for p in trained.policy.parameters()}
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in trained.policy.parameters()}
     assert trained.stepper.grad_clip == trained.cfg.grad_clip
 
 
 def test_reference_keeps_the_initial_weights_of_the_policy(trained, gpt2_folder):
-    """O6: a copy, not another name for the policy."""
+    """It is a copy, not another name for the policy."""
     from transformers import AutoModelForCausalLM
 
     start = AutoModelForCausalLM.from_pretrained(gpt2_folder).transformer
     ref, policy = trained.ref_policy.gpt2, trained.policy.gpt2
     assert torch.equal(ref.wte.weight, start.wte.weight) and not torch.equal(policy.wte.weight, ref.wte.weight)
     assert torch.equal(ref.h[1].mlp.c_fc.weight, start.h[1].mlp.c_fc.weight.t())
-    for mine, its in zip(policy.parameters(), ref.parameters()):
-        assert mine.data_ptr() != its.data_ptr() and mine.requires_grad and not its.requires_grad
+    for trained_one, frozen_one in zip(policy.parameters(), ref.parameters()):
+        assert trained_one.data_ptr() != frozen_one.data_ptr()
+        assert trained_one.requires_grad and not frozen_one.requires_grad
 
 
 def test_transformers_loads_what_a_run_writes(trained):
@@ -919,24 +883,23 @@ def metrics_of(objective, kl=0.0):
 
 
 def best_policy(tmp_path, save_every):
-    """BestPolicy of a policy whose value head's bias says which rollout it is of."""
+    """Return a BestPolicy; the tests set the bias of the policy's value head to the number of the rollout."""
     return BestPolicy(tiny_policy(), None, config(save_every=save_every, out=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
     ("objectives", "expected"),
     [
-        ([5, 1, 2, 3, 9, 0], 3),  # the first rollout alone is lucky; means over pairs are 3, 2.5, 4.5: kept at 1, 3, 5
+        ([5, 1, 2, 3, 9, 0], 5),  # means over pairs are 3, 2.5 and 4.5, taken after rollouts 1, 3 and 5
         ([5, 1, 3, 2, 0, 0], 1),
     ],
 )
 def test_the_best_policy_is_chosen_by_means_over_rollouts(tmp_path, objectives, expected):
-    """Catches a policy that is kept for one lucky rollout."""
+    """Catches a policy that is kept because of a single rollout."""
     best = best_policy(tmp_path, save_every=2)
     for step, objective in enumerate(objectives):
         best.model.value_head.bias.data.fill_(step)
         best.update(metrics_of(objective), kl_coef=0.1)
-    expected = {3: 5, 1: 1}[expected]
     assert best.weights["value_head.bias"].item() == expected
     assert best.best["rollouts"] == 2 and best.rollouts == []
 
@@ -951,7 +914,7 @@ def test_until_the_first_mean_the_best_policy_is_that_of_the_first_rollout(tmp_p
 
 @pytest.mark.parametrize(("kl_coef", "expected"), [(0.1, 1), (0.5, 0)])
 def test_policies_are_compared_at_the_latest_kl_coefficient(tmp_path, kl_coef, expected):
-    """Scores 1 and 3 at 2 and 7 nats: at .1 the second is better, at .5 the first, which was trained at .2."""
+    """The scores are 1 and 3 at 2 and 7 nats: with a coefficient of .1 the second is better, with .5 the first."""
     best = best_policy(tmp_path, save_every=1)
     for step, (score, kl, coef) in enumerate([(1.0, 2.0, 0.2), (3.0, 7.0, kl_coef)]):
         best.model.value_head.bias.data.fill_(step)
@@ -969,7 +932,7 @@ def test_of_two_equally_good_policies_the_earlier_one_is_kept(tmp_path):
 
 
 def test_the_best_policy_is_written_without_changing_the_current_one(tmp_path, gpt2_folder):
-    """Twice: the folder is there already then. Catches weights of the moment, and a value head that is shared."""
+    """Write twice, since the folder exists the second time. Catches current weights and a shared value head."""
     folder, gpt2_config, tokenizer = open_gpt2(str(gpt2_folder))
     policy = load_policy(folder, gpt2_config, tokenizer)
     best = BestPolicy(policy, tokenizer, config(save_every=1, out=str(tmp_path)))
@@ -981,12 +944,12 @@ def test_the_best_policy_is_written_without_changing_the_current_one(tmp_path, g
         policy.gpt2.ln_f.bias.data.fill_(-1.0)
         best.write()
         assert policy.value_head.bias.item() == -1.0 and (policy.gpt2.ln_f.bias == -1.0).all()
-        kept = load_policy(*open_gpt2(str(tmp_path / "best")))
-        assert kept.value_head.bias.item() == number and (kept.gpt2.ln_f.bias == number).all()
+        written = load_policy(*open_gpt2(str(tmp_path / "best")))
+        assert written.value_head.bias.item() == number and (written.gpt2.ln_f.bias == number).all()
 
 
 def test_a_run_writes_its_best_policy_besides_the_last_one(trained):
-    """The one that sampled rollout 1, since means are over two; or that of a run's first rollout."""
+    """Here the policy that sampled rollout 1, since means are over two rollouts."""
     best = load_policy(*open_gpt2(str(trained.out / "best")))
     assert trained.cfg.save_every == 2
     assert not torch.equal(parameters(best), parameters(trained.ref_policy).float())
@@ -994,26 +957,26 @@ def test_a_run_writes_its_best_policy_besides_the_last_one(trained):
 
 
 def test_a_run_with_the_same_seed_is_identical_and_one_with_another_seed_is_not(trained, train):
-    def told(run):
-        return [{name: value for name, value in line.items() if name not in CLOCKS} for line in run.metrics]
+    def metrics(run):
+        return [{name: value for name, value in line.items() if name not in MEASURED} for line in run.metrics]
 
     again, other = train("again"), train("other", seed=1)
-    assert told(again) == told(trained) and torch.equal(parameters(again.policy), parameters(trained.policy))
-    assert told(other) != told(trained)
+    assert metrics(again) == metrics(trained) and torch.equal(parameters(again.policy), parameters(trained.policy))
+    assert metrics(other) != metrics(trained)
 
 
-# ---- how main puts a run together
+# ---- what main passes to other modules
 
 
 def record_calls(patch, name):
-    """The arguments of each call of ppo's `name` from now on; the calls are made all the same."""
+    """Wrap ppo's function `name`; return a list that collects the arguments of each call."""
     function, calls = getattr(ppo, name), []
     patch.setattr(ppo, name, lambda *args, **kwargs: calls.append((*args, kwargs)) or function(*args, **kwargs))
     return calls
 
 
 def test_a_run_takes_its_sizes_from_its_config(train):
-    """Catches a micro-batch made for other sizes than the run's, and processes that cannot share it."""
+    """Catches a micro-batch size that is chosen for other sizes than the run's."""
     with pytest.MonkeyPatch.context() as patch:
         sizes, joins = record_calls(patch, "micro_batch_size"), record_calls(patch, "join")
         run = train("sizes", steps=1, micro_batch_size=0, batch_size=8, minibatch_size=4)
@@ -1030,8 +993,8 @@ def test_a_run_checks_its_policy_against_a_copy_on_its_first_prompts(train, caps
         ((policy, reference, prompts, cfg, _),) = checks
         pool = batches[0][0]
     assert torch.equal(prompts, ppo.prompt_batch(pool, 0, cfg))
-    for ours, copied in zip(policy.parameters(), reference.parameters()):
-        assert ours.data_ptr() != copied.data_ptr()
+    for original, copied in zip(policy.parameters(), reference.parameters()):
+        assert original.data_ptr() != copied.data_ptr()
     with pytest.MonkeyPatch.context() as patch:
         train("unchecked", steps=1, self_check=False)
     assert "self-check: policy: skipped" in capsys.readouterr().out
@@ -1052,7 +1015,7 @@ def test_a_run_computes_in_the_dtype_of_its_config(train):
 
 
 def test_a_run_uses_the_columns_and_the_task_of_its_config(train, tmp_path):
-    """Two controls of 14 tokens at most, in a model of 48 positions: checked for the longest."""
+    """The controls take up to 14 tokens: a response of 40 does not fit the model's 48 positions."""
     file = reviews_csv(tmp_path / "reviews.csv")
     (tmp_path / "named.csv").write_text(file.read_text().replace("text,label", "body,stars", 1))
     columns = dict(dataset=str(tmp_path / "named.csv"), text_column="body", label_column="stars")
@@ -1067,38 +1030,37 @@ def test_a_run_uses_the_columns_and_the_task_of_its_config(train, tmp_path):
 def test_compile_passes_compiles_forward_and_decoding_for_dynamic_lengths(monkeypatch):
     compiled, policies = [], [tiny_policy(), tiny_policy()]
     for name, policy in zip(("policy", "reference"), policies):
-        monkeypatch.setattr(policy, "compile", lambda name=name, **how: compiled.append((name, how)))
+        monkeypatch.setattr(policy, "compile", lambda name=name, **options: compiled.append((name, options)))
         monkeypatch.setattr(policy.gpt2, "compile_decoding", lambda name=name: compiled.append((name, "decoding")))
     compile_passes(*policies, False)
     assert not compiled
     compile_passes(*policies, True)
-    how = {"dynamic": True}
-    assert compiled == [("policy", how), ("reference", how), ("policy", "decoding")]
+    options = {"dynamic": True}
+    assert compiled == [("policy", options), ("reference", options), ("policy", "decoding")]
 
 
 # ---- samples.jsonl
 
 
 def samples_of(run):
-    return [json.loads(line) for line in (run.out / "samples.jsonl").read_text().splitlines()]
+    return read_lines(run.out / "samples.jsonl")
 
 
 def test_samples_are_responses_to_the_same_prompts_throughout_a_run(train):
-    """Written to a file, not only shown: every sample_every rollouts and in the last one, with scores."""
+    """They are written every sample_every rollouts and in the last one, with their scores."""
     run = train("samples", steps=4, sample_every=2, sample_prompts=3, lr=1e-2)
     lines = samples_of(run)
     assert [line["step"] for line in lines] == [0, 2, 3]
     prompts = [[sample["prompt"] for sample in line["samples"]] for line in lines]
     assert prompts[0] == prompts[1] == prompts[2] and len(prompts[0]) == 3
-    for line in lines:
-        for sample in line["samples"]:
-            assert sample["score"] == (sample["prompt"] + sample["response"]).count("e")
+    for response in (response for line in lines for response in line["samples"]):
+        assert response["score"] == (response["prompt"] + response["response"]).count("e")
     responses = [[sample["response"] for sample in line["samples"]] for line in lines]
-    assert responses[0] != responses[2]  # it learns
+    assert responses[0] != responses[2]
 
 
 def test_an_unchanged_policy_gives_the_same_samples(train):
-    """One seed for all rollouts: what differs between two lines is the policy."""
+    """All samples of a run use one seed, so they differ only because of the policy."""
     run = train("frozen", steps=3, sample_every=1, lr=1e-12)
     first, second, third = (line["samples"] for line in samples_of(run))
     assert first == second == third
@@ -1114,7 +1076,7 @@ def test_a_score_that_is_not_finite_is_null_in_the_samples():
     policy, words = tiny_policy(), FakeTokenizer()
     pool, cfg = np.ones((9, 3), dtype=np.int64), config(sample_prompts=2)
     samples = sample(policy, words, lambda texts: tensor([math.nan, 1.0]), pool, 0, cfg)
-    assert [one["score"] for one in samples] == [None, 1.0] and "NaN" not in json.dumps(samples)
+    assert [line["score"] for line in samples] == [None, 1.0] and "NaN" not in json.dumps(samples)
 
 
 def test_another_seed_gives_other_samples_and_scores_have_four_decimals():
@@ -1128,11 +1090,11 @@ def test_another_seed_gives_other_samples_and_scores_have_four_decimals():
     assert all(sample["prompt"] == "1 1 1" for sample in samples(0))
 
 
-# ---- what a reward reads
+# ---- reward and judge
 
 
 def test_reward_and_judge_score_each_text_of_a_rollout_once(train, tmp_path):
-    """For the score and for the shares positive: catches a second pass for the log."""
+    """One forward pass gives the score and the positive share: catches a second pass for the log."""
     folders, passes = {}, []
     for seed, name in enumerate(("reward", "judge")):
         write_bert(tmp_path / name, seed=seed)
@@ -1151,11 +1113,11 @@ def test_reward_and_judge_score_each_text_of_a_rollout_once(train, tmp_path):
         assert {"positive_by_reward", "positive_by_judge"} <= set(line) and line["seconds_judge"] > 0
 
 
-# ---- where else the metrics go
+# ---- the log
 
 
 class FakeWandb(types.ModuleType):
-    """What RunLog calls of wandb, written down."""
+    """The functions of wandb that RunLog calls; they record their arguments."""
 
     def __init__(self):
         super().__init__("wandb")
@@ -1179,20 +1141,20 @@ def test_a_resumed_run_continues_its_wandb_run_and_a_new_run_does_not(tmp_path, 
     assert [run["id"] for run in wandb.inits] == ["first", "first", "second"]
     assert {run["resume"] for run in wandb.inits} == {"allow"} and wandb.inits[0]["config"] == asdict(cfg)
     assert wandb.logged[1] == (1, {"score": 1.0})
-    (tmp_path / "wandb_id").write_text("")  # cut short by a crash
+    (tmp_path / "wandb_id").write_text("")  # left empty by a crash
     wandb.ids = iter(["third"])
     RunLog(cfg, first_step=1).close()
     assert wandb.inits[-1]["id"] == "third"
     RunLog(config(out=str(tmp_path), report_to="none")).close()
-    assert not (tmp_path / "wandb_id").exists()  # of a run that is not there any more
-    wandb.__spec__ = importlib.util.spec_from_loader("wandb", None)  # the folder that W&B writes, not the package
+    assert not (tmp_path / "wandb_id").exists()  # its run was deleted
+    wandb.__spec__ = importlib.util.spec_from_loader("wandb", None)  # W&B's folder of logs, not the package
     with pytest.raises(BadInput, match="wandb, which is not installed"):
         RunLog(cfg)
 
 
 def test_a_run_is_trained_on_the_reward_and_only_logs_the_judge(train, bert_folder, judge_folder):
-    """Two runs with the two classifiers exchanged: their first rollouts have the same texts."""
-    pairs = {"judged": (bert_folder, judge_folder), "exchanged": (judge_folder, bert_folder)}
+    """Two runs in which reward and judge are swapped: their first rollouts have the same texts."""
+    pairs = {"original": (bert_folder, judge_folder), "swapped": (judge_folder, bert_folder)}
     one, other = (
         train(name, reward=str(reward), judge=str(judge), positive_label="", self_check=False, steps=1).metrics[0]
         for name, (reward, judge) in pairs.items()
@@ -1202,7 +1164,7 @@ def test_a_run_is_trained_on_the_reward_and_only_logs_the_judge(train, bert_fold
 
 
 def test_the_optimizer_has_the_learning_rate_and_the_epsilon_of_the_config(train):
-    """Not Adam's own 1e-3 and 1e-8."""
+    """Adam's defaults are 1e-3 and 1e-8."""
     run = train("rate", steps=1, lr=3e-4, adam_eps=2e-5)
     (group,) = run.stepper.optimizers[0].param_groups
     assert run.metrics[0]["lr"] == group["lr"] == 3e-4 and group["eps"] == 2e-5

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, message, reviews_csv
-from test_ppo import CLOCKS, FakeTokenizer, close, config, moved_policy, tiny_rollout, count_sevens, sgd, random_prompts, parameters, tiny_policy
+from test_ppo import MEASURED, FakeTokenizer, close, config, moved_policy, tiny_rollout, count_sevens, sgd, random_prompts, parameters, tiny_policy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import finetune_gpt2
@@ -89,7 +89,7 @@ def trained(cfg, reward):
         "prompts": [args[1] for args, _ in calls[1:]],
         "seeds": [args[5].initial_seed() for args, _ in calls[1:]],
         "batches": [prompts for _, prompts in batches[1:]],
-        "log": [{k: v for k, v in args[-1].items() if k not in CLOCKS} | {"step": args[1]} for args, _ in written],
+        "log": [{k: v for k, v in args[-1].items() if k not in MEASURED} | {"step": args[1]} for args, _ in written],
     }
 
 
@@ -199,7 +199,7 @@ def test_a_rollout_of_two_processes_is_what_one_finds_for_all_its_episodes(one, 
     expected = vars(batch) | {"metrics": rollout_metrics(batch, policy, tiny_policy(1), 0.0, CFG)}
     for name in ("mask", "logprobs", "values", "advantages", "returns", "kl", "scores", "ended"):
         assert torch.equal(first[name], second[name]) and close(first[name], expected[name], 1e-12), name
-    for name in set(expected["metrics"]) - CLOCKS:
+    for name in set(expected["metrics"]) - MEASURED:
         assert first["metrics"][name] == second["metrics"][name] == pytest.approx(expected["metrics"][name], abs=1e-9)
 
 
