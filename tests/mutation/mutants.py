@@ -258,7 +258,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         "test_model::test_a_row_is_padded_with_eos_after_its_first_one_and_no_other_token_changes": [
             ("responses continue after <|endoftext|>", "new = torch.where(ended, eos_id, new)", "pass"),
         ],
-        "test_compile::test_nan_left_in_the_static_cache_reaches_no_later_response": [
+        "test_compile::test_nan_values_left_in_the_static_cache_do_not_change_later_responses": [
             ("what a mask hides is nan, and nan times 0 is nan", "ours[:, :, cache.filled :] = 0", "pass"),
         ],
         "test_model::test_values_are_zero_before_training": [
@@ -310,17 +310,17 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         ],
     },
     "data.py": {
-        "test_data::test_a_part_named_test_is_the_evaluation_split_and_its_reviews_are_nowhere_else": [
-            ("a review is in two splits", "rows = _unique(train, evaluation)", "rows = _unique(train, ())"),
+        "test_data::test_a_part_named_test_is_the_evaluation_split_and_its_reviews_are_in_no_other_split": [
+            ("a review is in two splits", "rows.keys() - evaluation.keys()", "rows.keys()"),
         ],
         "test_data::test_the_first_reviews_of_a_split_have_both_labels_although_the_file_is_sorted_by_label": [
             (
                 "the first reviews of a file that is sorted by label are all negative",
-                "sorted(rows, key=lambda row: key(row[0]))",
-                "list(rows)",
+                "sorted(rows.keys() - evaluation.keys())",
+                "[k for k in rows if k not in evaluation]",
             ),
         ],
-        "test_data::test_a_text_that_spells_the_end_of_text_gets_letters_and_comes_back_whole": [
+        "test_data::test_a_text_that_spells_the_end_of_text_token_is_encoded_as_letters": [
             (
                 "the letters <|endoftext|> in a review become the special token",
                 "before, backend.encode_special_tokens = backend.encode_special_tokens, True",
@@ -339,7 +339,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
     },
     "reward.py": {
         "test_reward::test_the_order_of_the_labels_changes_no_score": [
-            ("the reward is the logit of index 1, whatever its label", "return found[0]", "return 1"),
+            ("the reward is the logit of index 1, whatever its label", "return matches[0]", "return 1"),
         ],
         "test_reward::test_of_a_long_text_the_end_is_scored": [
             (
