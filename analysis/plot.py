@@ -89,7 +89,8 @@ def columns(lines, *names):
 def kl_target(folder):
     """Return the KL target of a run in nats per response; 0 if there is none or no run_config.json."""
     file = Path(folder) / "run_config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("kl_target", 0) if file.is_file() else 0
+    with reading(file):
+        return json.loads(file.read_text(encoding="utf-8")).get("kl_target", 0) if file.is_file() else 0
 
 
 def curves(folder):

@@ -1,7 +1,8 @@
-"""The figures of the README: true to the files they are drawn from, legible, and safe for any generated text."""
+"""The figures of the README: they show the data, are legible, and safe for any generated text."""
 
 import itertools
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import ROOT
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, StepPatch
 
 from analysis import plot
@@ -40,7 +42,7 @@ def ppo_log(without=()):
 
 @pytest.fixture
 def asset(tmp_path, monkeypatch):
-    """The files that all figures are drawn from, in asset/ of the working directory."""
+    """The files that all figures read, in asset/ of the working directory."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "asset"
     write_lines(folder / "log.jsonl", ppo_log())
@@ -70,8 +72,8 @@ best-of-n,2,1,0.4,0.8,0.2
 """
 
 
-def test_a_frontier_has_a_marker_for_each_run_and_no_line_between_them(asset):
-    """A line from 8 to 40 nats would show a method's score where no run of it ended."""
+def test_a_frontier_has_a_marker_per_run_and_no_lines_between_them(asset):
+    """A line from 8 to 40 nats would show scores that no run has."""
     for axis, column in zip(frontier(asset / "frontier").axes, (3, 4)):
         lines = {line.get_label(): line for line in axis.lines}
         assert list(lines) == ["fine-tuned model", "PPO", "best-of-n"]
@@ -83,7 +85,7 @@ def test_a_frontier_has_a_marker_for_each_run_and_no_line_between_them(asset):
 
 
 def texts_of(axis):
-    """The texts of a drawing that are not empty, with their boxes in pixels."""
+    """Return the texts of a drawing that are not empty, with their bounding boxes in pixels."""
     renderer = axis.figure.canvas.get_renderer()
     return [(t.get_text(), t.get_window_extent(renderer)) for t in axis.texts if t.get_text()]
 
@@ -96,10 +98,10 @@ def inside(a, b):
     return b.x0 <= a.x0 and a.x1 <= b.x1 and b.y0 <= a.y0 and a.y1 <= b.y1
 
 
-# ---- pictures
+# ---- drawings
 
 
-def test_without_a_folder_every_figure_of_the_readme_is_drawn_white_and_1500_pixels_wide(asset, capsys):
+def test_without_a_folder_all_figures_are_drawn_with_a_white_background_and_1500_pixels_wide(asset, capsys):
     assert main([]) == 0
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert paths == [Path("asset/images") / name for name, *_ in FIGURES]
@@ -110,11 +112,11 @@ def test_without_a_folder_every_figure_of_the_readme_is_drawn_white_and_1500_pix
         "learning_curves": (1500, 825), "finetune_model": (1500, 540), "reward_model": (1500, 540), "ppo": (1500, 705),
         "frontier": (1500, 690),
     }  # fmt: skip
-    assert all(np.all(plt.imread(path)[[0, -1]][:, [0, -1]] == 1) for path in paths)  # corners, opacity included
+    assert all(np.all(plt.imread(path)[[0, -1]][:, [0, -1]] == 1) for path in paths)  # the corners, including opacity
 
 
 @pytest.mark.parametrize("name, draw, source", [(name, draw, source) for name, draw, *source in FIGURES[1:5]])
-def test_no_text_of_a_drawing_runs_into_another_or_over_the_edge_of_a_box(asset, name, draw, source):
+def test_no_text_of_a_drawing_overlaps_another_or_the_edge_of_a_box(asset, name, draw, source):
     figure = draw(*source)
     axis = figure.axes[0]
     texts = texts_of(axis)
@@ -132,7 +134,7 @@ def test_no_text_of_a_drawing_runs_into_another_or_over_the_edge_of_a_box(asset,
 
 
 @pytest.mark.parametrize("name, draw, source", [(name, draw, source) for name, draw, *source in FIGURES[1:4]])
-def test_every_arrow_runs_from_the_edge_of_a_box_to_the_edge_of_another(asset, name, draw, source):
+def test_every_arrow_connects_the_edges_of_two_boxes(asset, name, draw, source):
     patches = draw(*source).axes[0].patches
     boxes = [patch.get_bbox() for patch in patches if isinstance(patch, FancyBboxPatch)]
     arrows = [patch._path_original.vertices for patch in patches if isinstance(patch, FancyArrowPatch)]
@@ -148,16 +150,16 @@ def test_every_arrow_runs_from_the_edge_of_a_box_to_the_edge_of_another(asset, n
     for points in arrows:
         (start,), (end,) = at_edge(*points[0]), at_edge(*points[-1])
         assert start != end
-        assert all(x == u or y == v for (x, y), (u, v) in itertools.pairwise(points.tolist()))  # level or upright
+        assert all(x == u or y == v for (x, y), (u, v) in itertools.pairwise(points.tolist()))  # horizontal or vertical
 
 
 # ---- curves
 
 
-def test_the_curves_are_the_numbers_of_the_log_under_the_names_of_their_panels(asset):
+def test_the_curves_are_the_numbers_of_the_log(asset):
     lines = ppo_log()
     axes = curves(asset).axes
-    units = ["share positive", "KL, nats a response", "response length, tokens", "entropy, nats a token"]
+    units = ["share positive", "KL, nats per response", "response length, tokens", "entropy, nats per token"]
     assert [axis.get_ylabel() for axis in axes] == [label for _, label in PANELS] == units
     for axis, (names, _) in zip(axes, PANELS):
         assert [curve.get_xdata().tolist() for curve in axis.lines] == [list(range(6))] * len(names)
@@ -167,7 +169,7 @@ def test_the_curves_are_the_numbers_of_the_log_under_the_names_of_their_panels(a
     assert [text.get_text().split(",")[0] for text in axes[1].get_legend().texts] == ["kl", "kl_exact"]
 
 
-def test_the_band_is_one_standard_error_of_the_kl_to_either_side(asset):
+def test_the_band_is_one_standard_error_of_the_kl_on_either_side(asset):
     (band,) = curves(asset).axes[1].collections
     points = {tuple(point) for point in band.get_paths()[0].vertices.tolist()}
     for line in ppo_log():
@@ -177,7 +179,7 @@ def test_the_band_is_one_standard_error_of_the_kl_to_either_side(asset):
 
 
 @pytest.mark.parametrize("missing, drawn", [(SHARES, ["score"]), (SHARES[:1], SHARES[1:])], ids=["both", "reward"])
-def test_the_score_is_drawn_where_the_log_has_no_share_positive(asset, missing, drawn):
+def test_the_score_is_drawn_if_the_log_has_no_share_positive(asset, missing, drawn):
     lines = ppo_log(without=missing)
     write_lines(asset / "log.jsonl", lines)
     axis = curves(asset).axes[0]
@@ -188,14 +190,14 @@ def test_the_score_is_drawn_where_the_log_has_no_share_positive(asset, missing, 
 
 
 @pytest.mark.parametrize("config", [None, {}, {"kl_target": 0.0}, {"kl_target": 6.5}], ids=str)
-def test_the_target_line_is_there_where_the_run_had_a_kl_target(asset, config):
+def test_there_is_a_target_line_if_the_run_has_a_kl_target(asset, config):
     if config is not None:
         (asset / "run_config.json").write_text(json.dumps(config))
     targets = [line for line in curves(asset).axes[1].lines if line.get_label() == "target"]
     assert [set(line.get_ydata()) for line in targets] == ([{6.5}] if config and config["kl_target"] else [])
 
 
-def test_the_validation_curve_has_the_steps_that_were_validated_in_millions_of_tokens(asset):
+def test_the_validation_curve_is_over_millions_of_tokens(asset):
     axis = finetune_model(asset / "mini/gpt2").axes[1]
     (curve,) = axis.lines
     assert curve.get_xydata().tolist() == [[0, 3.0], [0.004, 1.5]]
@@ -213,19 +215,19 @@ def test_the_histograms_are_the_counts_of_each_label_with_positive_in_green(asse
 # ---- samples
 
 
-def test_four_samples_are_shown_each_with_the_judges_verdicts_in_their_colour(asset):
+def test_four_samples_are_shown_with_the_probabilities_of_the_judge_in_colour(asset):
     axis = example_results(asset).axes[0]
-    said = [text for text, _ in texts_of(axis)]
+    shown = [text for text, _ in texts_of(axis)]
     assert {text for text, extent in texts_of(axis) if extent.x0 > 0.6 * axis.bbox.x1} == {
         "after PPO", "that is good", "0.51"
     }  # fmt: skip
-    assert said.count("A film about a dog") == 4 * 2  # as the prompt and as the response before
-    assert said.count("that is good") == said.count("0.50") == said.count("0.51") == 4
+    assert shown.count("A film about a dog") == 4 * 2  # as the prompt and as the response before
+    assert shown.count("that is good") == shown.count("0.50") == shown.count("0.51") == 4
     before, after = (plt.matplotlib.colors.to_rgba(colour) for colour in (plot.RED, plot.GREEN))
     assert [patch.get_facecolor() for patch in axis.patches] == [before, after] * 4
 
 
-def test_generated_text_is_drawn_letter_by_letter_and_never_as_mathematics(asset):
+def test_generated_text_is_never_drawn_as_mathematics(asset):
     write_samples(asset, NASTY, NASTY)
     figure = example_results(asset)
     figure.canvas.draw()
@@ -236,12 +238,12 @@ def test_generated_text_is_drawn_letter_by_letter_and_never_as_mathematics(asset
 
 
 @pytest.mark.parametrize("text", ["W" * 150, "A GREAT " * 25, "i" * 150, "\u0301" * 20, "word " * 30, ""])
-def test_a_text_of_any_letters_stays_in_its_column_and_its_row(asset, text):
+def test_any_text_stays_in_its_column_and_row(asset, text):
     write_samples(asset, text, text)
     figure = example_results(asset)
     texts, tags = texts_of(figure.axes[0]), [patch.get_window_extent() for patch in figure.axes[0].patches]
     assert all(inside(extent, figure.bbox) for _, extent in texts)
-    assert all(extent.width < 3.2 * figure.dpi for _, extent in texts[:-1])  # the last is the caption below
+    assert all(extent.width < 3.2 * figure.dpi for _, extent in texts[:-1])  # the last one is the caption
     for words, extent in texts:
         assert words[0].isdigit() or not any(crossing(extent, tag) for tag in tags)
     assert not any(crossing(a, b) for (_, a), (_, b) in itertools.combinations(texts, 2) if text.isascii())
@@ -249,7 +251,7 @@ def test_a_text_of_any_letters_stays_in_its_column_and_its_row(asset, text):
     assert not any(extent.y0 < y < extent.y1 for _, extent in texts for y in rules)
 
 
-def test_wrapping_breaks_at_spaces_and_loses_nothing():
+def test_wrapping_breaks_at_spaces_and_drops_nothing():
     words = "a very long sentence about a film " * 10 + "W" * 100
     lines = wrap(words, 3.1)
     assert "".join(lines).replace(" ", "") == words.replace(" ", "")
@@ -262,7 +264,7 @@ def test_wrapping_breaks_at_spaces_and_loses_nothing():
 # ---- the command
 
 
-def test_a_folder_gets_its_learning_curves_and_nothing_else(asset, tmp_path, capsys):
+def test_with_a_folder_only_its_learning_curves_are_drawn(asset, tmp_path, capsys):
     write_lines(tmp_path / "run" / "log.jsonl", ppo_log())
     assert main(["run"]) == 0
     assert capsys.readouterr().out.split() == [str(Path("run/learning_curves.png"))]
@@ -271,22 +273,50 @@ def test_a_folder_gets_its_learning_curves_and_nothing_else(asset, tmp_path, cap
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_missing_file_is_one_line_that_names_it(asset, capsys, source):
+def test_a_missing_file_is_named_in_one_line(asset, capsys, source):
     (asset / source).unlink()
     assert main([]) == 2
     assert capsys.readouterr().err.splitlines() == [f"error: {Path('asset', source)}: No such file or directory"]
 
 
+def test_an_incomplete_last_line_of_a_log_is_ignored(asset):
+    """As after a crash, or while the run is writing it."""
+    with open(asset / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "sc')
+    assert [len(curve.get_xdata()) for curve in curves(asset).axes[0].lines] == [6, 6]
+
+
+def test_metrics_that_are_not_finite_are_not_drawn(asset):
+    write_lines(asset / "log.jsonl", [*ppo_log(), ppo_log()[0] | {"step": 6, "kl": math.nan, "kl_stderr": math.inf}])
+    assert plot.learning_curves(asset).is_file()
+
+
 @pytest.mark.parametrize(
-    "arguments, named", [(["nowhere"], "nowhere"), (["a", "b"], "usage"), (["asset/log.jsonl"], "log")]
+    "name, text",
+    [
+        ("log.jsonl", '{"step": 0, "kl"\n{}\n'),
+        ("log.jsonl", '{"step": 0, "kl": "x"}\n'),
+        ("run_config.json", "[]"),
+    ],
 )
-def test_bad_usage_is_one_line_and_status_2(asset, capsys, arguments, named):
+def test_a_damaged_file_of_a_run_is_one_line(asset, capsys, name, text):
+    (asset / name).write_text(text)
+    assert main(["asset"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: asset/{name} is damaged, or of another version")
+    assert not (asset / "learning_curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, word", [(["nowhere"], "nowhere"), (["a", "b"], "usage"), (["asset/log.jsonl"], "log")]
+)
+def test_bad_usage_is_one_line_and_status_2(asset, capsys, arguments, word):
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert named in line
+    assert word in line
 
 
 def test_redrawing_needs_no_torch():
-    code = "import sys, plot; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(plot.__file__).parent).returncode == 0
+    code = "import sys, analysis.plot; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
