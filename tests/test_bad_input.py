@@ -1,4 +1,4 @@
-"""What cannot work is said in one line with exit status 2, before anything is written."""
+"""Bad input ends a script with one line on stderr and exit status 2, before anything is written."""
 
 import importlib
 import json
@@ -11,14 +11,15 @@ from unittest.mock import Mock
 import pytest
 from conftest import ROOT, hf_gpt2, reviews_csv, write_bert
 
-import config
+from config import EvaluateConfig, FinetuneConfig, GenerateConfig, PPOConfig, RewardConfig
+from runtime import cli
 
 CONFIGS = {
-    "finetune_gpt2": config.FinetuneConfig,
-    "reward": config.RewardConfig,
-    "ppo": config.PPOConfig,
-    "evaluate": config.EvaluateConfig,
-    "generate": config.GenerateConfig,
+    "finetune_gpt2": FinetuneConfig,
+    "reward": RewardConfig,
+    "ppo": PPOConfig,
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
 }
 SMALL = "--vocab_size 300 --n_layer 1 --n_head 1 --n_embd 8 --report_to none --device cpu"
 FINETUNE = f"--preset mini --init_from scratch --dataset {{csv}} --out out {SMALL}"
@@ -28,24 +29,25 @@ MODELS = "--policy {gpt2} --reward {bert} --judge {judge}"
 PPO = f"--preset mini --dataset {{csv}} {MODELS} --out out --report_to none --device cpu"
 PPO_16 = PPO + " --batch_size 16 --minibatch_size 16 --micro_batch_size 16"
 EVALUATE = "--preset mini --dataset {csv} --before {gpt2} --after {gpt2} --reward {bert} --judge {judge} --device cpu"
+EVALUATE_16 = EVALUATE + " --prompts 16"
 GENERATE = "--preset mini --before {gpt2} --after {gpt2} --reward {bert} --judge {judge} --device cpu --prompt I"
 
-CASES = {  # name: (script, flags, what the message names); of a flag that comes twice the last one counts
+CASES = {  # name: (script, flags, parts of the message); if a flag is repeated, the last one counts
     # models
     "no fine-tuned model": ("ppo", f"{PPO} --policy finetune_checkpoints/mini", ["python finetune_gpt2.py"]),
     "no reward": ("ppo", f"{PPO} --reward reward_checkpoints/mini/reward", ["python reward.py --preset mini"]),
     "no policy to evaluate": ("evaluate", f"{EVALUATE} --after ppo_checkpoints/mini", ["python ppo.py --preset mini"]),
     "no policy to generate with": ("generate", f"{GENERATE} --after ppo_checkpoints/mini", ["ppo.py --preset mini"]),
-    "no judge": ("evaluate", f"{EVALUATE} --judge reward_checkpoints/mini/judge", ["python reward.py --preset mini"]),
+    "no judge": ("evaluate", f"{EVALUATE_16} --judge reward_checkpoints/mini/judge", ["reward.py --preset mini"]),
     "not the repository's folder": ("ppo", "--preset mini", ["asset/mini/gpt2", "run the scripts in its folder"]),
     "no such folder": ("ppo", f"{PPO} --policy ./nowhere", ["./nowhere", "config.json"]),
     "no weights": ("ppo", f"{PPO} --policy {{hollow}}", ["hollow", "model.safetensors"]),
     "a classifier as the policy": ("ppo", f"{PPO} --policy {{bert}}", ["model_type", "'bert'", "'gpt2'"]),
     "model on the hub": ("finetune_gpt2", "--init_from gpt2", ["'gpt2'", "--preset mini"]),
     "encoder on the hub": ("reward", "", ["'bert-base-cased'", "--preset mini"]),
-    "no name of a model": ("ppo", f"{PPO} --policy a/b/c/d", ["a/b/c/d"]),
-    "labels that say nothing": ("ppo", f"{PPO} --reward {{generic}}", ["LABEL_0", "--positive_label"]),
-    "a judge without labels": ("evaluate", f"{EVALUATE} --judge {{generic}}", ["LABEL_0"]),
+    "neither a folder nor a hub name": ("ppo", f"{PPO} --policy a/b/c/d", ["a/b/c/d"]),
+    "labels without names": ("ppo", f"{PPO} --reward {{generic}}", ["LABEL_0", "--positive_label"]),
+    "a judge whose labels have no names": ("evaluate", f"{EVALUATE_16} --judge {{generic}}", ["LABEL_0"]),
     "no second language model": ("evaluate", f"{EVALUATE} --second_lm ./nowhere", ["./nowhere", "config.json"]),
     "a second model without weights": ("evaluate", f"{EVALUATE} --second_lm {{hollow}}", ["hollow", "no weights"]),
     "a file without a function": ("ppo", f"{PPO} --reward {{nan}}", ["nan.py:function"]),
@@ -54,7 +56,7 @@ CASES = {  # name: (script, flags, what the message names); of a flag that comes
     "dataset on the hub": ("reward", f"{REWARD} --dataset stanfordnlp/imdb", ["'stanfordnlp/imdb'", "--preset mini"]),
     "no such dataset": ("finetune_gpt2", f"{FINETUNE} --dataset nothing.csv", ["nothing.csv"]),
     "empty dataset": ("reward", f"{REWARD} --dataset {{empty}}", ["empty.csv"]),
-    "a dataset smaller than a batch": ("ppo", PPO, ["batch_size 128", "prompts"]),
+    "a dataset smaller than a batch": ("ppo", f"{PPO} --self_check False", ["batch_size 128", "prompts"]),
     "a dataset smaller than a block": (
         "finetune_gpt2",
         f"{FINETUNE} --block_size 20000 --n_positions 20000",
@@ -64,35 +66,35 @@ CASES = {  # name: (script, flags, what the message names); of a flag that comes
     "reviews shorter than a prompt": ("ppo", f"{PPO} --max_prompt_len 200 --policy {{long}}", ["longer", "200"]),
     # sizes
     "prompt and response over the context": ("ppo", f"{PPO} --response_len 41", ["8", "41", "48"]),
-    "the same when evaluating": ("evaluate", f"{EVALUATE} --response_len 41", ["8", "41", "48"]),
-    "the same when generating": ("generate", f"{GENERATE} --response_len 48", ["1 tokens", "48"]),
+    "the same for evaluate.py": ("evaluate", f"{EVALUATE} --response_len 41", ["8", "41", "48"]),
+    "the same for generate.py": ("generate", f"{GENERATE} --response_len 48", ["1 tokens", "48"]),
     "a block over the context": ("finetune_gpt2", f"{FROM_FOLDER} --block_size 49", ["49", "48"]),
     "batch sizes that do not divide": ("ppo", f"{PPO} --minibatch_size 48", ["48", "128"]),
-    "a number that is none": ("ppo", f"{PPO} --lr nan", ["lr", "nan"]),
+    "a value that is not a number": ("ppo", f"{PPO} --lr nan", ["lr", "nan"]),
     # the machine and the folder
     "no CUDA": ("finetune_gpt2", f"{FINETUNE} --device cuda", ["cuda", "cpu"]),
     "no W&B": ("finetune_gpt2", f"{FINETUNE} --report_to wandb", ["wandb", "pip install wandb"]),
     "a folder that cannot be written": ("finetune_gpt2", f"{FINETUNE} --out {{csv}}/out", ["toy.csv/out"]),
     "a policy of an unfinished run": ("evaluate", f"{EVALUATE} --after {{unfinished}}", ["unfinished run", "--resume"]),
-    "the same when generating with it": ("generate", f"{GENERATE} --after {{unfinished}}", ["unfinished run", "best"]),
-    "results that are not its own": ("evaluate", f"{EVALUATE} --after {{tuned}}", ["tuned/results.json", "copy"]),
-    "the same by force": ("evaluate", f"{EVALUATE} --after {{tuned}} --force True", ["tuned/results.json", "copy"]),
-    "results that are there": ("evaluate", f"{EVALUATE} --after {{evaluated}}", ["evaluated/viewer.json", "--force"]),
-    # what the first look at the reward shows
+    "the same for generate.py after it": ("generate", f"{GENERATE} --after {{unfinished}}", ["unfinished run", "best"]),
+    "results of another script": ("evaluate", f"{EVALUATE} --after {{tuned}}", ["tuned/results.json", "copy"]),
+    "the same with --force": ("evaluate", f"{EVALUATE} --after {{tuned}} --force True", ["tuned/results.json", "copy"]),
+    "earlier results": ("evaluate", f"{EVALUATE} --after {{evaluated}}", ["evaluated/viewer.json", "--force"]),
+    # the self-check of reward and judge
     "an untrained reward": ("ppo", PPO_16, ["probe sentences", "POSITIVE"]),
-    "the same when evaluating it": ("evaluate", f"{EVALUATE} --prompts 16", ["the reward ranks probe sentences"]),
+    "the same in evaluate.py": ("evaluate", EVALUATE_16, ["the reward ranks probe sentences"]),
     "an untrained judge": (
         "evaluate",
-        f"{EVALUATE} --prompts 16 --reward {{nan}}:length",
+        f"{EVALUATE_16} --reward {{nan}}:length",
         ["the judge ranks probe sentences", "POSITIVE"],
     ),
-    "a function that gives nan": ("ppo", f"{PPO_16} --reward {{nan}}:f", ["score", "nan"]),
+    "a function that returns nan": ("ppo", f"{PPO_16} --reward {{nan}}:f", ["score", "nan"]),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory, gpt2_folder, bert_folder, judge_folder, tokenizer):
-    """What the flags in CASES name, by its name in braces."""
+    """The paths for the braces in the flags of CASES."""
     folder = tmp_path_factory.mktemp("inputs")
     generic, hollow, long = (folder / name for name in ("generic", "hollow", "long"))
     write_bert(generic, ("LABEL_0", "LABEL_1"))
@@ -103,7 +105,7 @@ def paths(tmp_path_factory, gpt2_folder, bert_folder, judge_folder, tokenizer):
     tuned = shutil.copytree(gpt2_folder, folder / "tuned")
     unfinished = shutil.copytree(gpt2_folder, folder / "unfinished")
     (unfinished / "checkpoints").mkdir()
-    (tuned / "results.json").write_text('{"perplexity": 30.0}')  # as finetune_gpt2.py writes it
+    (tuned / "results.json").write_text('{"perplexity": 30.0}')  # like those of finetune_gpt2.py
     evaluated = shutil.copytree(gpt2_folder, folder / "evaluated")
     (evaluated / "viewer.json").write_text("{}")
     (folder / "empty.csv").write_text("text,label\n")
@@ -119,18 +121,19 @@ def paths(tmp_path_factory, gpt2_folder, bert_folder, judge_folder, tokenizer):
     )  # fmt: skip
 
 
-def check(status, error, named):
+def check(status, error, parts):
+    """Check that stderr is one line with these parts; return True."""
     lines = [line for line in error.splitlines() if line]
     assert status == 2
     assert len(lines) == 1, error
     assert lines[0].startswith("error: ")
-    assert all(word in lines[0] for word in named), lines[0]
+    assert all(part in lines[0] for part in parts), lines[0]
     return True
 
 
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
-    """Run a script's main in this process, in an empty folder: (exit status, stderr, seconds)."""
+    """A function that runs a script's main in an empty folder; it returns (exit status, stderr, seconds)."""
     monkeypatch.chdir(tmp_path)
 
     def start(name, flags):
@@ -138,26 +141,26 @@ def script(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         begin = time.time()
         with pytest.raises(SystemExit) as stop:
-            config.run(importlib.import_module(name).main, CONFIGS[name])
+            cli.run(importlib.import_module(name).main, CONFIGS[name])
         return stop.value.code, capsys.readouterr().err, time.time() - begin
 
     return start
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(case, script, paths, tmp_path, monkeypatch):
+def test_bad_input_is_reported_in_one_line_and_nothing_is_written(case, script, paths, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    name, flags, named = CASES[case]
+    name, flags, parts = CASES[case]
     status, error, _ = script(name, flags.format(**paths))
-    check(status, error, named)
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".cache"] == []
+    check(status, error, parts)
+    assert [*tmp_path.iterdir()] == []
 
 
-def test_a_folder_with_a_run_of_another_config_is_left_alone(script, paths, tmp_path):
-    """The message says which fields differ and how to go on."""
+def test_a_folder_with_a_run_of_another_config_does_not_change(script, paths, tmp_path):
+    """The message lists the fields that differ, and the flags that help."""
     (tmp_path / "out").mkdir()
     flags, file = PPO.format(**paths), tmp_path / "out" / "run_config.json"
-    saved = json.dumps({**vars(config.parse(config.PPOConfig, flags.split())), "steps": 3})
+    saved = json.dumps({**vars(cli.parse(PPOConfig, flags.split())), "steps": 3})
     file.write_text(saved)
     status, error, _ = script("ppo", flags)
     check(status, error, ["(steps 3 -> 40)", "--force", "--out"])
@@ -166,30 +169,30 @@ def test_a_folder_with_a_run_of_another_config_is_left_alone(script, paths, tmp_
 
 
 @pytest.mark.parametrize("case", ["model on the hub", "dataset on the hub"])
-def test_a_machine_without_a_network_says_so_within_five_seconds(case, script, paths):
-    """Catches libraries that try again and again."""
-    name, flags, named = CASES[case]
+def test_without_a_network_scripts_end_within_five_seconds(case, script, paths):
+    """Detects retries of libraries."""
+    name, flags, parts = CASES[case]
     status, error, seconds = script(name, flags.format(**paths))
-    check(status, error, named)
+    check(status, error, parts)
     assert seconds < 5
 
 
-@pytest.mark.parametrize("case", ["no fine-tuned model", "labels that say nothing"])
-def test_a_real_process_ends_the_same_way(case, paths, tmp_path):
-    """Here the libraries' own loggers and progress bars would show."""
-    name, flags, named = CASES[case]
+@pytest.mark.parametrize("case", ["no fine-tuned model", "labels without names"])
+def test_a_process_prints_nothing_else_on_stderr(case, paths, tmp_path):
+    """Detects output of the libraries' loggers and progress bars."""
+    name, flags, parts = CASES[case]
     command = [sys.executable, str(ROOT / f"{name}.py"), *flags.format(**paths).split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert check(done.returncode, done.stderr, named)
+    assert check(done.returncode, done.stderr, parts)
 
 
-def test_a_bug_is_a_traceback_and_ctrl_c_is_not(monkeypatch, capsys):
-    """Only BadInput becomes a line; swallowing other errors would hide where they come from."""
+def test_other_exceptions_have_a_traceback_but_ctrl_c_has_none(monkeypatch, capsys):
+    """They are bugs, and without a traceback nobody would find them."""
     monkeypatch.setattr(sys, "argv", ["ppo.py"])
 
     with pytest.raises(ZeroDivisionError):
-        config.run(Mock(side_effect=ZeroDivisionError), config.PPOConfig)
+        cli.run(Mock(side_effect=ZeroDivisionError), PPOConfig)
     with pytest.raises(SystemExit) as stop:
-        config.run(Mock(side_effect=KeyboardInterrupt), config.PPOConfig)
+        cli.run(Mock(side_effect=KeyboardInterrupt), PPOConfig)
     assert stop.value.code == 130
     assert "Traceback" not in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Whatever a file or a flag holds: it works, or is refused in one line; never a traceback, never a lost result."""
+"""Any content of a file or flag either works or is a BadInput: no traceback, no lost results."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def fuzz(examples):
 
 
 def refused(function, *args):
-    """None where the call works, else its BadInput; any other error is a bug of ours."""
+    """Return the BadInput that a call raises, or None; any other exception is a bug."""
     try:
         function(*args)
     except BadInput as error:
@@ -48,24 +48,24 @@ def refused(function, *args):
     return None
 
 
-def says_why(error):
-    """True where nothing was refused, or with words."""
+def has_message(error):
+    """Return whether there was no error, or one with a message."""
     return error is None or str(error).strip() != ""
 
 
 @pytest.mark.parametrize("cls", CLASSES)
 @fuzz(40)
 @given(data=st.data())
-def test_any_value_of_any_flag_is_taken_or_refused(cls, data):
+def test_any_value_of_any_flag_is_accepted_or_refused(cls, data):
     name = data.draw(st.sampled_from([field.name for field in fields(cls)]))
-    assert says_why(refused(parse, cls, [f"--{name}", data.draw(VALUES)]))
+    assert has_message(refused(parse, cls, [f"--{name}", data.draw(VALUES)]))
 
 
 @pytest.mark.parametrize("cls", CLASSES[1:3])
 @fuzz(15)
 @given(argv=st.lists(VALUES, max_size=3).filter(lambda argv: not {"-h", "--help"} & set(argv)))
-def test_any_command_line_is_taken_or_refused(cls, argv):
-    assert says_why(refused(parse, cls, argv))
+def test_any_command_line_is_accepted_or_refused(cls, argv):
+    assert has_message(refused(parse, cls, argv))
 
 
 @fuzz(300)
@@ -73,7 +73,7 @@ def test_any_command_line_is_taken_or_refused(cls, argv):
     st.dictionaries(st.integers(-1, 5), st.sampled_from(["POSITIVE", "pos", "LABEL_1", "", None, 3])),
     st.sampled_from(["", "POSITIVE", "LABEL_1", "x"]),
 )
-def test_any_label_map_names_one_of_its_labels_or_is_refused(id2label, positive_label):
+def test_the_positive_label_of_any_label_map_is_one_of_its_labels_or_it_is_refused(id2label, positive_label):
     try:
         index = positive_index(id2label, positive_label, "a classifier")
     except BadInput:
@@ -93,17 +93,17 @@ ROWS = st.lists(
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 @fuzz(25)
-@given(rows=ROWS, garbage=st.binary(max_size=30), at=st.integers(0, 200))
-def test_any_rows_in_a_file_of_reviews_are_read_or_refused(suffix, tmp_path_factory, rows, garbage, at):
-    """Good reviews first, then rows of any kind, then bytes of any kind somewhere."""
+@given(rows=ROWS, garbage=st.binary(max_size=30), place=st.integers(0, 200))
+def test_any_rows_in_a_file_of_reviews_are_read_or_refused(suffix, tmp_path_factory, rows, garbage, place):
+    """Usable reviews followed by random rows, with random bytes inserted at a random place."""
     folder = tmp_path_factory.mktemp("rows")
     good = reviews_csv(folder / "good.csv", rows=120).read_text().splitlines()
     lines = [json.dumps(row) for row in rows]
     if suffix == "jsonl":
         good = [json.dumps(dict(zip(("text", "label"), line.rsplit(",", 1)))) for line in good[1:]]
     file = folder / f"reviews.{suffix}"
-    whole = "\n".join(good + lines).encode("utf-8", "surrogatepass")
-    file.write_bytes(whole[:at] + garbage + whole[at:])
+    content = "\n".join(good + lines).encode("utf-8", "surrogatepass")
+    file.write_bytes(content[:place] + garbage + content[place:])
     try:
         splits = load_splits(str(file))
     except BadInput as error:
@@ -135,31 +135,30 @@ def run_folder(tmp_path_factory):
 
 
 def damage(file, data):
-    """Change, cut or add some bytes of a file."""
+    """Flip a bit of a file, truncate it or insert a byte."""
     content = bytearray(file.read_bytes())
-    at = data.draw(st.integers(0, max(0, len(content) - 1)))
+    place = data.draw(st.integers(0, max(0, len(content) - 1)))
     kind = data.draw(st.sampled_from(["flip", "cut", "insert", "empty"]))
     if kind == "flip" and content:
-        content[at] ^= 1 << data.draw(st.integers(0, 7))
-    content = {"cut": content[:at], "empty": b"", "insert": content[:at] + b"\x00" + content[at:]}.get(kind, content)
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    content = {"cut": content[:place], "empty": b"", "insert": content[:place] + b"\x00" + content[place:]}.get(
+        kind, content
+    )
     file.write_bytes(content)
 
 
 @fuzz(60)
 @given(data=st.data())
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_stays(run_folder, data, tmp_path_factory):
+def test_a_damaged_checkpoint_is_loaded_or_refused_with_its_path(run_folder, data, tmp_path_factory):
+    """The checkpoint before it can then be loaded."""
     out = tmp_path_factory.mktemp("damaged") / "out"
     shutil.copytree(run_folder, out)
-    latest = latest_checkpoint(out)
+    latest, model = latest_checkpoint(out), small()
     damage(data.draw(st.sampled_from(sorted(latest.iterdir()))), data)
-    model = small()
-    error = refused(load_checkpoint, latest, model, [torch.optim.Adam(model.parameters())], {"texts": "abc"})
+    error = refused(load_checkpoint, latest, model, [torch.optim.Adam(model.parameters())])
     assert error is None or str(latest) in str(error)
     shutil.rmtree(latest)
-    assert (
-        load_checkpoint(latest_checkpoint(out), model, [torch.optim.Adam(model.parameters())], {"texts": "abc"})["step"]
-        == 1
-    )
+    assert load_checkpoint(latest_checkpoint(out), model, [torch.optim.Adam(model.parameters())])["step"] == 1
 
 
 @fuzz(40)
@@ -186,19 +185,19 @@ def test_a_damaged_model_folder_is_loaded_or_refused_with_its_path(gpt2_folder, 
 )
 def test_any_config_json_is_read_or_refused(tmp_path, values):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"} | values))
-    assert says_why(refused(read_config, tmp_path))
+    assert has_message(refused(read_config, tmp_path))
 
 
 @fuzz(100)
 @given(st.dictionaries(st.sampled_from([field.name for field in fields(PPOConfig)]), JSON, min_size=1) | JSON)
-def test_a_run_of_another_config_stays_whatever_its_config_says(tmp_path, changes):
-    """Only an unfinished run whose config is this one's, field by field, may be replaced."""
+def test_a_run_with_another_config_is_never_replaced(tmp_path, changes):
+    """Only an unfinished run may be replaced whose config is the same in every field that changes results."""
     cfg = PPOConfig(out=str(tmp_path))
-    said = asdict(cfg) | changes if isinstance(changes, dict) else changes
-    (tmp_path / RUN_CONFIG).write_text(json.dumps(said))
+    saved = asdict(cfg) | changes if isinstance(changes, dict) else changes
+    (tmp_path / RUN_CONFIG).write_text(json.dumps(saved))
     (tmp_path / "model.safetensors").write_text("hours of work")
     error = refused(check_run, cfg, "results.json")
     ours = {name: value for name, value in asdict(cfg).items() if name not in SAME_RESULT}
-    same = isinstance(said, dict) and {name: said[name] for name in ours} == ours
+    same = isinstance(saved, dict) and {name: saved[name] for name in ours} == ours
     assert (error is None) == same
     assert (tmp_path / "model.safetensors").read_text() == "hours of work"
