@@ -1,9 +1,9 @@
-"""Kill -9 at random moments, again and again: what is saved must be whole, and the end as if nothing had happened.
+"""Kill -9 at random moments, many times: what is saved must be complete, and the result equal to an uninterrupted run.
 
-    python tests/soak.py [N]    # N kills of saves and N of a run of ppo.py, 50 if not told; 1 when any did harm
+    python tests/soak.py [N]    # N kills of saves and N of a run of ppo.py, 50 by default; exit status 1 on harm
 
-test_resume.py does the same with a few kills. A run is a process of its own, forked from a server that has imported
-all that is slow and computed nothing, so that it starts in a tenth of the time.
+test_resume.py does the same with a few kills. A run is a process forked from a server that has imported all that is
+slow and computed nothing, so that it starts in a tenth of the time.
 """
 
 import importlib
@@ -27,9 +27,12 @@ from tqdm import tqdm
 from config import FinetuneConfig, PPOConfig, RewardConfig
 from runtime.checkpoint import (
     CHECKPOINTS,
-    check_sums,
+    STATE,
+    TENSORS,
     latest_checkpoint,
     load_checkpoint,
+    read_file,
+    read_json,
     remove_leftovers,
     save_checkpoint,
 )
@@ -39,7 +42,7 @@ from runtime.log import RunLog, read_lines
 CONFIGS = {"ppo": PPOConfig, "reward": RewardConfig, "finetune_gpt2": FinetuneConfig}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["tyro", "datasets", "safetensors.torch", "transformers.models.auto.tokenization_auto"]
+    ["datasets", "safetensors.torch", "transformers.models.auto.tokenization_auto"]
     + ["transformers.models.bert.modeling_bert", "transformers.models.auto.modeling_auto"]
 )
 REWARDS = """
@@ -52,22 +55,21 @@ def late(texts, calls=[]):
 """
 
 
-def start(script, flags, told, pause=0.0, limit=None):
-    """A script with flags as a process; what it prints goes to the file `told`.
+def start(script, flags, output, pause=0.0, limit=None):
+    """Start a script with flags as a process that prints to the file `output`.
 
-    pause: seconds that every step lasts longer. limit: the most bytes that a file may have, which is how a test fills
-    a disk.
+    pause: seconds to wait after each step. limit: the most bytes that a file may have, to simulate a full disk.
     """
-    process = FORKS.Process(target=_script, args=(script, flags, told, pause, limit), daemon=True)
+    process = FORKS.Process(target=_script, args=(script, flags, output, pause, limit), daemon=True)
     process.start()
     return process
 
 
-def _script(script, flags, told, pause, limit):
-    output = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    tqdm.set_lock(threading.RLock())  # its own would outlive a process that is killed
+def _script(script, flags, output, pause, limit):
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    tqdm.set_lock(threading.RLock())  # the default lock would survive a process that is killed
     write = RunLog.write
     RunLog.write = lambda *args, **metrics: write(*args, **metrics) or time.sleep(pause)
     if limit:
@@ -77,14 +79,14 @@ def _script(script, flags, told, pause, limit):
 
 
 def wait_for(process, condition):
-    """Wait until condition() holds; the process must be alive then."""
+    """Wait until condition() holds; fail if the process ends before."""
     while not condition():
-        assert process.is_alive(), f"it ended with status {process.exitcode} before it could be stopped"
+        assert process.is_alive(), f"the process ended with status {process.exitcode} before it could be stopped"
         time.sleep(0.005)
 
 
 def small_files(home):
-    """Write a tiny GPT-2, a tiny BERT, reviews and rewards into a folder; returns it."""
+    """Write a tiny GPT-2, a tiny BERT, reviews and rewards to a folder; return it."""
     tokenizer = train_bpe(TEXTS, 300)
     hf_gpt2(len(tokenizer)).float().save_pretrained(home / "gpt2")
     tokenizer.save_pretrained(home / "gpt2")
@@ -95,7 +97,7 @@ def small_files(home):
 
 
 def ppo_flags(home, out, **changes):
-    """Flags of ppo.py for a short run on small_files, adaptive in all that can be."""
+    """Return the flags of ppo.py for a short run on small_files, with all that adapts turned on."""
     flags = dict(
         dataset=home / "reviews.csv", policy=home / "gpt2", reward=f"{home}/rewards.py:letters", judge=home / "bert",
         self_check=False, out=out, steps=6, batch_size=8, minibatch_size=4, micro_batch_size=2, response_len=6,
@@ -110,15 +112,15 @@ def to_flags(values):
 
 
 def outcome(out):
-    """All that two runs have in common which are the same to the bit: the log but for its clocks, and the weights."""
-    clocks = ("tokens_per_second", "peak_memory_gb")
+    """Return what two equal runs have in common to the bit: the logs without their times, and the weights."""
+    times = ("tokens_per_second", "peak_memory_gb")
     log, weights = {}, {}
     for file in sorted(Path(out).rglob("*")):
         name = file.relative_to(out).as_posix()
         if file.suffix == ".jsonl":
             lines = [json.loads(line) for line in file.read_text().splitlines()]
             log[name] = [
-                {key: value for key, value in line.items() if key not in clocks and not key.startswith("seconds")}
+                {key: value for key, value in line.items() if key not in times and not key.startswith("seconds")}
                 for line in lines
             ]
         elif file.suffix == ".safetensors":
@@ -126,16 +128,16 @@ def outcome(out):
     return log, weights
 
 
-def check_whole(out):
-    """The checkpoints that a run may go on from, the latest two, are whole."""
+def check_complete(out):
+    """Read the checkpoints from which a run may resume, the latest two."""
     for folder in sorted((Path(out) / CHECKPOINTS).glob("[0-9]*"))[-2:]:
-        check_sums(folder)
+        assert read_json(folder / STATE) and dict(read_file(folder / TENSORS))
 
 
-def kill_runs(flags, out, unbroken, kills, rng):
-    """Kill ppo.py with these flags at random moments, and check what is there; at last let it end. Yields news.
+def kill_runs(flags, out, uninterrupted, kills, rng):
+    """Kill ppo.py with these flags at random moments and check what is saved; finally let it end. Yield what happened.
 
-    A run that is whole before its kill must be the unbroken one, and begins anew.
+    A run that finishes before it is killed must equal the uninterrupted one; then a new one is started.
     """
     out = Path(out)
     for number in range(1, kills + 2):
@@ -144,48 +146,48 @@ def kill_runs(flags, out, unbroken, kills, rng):
         process.kill()
         process.join()
         assert process.exitcode == 0 or number <= kills and process.exitcode == -9, Path(f"{out}.txt").read_text()
-        check_whole(out)
+        check_complete(out)
         if (out / "model.safetensors").is_file() and not (out / CHECKPOINTS).is_dir():
-            remove_leftovers(out)  # a kill while the checkpoints were deleted leaves some
-            differ = differences(outcome(out), outcome(unbroken))
-            assert not differ, f"{out} is not {unbroken}: {differ}"
+            remove_leftovers(out)  # of a kill while the checkpoints were deleted
+            differing = differences(outcome(out), outcome(uninterrupted))
+            assert not differing, f"{out} differs from {uninterrupted}: {differing}"
             shutil.rmtree(out)
-            yield f"run {number}: whole"
+            yield f"run {number}: finished, equal to the uninterrupted one"
         else:
             step = latest_checkpoint(out)
-            yield f"run {number}: killed in step {len(read_lines(out / 'log.jsonl'))}, at {step and step.name}"
+            yield f"run {number}: killed in step {len(read_lines(out / 'log.jsonl'))}, saved at {step and step.name}"
 
 
-def differences(found, expected):
-    """What differs between two outcomes: names of files, and of a log its first line that is another, both of them."""
-    told = []
-    for files, wanted in zip(found, expected):
-        for name in sorted(files.keys() | wanted.keys()):
-            file, other = files.get(name), wanted.get(name)
+def differences(first, second):
+    """Return what differs between two outcomes: names of files, and for a log its first differing line in both."""
+    differing = []
+    for files, others in zip(first, second):
+        for name in sorted(files.keys() | others.keys()):
+            file, other = files.get(name), others.get(name)
             if file != other and isinstance(file, list) and isinstance(other, list):
-                told += [name, *next(pair for pair in itertools.zip_longest(file, other) if pair[0] != pair[1])]
+                differing += [name, *next(pair for pair in itertools.zip_longest(file, other) if pair[0] != pair[1])]
             elif file != other:
-                told.append(name)
-    return told
+                differing.append(name)
+    return differing
 
 
 def toy(fill):
-    """A model and its optimizer, every weight and every moment of them one number."""
+    """Return a model and its optimizer, with all weights and moments equal to one number."""
     model = torch.nn.Linear(300, 300)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(300)).sum().backward()
     optimizer.step()
     with torch.no_grad():
-        for tensor in numbers(model, optimizer):
+        for tensor in tensors_of(model, optimizer):
             tensor.fill_(fill)
     return model, optimizer
 
 
-def numbers(model, optimizer):
+def tensors_of(model, optimizer):
     return [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
 
 
-def _save_on_and_on(out):
+def _save_forever(out):
     latest = latest_checkpoint(out)
     for step in itertools.count(int(latest.name) + 1 if latest else 1):
         model, optimizer = toy(step)
@@ -193,35 +195,34 @@ def _save_on_and_on(out):
 
 
 def kill_saves(out, kills, rng):
-    """Kill a process that does nothing but save, at random moments; what loads must be of one step. Yields news."""
+    """Kill a process that only saves, at random moments; what loads must be of a single step. Yield what happened."""
     done = 0
     for number in range(1, kills + 1):
-        process = FORKS.Process(target=_save_on_and_on, args=(out,), daemon=True)
+        process = FORKS.Process(target=_save_forever, args=(out,), daemon=True)
         process.start()
         wait_for(process, lambda: (latest := latest_checkpoint(out)) and int(latest.name) > done)  # noqa: B023
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.join()
-        check_whole(out)
+        check_complete(out)
         model, optimizer = toy(-1)
-        step = load_checkpoint(latest_checkpoint(out), model, [optimizer], {})["step"]
-        assert all((tensor == step).all() for tensor in numbers(model, optimizer)) and step > done
+        step = load_checkpoint(latest_checkpoint(out), model, [optimizer])["step"]
+        assert all((tensor == step).all() for tensor in tensors_of(model, optimizer)) and step > done
         done = step
-        yield f"save {number}: killed, {step} is whole"
+        yield f"save {number}: killed, checkpoint {step} is complete"
 
 
 def main(kills):
     rng = random.Random(0)
     home = small_files(Path(tempfile.mkdtemp()))
-    first = start("ppo", ppo_flags(home, home / "unbroken", steps=40, save_every=1), home / "unbroken.txt")
+    first = start("ppo", ppo_flags(home, home / "uninterrupted", steps=40, save_every=1), home / "uninterrupted.txt")
     first.join()
-    assert first.exitcode == 0, (home / "unbroken.txt").read_text()
-    flags = ppo_flags(home, home / "broken", steps=40, save_every=1)
+    assert first.exitcode == 0, (home / "uninterrupted.txt").read_text()
+    flags = ppo_flags(home, home / "killed", steps=40, save_every=1)
     (home / "saves").mkdir()
-    for news in itertools.chain(
-        kill_saves(home / "saves", kills, rng), kill_runs(flags, home / "broken", home / "unbroken", kills, rng)
-    ):
-        print(news, flush=True)
+    saves = kill_saves(home / "saves", kills, rng)
+    for event in itertools.chain(saves, kill_runs(flags, home / "killed", home / "uninterrupted", kills, rng)):
+        print(event, flush=True)
     shutil.rmtree(home)
 
 

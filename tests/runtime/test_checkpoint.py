@@ -1,10 +1,8 @@
-"""What is written is there whole or not at all, and what a run would overwrite is refused."""
+"""Reading and writing files atomically, refusing to replace runs, saving and resuming checkpoints."""
 
 import json
 import os
-import shutil
 import signal
-from collections import namedtuple
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,13 +24,12 @@ from runtime.checkpoint import (
     check_finished,
     check_run,
     delete_checkpoints,
-    delete_results,
+    delete_earlier_files,
     fingerprint,
     is_our_card,
     latest_checkpoint,
     load_checkpoint,
     match,
-    need_disk,
     read_file,
     read_json,
     remove_leftovers,
@@ -46,25 +43,25 @@ from runtime.errors import BadInput, Stopped, first_line
 
 
 @pytest.mark.parametrize("content", [None, "", "{", b"\xff\xfe"])
-def test_json_that_is_missing_or_broken_is_refused_with_its_path(tmp_path, content):
+def test_a_missing_or_damaged_json_file_is_refused_with_its_path(tmp_path, content):
     file = tmp_path / "config.json"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert f"{file} cannot be read" in message(read_json, file)
 
 
-def test_an_error_without_a_text_is_reported_by_its_kind():
+def test_an_error_without_a_message_is_reported_by_its_type():
     assert first_line(ValueError("\n one line\nanother")) == "one line"
     assert first_line(EOFError()) == "EOFError"
 
 
-def test_the_tensors_of_a_safetensors_file_are_read_one_at_a_time_the_largest_first(tmp_path):
-    """A model that is filled from it, the largest last, would have twice its largest tensor in memory at the end."""
+def test_the_tensors_of_a_safetensors_file_are_read_one_at_a_time_with_the_largest_first(tmp_path):
+    """If the largest tensor came last, filling a model from the file would need twice its size in memory."""
     tensors = {"b": torch.rand(4), "a": torch.rand(2, 3), "d": torch.rand(3, 3), "c": torch.rand(1)}
     save_file(tensors, tmp_path / "model.safetensors")
-    found = list(read_file(tmp_path / "model.safetensors"))
-    assert [name for name, _ in found] == ["d", "a", "b", "c"]
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in found)
+    read = list(read_file(tmp_path / "model.safetensors"))
+    assert [name for name, _ in read] == ["d", "a", "b", "c"]
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in read)
 
 
 def test_weights_that_were_saved_on_a_gpu_are_read_without_one(tmp_path, monkeypatch):
@@ -75,8 +72,8 @@ def test_weights_that_were_saved_on_a_gpu_are_read_without_one(tmp_path, monkeyp
     assert name == "w" and tensor.device.type == "cpu" and tensor.tolist() == [1, 2]
 
 
-class Planted:
-    """A pickled object that writes a file when it is loaded."""
+class Touch:
+    """A pickled object that creates a file when it is loaded."""
 
     def __init__(self, file):
         self.file = file
@@ -85,30 +82,30 @@ class Planted:
         return Path.touch, (self.file,)
 
 
-def test_no_code_in_a_weight_file_is_run_even_where_torch_is_told_to(tmp_path, monkeypatch):
-    torch.save({"w": Planted(tmp_path / "planted")}, tmp_path / "pytorch_model.bin")
+def test_no_code_in_a_weight_file_is_run_even_if_an_environment_variable_allows_it(tmp_path, monkeypatch):
+    torch.save({"w": Touch(tmp_path / "created")}, tmp_path / "pytorch_model.bin")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    assert "holds more than plain tensors" in message(list, read_file(tmp_path / "pytorch_model.bin"))
-    assert not (tmp_path / "planted").exists()
+    assert "contains more than plain tensors" in message(list, read_file(tmp_path / "pytorch_model.bin"))
+    assert not (tmp_path / "created").exists()
 
 
-def names(count):
+def zeros(count):
     return {f"tensor{i}": torch.zeros(2, i + 1) for i in range(count)}
 
 
 def test_tensors_that_match_raise_nothing():
-    assert match(names(3), names(3), "here") is None
+    assert match(zeros(3), zeros(3), "here") is None
 
 
 def test_a_mismatch_lists_five_problems_and_counts_the_rest():
-    text = message(match, {}, names(7), "the folder")
+    text = message(match, {}, zeros(7), "the folder")
     assert text.startswith("the folder does not fit: missing tensor0 (2, 1); ")
     assert text.endswith("missing tensor4 (2, 5) and 2 more")
-    assert message(match, {}, names(6), "it").endswith("missing tensor4 (2, 5) and 1 more")
-    assert message(match, {}, names(5), "it").endswith("missing tensor4 (2, 5)")
-    assert message(match, names(2), {}, "it") == "it does not fit: unexpected tensor0 (2, 1); unexpected tensor1 (2, 2)"
+    assert message(match, {}, zeros(6), "it").endswith("missing tensor4 (2, 5) and 1 more")
+    assert message(match, {}, zeros(5), "it").endswith("missing tensor4 (2, 5)")
+    assert message(match, zeros(2), {}, "it") == "it does not fit: unexpected tensor0 (2, 1); unexpected tensor1 (2, 2)"
     wrong = {"tensor0": torch.zeros(3)}
-    assert message(match, wrong, names(1), "it") == "it does not fit: tensor0 is (3,), expected (2, 1)"
+    assert message(match, wrong, zeros(1), "it") == "it does not fit: tensor0 is (3,), expected (2, 1)"
 
 
 # ---- saving
@@ -122,40 +119,52 @@ def out(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("last", ["save_file", "sha256", "synced"])
-def test_a_checkpoint_that_is_not_whole_is_not_where_one_is_looked_for(tmp_path, monkeypatch, last):
-    """Whatever the save had come to when it broke: before its tensors, before its sums, before it was on the disk."""
+@pytest.mark.parametrize("last", ["save_file", "flush"])
+def test_an_incomplete_checkpoint_is_not_among_the_checkpoints(tmp_path, monkeypatch, last):
+    """Whether the save is interrupted before its tensors are written or before they are on the disk."""
     model = nn.Linear(2, 2)
     save_checkpoint(tmp_path, model, [], {"step": 1})
 
-    def die(*args):
+    def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, last, die)
+    monkeypatch.setattr(checkpoint, last, interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, model, [], {"step": 2}, keep=1)
     assert latest_checkpoint(tmp_path).name == "00000001"
 
 
-def test_what_a_kill_leaves_of_a_save_is_in_the_folder_of_the_run_and_is_swept(tmp_path, monkeypatch):
-    """Elsewhere, say in /tmp, it would stay for ever, and a folder is not moved from one disk to another at once."""
+def test_the_leftovers_of_a_killed_save_are_inside_the_folder_of_the_run_and_are_removed(tmp_path, monkeypatch):
+    """In /tmp they would stay forever, and a folder cannot be moved atomically from one disk to another."""
 
-    def killed(tensors, file):
+    def interrupt(tensors, file):
         assert file.parent.is_dir() and latest_checkpoint(tmp_path) is None
         remove_leftovers(tmp_path)
         assert not file.parent.exists() and not list((tmp_path / "checkpoints").iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", killed)
+    monkeypatch.setattr(checkpoint, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, nn.Linear(2, 2), [], {"step": 1})
+
+
+def test_files_are_on_the_disk_before_they_replace_others_and_the_renaming_after_it(out, monkeypatch):
+    """Otherwise a power cut would leave empty files, or undo the renaming after older checkpoints are deleted."""
+    events = []
+    flush, rename = checkpoint.flush, os.replace
+    monkeypatch.setattr(checkpoint, "flush", lambda path: events.append(Path(path).name) or flush(path))
+    monkeypatch.setattr(os, "replace", lambda old, new: events.append(f"rename {Path(new).name}") or rename(old, new))
+    with replacing(out, {}) as folder:
+        (folder / "a").mkdir()
+        (folder / "a" / "b").write_text("")
+    assert sorted(events[:2]) == ["a", "b"] and events[2:] == ["rename a", out.name]
 
 
 def contents(folder):
     return {file.name: file.read_text() for file in folder.iterdir()}
 
 
-def test_a_save_replaces_its_files_and_leaves_the_others(out):
+def test_a_save_replaces_its_files_and_keeps_the_others(out):
     with replacing(out, {}) as folder:
         (folder / "model.bin").write_text("new")
         (folder / "config.json").write_text("{}")
@@ -167,7 +176,7 @@ def test_a_save_replaces_its_files_and_leaves_the_others(out):
     "error, kind",
     [
         (OSError("disk full"), BadInput),
-        (Exception("disk full"), BadInput),  # as the tokenizers library raises it
+        (Exception("disk full"), BadInput),  # the type that the tokenizers library raises
         (RuntimeError("a bug"), RuntimeError),
         (KeyboardInterrupt(), KeyboardInterrupt),
     ],
@@ -180,33 +189,28 @@ def test_a_save_that_fails_leaves_the_old_files_and_no_temporary_ones(out, error
     assert contents(out) == before
 
 
-def test_a_full_disk_is_reported_with_the_bytes_that_are_needed_and_free(out, monkeypatch):
-    usage = namedtuple("Usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9999, 9999, 1500))
-    tensors = {"a": torch.zeros(100, 3), "b": torch.zeros(100, dtype=torch.float64)}  # 1200 + 800 bytes
-    with pytest.raises(BadInput) as caught, replacing(out, tensors):
-        raise OSError("disk full")
-    assert str(caught.value) == (
-        f"{out} was not written, what it held stays: disk full; 2,000 bytes are needed, 1,500 are free on that disk"
-    )
+def test_a_full_disk_is_reported_with_the_folder(out):
+    with pytest.raises(BadInput) as caught, replacing(out, {}):
+        raise OSError("No space left on device")
+    assert str(caught.value) == f"{out} was not written, its old files are kept: No space left on device"
 
 
 def test_saved_files_have_the_mode_of_any_other_file(out):
-    """A temporary folder is 0700, and safetensors writes 0600: nobody else could read the model."""
+    """A temporary folder is 0700, and safetensors writes 0600: other users could not read the model."""
     with replacing(out, {}) as folder:
         save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
     (out / "plain").write_text("")
     assert (out / "model.safetensors").stat().st_mode == (out / "plain").stat().st_mode
 
 
-def test_a_text_file_is_replaced_whole_and_its_temporary_one_is_gone(out):
+def test_a_text_file_is_replaced_without_leaving_a_temporary_file(out):
     write_text(out / "model.bin", "naïve")
     write_text(out / "new.json", "{}")
     assert (out / "model.bin").read_text(encoding="utf-8") == "naïve"
     assert sorted(file.name for file in out.iterdir()) == ["log.jsonl", "model.bin", "new.json"]
 
 
-def test_a_text_file_that_cannot_be_finished_stays_as_it_was(out, monkeypatch):
+def test_a_text_file_is_unchanged_if_its_replacement_fails(out, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
         write_text(out / "model.bin", "new")
@@ -214,26 +218,28 @@ def test_a_text_file_that_cannot_be_finished_stays_as_it_was(out, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["a card\n{}\n", "\xe9\n{}\n", "a card", "\xe9", "text that quotes {}"])
-def test_a_card_is_ours_by_its_mark_in_whatever_encoding(tmp_path, text):
+def test_a_card_is_ours_if_it_has_our_mark_whatever_its_encoding(tmp_path, text):
     file = tmp_path / "README.md"
     file.write_bytes(text.format(CARD_MARK).encode("latin-1"))
     assert is_our_card(file) == (f"\n{CARD_MARK}\n" in text.format(CARD_MARK))
 
 
-def test_only_the_results_in_the_folder_itself_are_deleted(tmp_path, monkeypatch):
-    """Not those in the current folder, which has the same names where a policy is evaluated in its own folder."""
+def test_a_new_run_deletes_the_files_of_an_earlier_run_in_its_folder_alone(tmp_path, monkeypatch):
+    """Not those in the current folder, which has files of the same names if a policy is evaluated there."""
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     cards = ("README.md", "MODEL_CARD.md")
-    results = ("results.json", "viewer.json", "samples.md", "example_results.png", "report.html")
+    results = ("results.json", "viewer.json", "samples.md", "example_results.png", "learning_curves.png", "report.html")
     for folder in (out, elsewhere):
-        folder.mkdir()
-        for name in (*results, "learning_curves.png", *cards, "log.jsonl", "model.safetensors"):
+        (folder / "checkpoints/00000002").mkdir(parents=True)
+        for name in ("best", "tensorboard"):
+            (folder / name).mkdir()
+        for name in (*results, *cards, "log.jsonl", "samples.jsonl", "wandb_id", "notes.txt", "model.safetensors"):
             (folder / name).write_text(f"\n{CARD_MARK}\n" if name in cards else "")
-    before = contents(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
     monkeypatch.chdir(elsewhere)
-    delete_results(out)
-    assert set(contents(out)) == {"log.jsonl", "model.safetensors"}
-    assert contents(elsewhere) == before
+    delete_earlier_files(out)
+    assert {path.name for path in out.rglob("*")} == {"checkpoints", "notes.txt", "model.safetensors"}
+    assert sorted(elsewhere.rglob("*")) == before
 
 
 # ---- before a run
@@ -247,21 +253,20 @@ def cfg(tmp_path):
     return cfg
 
 
-def test_a_folder_without_a_run_takes_any_config(tmp_path):
+def test_a_folder_without_a_run_accepts_any_config(tmp_path):
     assert check_run(FinetuneConfig(out=str(tmp_path)), "weights") is None
     assert check_run(FinetuneConfig(out=str(tmp_path / "not there")), "weights") is None
 
 
 def test_a_run_may_be_repeated_with_its_own_config(cfg):
     assert check_run(cfg, "weights") is None
-    assert (
-        check_run(replace(cfg, device="cpu", report_to="none"), "weights") is None
-    )  # neither changes what a run means
+    same_result = replace(cfg, device="cpu", report_to="none")
+    assert check_run(same_result, "weights") is None
 
 
 def test_a_run_of_another_config_is_refused_with_the_fields_that_differ(cfg):
     text = message(check_run, replace(cfg, lr=2e-4, dtype="fp32"), "weights")
-    assert f"{cfg.out} holds a run of another config (lr 0.0001 -> 0.0002, dtype 'auto' -> 'fp32')" in text
+    assert f"{cfg.out} contains a run of another config (dtype 'auto' -> 'fp32', lr 0.0001 -> 0.0002)" in text
     assert "--force replaces it" in text
     assert "--out" in text
 
@@ -275,11 +280,12 @@ def test_force_replaces_a_run_of_another_config(cfg):
     assert check_run(replace(cfg, lr=2e-4, force=True), "weights") is None
 
 
-FINISHED, UNFINISHED = "holds a finished run: ", "holds an unfinished run: --resume resumes it, --force replaces it"
-KINDS = {  # what a folder holds of a run with two results: what is said without flags, with --resume, with --force
+FINISHED, UNFINISHED = "contains a finished run: ", "contains an unfinished run: --resume resumes it, --force replaces"
+NOTHING = FINISHED + "there is nothing to resume; without --resume, --force"
+CASES = {  # files of a run with two results: the error without flags, with --resume, with --force
     "": ("", "", ""),
     "one": (UNFINISHED, "", ""),
-    "one two": (FINISHED + "--force replaces", FINISHED + "there is nothing to resume; without --resume, --force", ""),
+    "one two": (FINISHED + "--force replaces", NOTHING, ""),
     "checkpoints/00000003": (UNFINISHED, "", ""),
     "one checkpoints/00000003": (UNFINISHED, "", ""),
     "reward/checkpoints/00000003": (UNFINISHED, "", ""),
@@ -289,14 +295,14 @@ KINDS = {  # what a folder holds of a run with two results: what is said without
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("files", CASES)
 @pytest.mark.parametrize("flag", ["", "resume", "force"])
-def test_nothing_finished_is_replaced_without_force(cfg, kind, flag):
-    """Nor what is finished in part: a reward without its judge."""
-    for name in kind.split():
+def test_no_finished_run_is_replaced_without_force(cfg, files, flag):
+    """Neither is a run of which a part is finished: a reward without its judge."""
+    for name in files.split():
         path = Path(cfg.out, name)
         path.mkdir(parents=True) if "checkpoints" in name else path.touch()
-    expected = dict(zip(("", "resume", "force"), KINDS[kind]))[flag]
+    expected = dict(zip(("", "resume", "force"), CASES[files]))[flag]
     changed = replace(cfg, **{flag: True}) if flag else cfg
     if expected:
         assert expected in message(check_run, changed, "one", "two")
@@ -304,25 +310,17 @@ def test_nothing_finished_is_replaced_without_force(cfg, kind, flag):
         assert check_run(changed, "one", "two") is None
 
 
-FOREIGN = [
-    "best/mine",
-    "checkpoints/mine",
-    "tensorboard/mine",
-    "log.jsonl",
-    "samples.jsonl",
-    "report.html",
-    "judge/best/x",
-]
+FOREIGN = ["best/mine", "checkpoints/mine", "tensorboard/mine", "log.jsonl", "samples.jsonl", "report.html"]
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", [*FOREIGN, "judge/best/mine"])
 @pytest.mark.parametrize("resume", [False, True])
-def test_files_of_somebody_else_are_replaced_only_by_force(tmp_path, name, resume):
-    """What a new run would delete in a folder that no run of ours has written."""
+def test_files_of_no_known_run_are_replaced_only_by_force(tmp_path, name, resume):
+    """Files that a new run would delete, in a folder without the config of a run."""
     file, cfg = tmp_path / name, FinetuneConfig(out=str(tmp_path), resume=resume)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("mine")
-    assert f"and no {RUN_CONFIG} of the run that it is of: --force replaces" in message(check_run, cfg, "weights")
+    assert f"is of no known run (no {RUN_CONFIG}): --force replaces it" in message(check_run, cfg, "weights")
     assert check_run(replace(cfg, force=True), "weights") is None
     (tmp_path / RUN_CONFIG).write_text(json.dumps(asdict(cfg)))
     if "checkpoints" not in name:
@@ -330,37 +328,26 @@ def test_files_of_somebody_else_are_replaced_only_by_force(tmp_path, name, resum
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "checkpoints/"])
-def test_files_that_a_run_leaves_alone_are_no_obstacle(tmp_path, name):
-    """And the empty folder of a run that was killed at its start."""
+def test_files_that_a_run_does_not_touch_are_no_obstacle(tmp_path, name):
+    """Neither is the empty folder of a run that was killed at its start."""
     (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("mine")
     assert check_run(FinetuneConfig(out=str(tmp_path)), "weights") is None
 
 
-def test_the_policy_of_an_unfinished_run_is_not_taken_for_that_of_its_config(tmp_path):
-    """Weights beside checkpoints are of an earlier run: --force had replaced its config already."""
+def test_the_policy_of_an_unfinished_run_is_refused(tmp_path):
+    """Weights beside checkpoints are of an earlier run, whose config --force has replaced already."""
     (tmp_path / "checkpoints").mkdir()
     text = message(check_finished, str(tmp_path))
-    assert text.startswith(f"{tmp_path} holds an unfinished run: ") and str(tmp_path / "best") in text
+    assert text.startswith(f"{tmp_path} contains an unfinished run: ") and str(tmp_path / "best") in text
     (tmp_path / "checkpoints").rmdir()
     assert check_finished(str(tmp_path)) is None and check_finished("a/hub-name") is None
 
 
-def test_the_disk_must_have_room_for_two_copies_of_the_model(tmp_path, monkeypatch):
-    usage, model = namedtuple("Usage", "total used free"), nn.Linear(1000, 10, bias=False)  # 40,000 bytes
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 80_000))
-    assert need_disk(tmp_path, model) is None
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 79_999))
-    text = message(need_disk, tmp_path, model)
-    assert str(tmp_path) in text
-    assert "79,999 bytes free" in text
-    assert "80,000" in text
-
-
-# ---- what checkpoints cost
+# ---- the time that checkpoints take
 
 
 class Clock:
-    """time.monotonic, which a save moves forward by `cost` seconds and a step by one."""
+    """time.monotonic, advanced by `cost` seconds per save and by one second per step."""
 
     def __init__(self, cost):
         self.now, self.cost, self.saved = 1000.0, cost, []
@@ -376,36 +363,36 @@ class Clock:
 @pytest.mark.parametrize(
     ("share", "cost", "expected"),
     [
-        (0.05, 0.1, list(range(10, 100, 10))),  # .1 s in 10: all of them
-        (0.05, 2.0, [10, 80]),  # two take 4 s, a twentieth of 80
+        (0.05, 0.1, list(range(10, 100, 10))),  # .1 s in 10 s: all
+        (0.05, 2.0, [10, 80]),  # two take 4 s, a twentieth of 80 s
         (0.5, 20.0, [10, 40, 60, 80]),
-        (1.0, 60.0, list(range(10, 100, 10))),  # whatever they cost
+        (1.0, 60.0, list(range(10, 100, 10))),  # all, whatever their cost
     ],
 )
-def test_checkpoints_take_a_share_of_the_time_at_most(tmp_path, monkeypatch, share, cost, expected):
-    """The first one too, unless it takes longer than was estimated."""
+def test_checkpoints_take_at_most_a_share_of_the_time(tmp_path, monkeypatch, share, cost, expected):
+    """The first one too, unless it takes longer than estimated."""
     clock = Clock(cost)
     monkeypatch.setattr(checkpoint, "save_checkpoint", clock.save)
     monkeypatch.setattr(checkpoint, "time", clock)
     cfg = FinetuneConfig(out=str(tmp_path), save_every=10, save_share=share)
-    for _ in Checkpoints(cfg, tmp_path, nn.Linear(1, 1), [], {"inputs": {}}).steps(100):
+    for _ in Checkpoints(cfg, tmp_path, nn.Linear(1, 1), [], {}, {}).steps(100):
         clock.now += 1
     assert clock.saved == expected
     assert len(clock.saved) == 1 or cost * len(clock.saved) <= share * (clock.now - 1000)
 
 
 def test_the_time_of_the_first_checkpoint_is_estimated_from_the_size_of_the_model(tmp_path, monkeypatch):
-    """200 MB of weights with their two moments take 3 s, a twentieth of 60: the first checkpoint is after 57 steps."""
+    """200 MB of weights and their two moments take 3 s, a twentieth of 60 s: the first checkpoint is at step 57."""
     clock, model = Clock(3.0), nn.Linear(10_000, 5_000, bias=False, device="meta")
     monkeypatch.setattr(checkpoint, "save_checkpoint", clock.save)
     monkeypatch.setattr(checkpoint, "time", clock)
     cfg = FinetuneConfig(out=str(tmp_path), save_every=1, save_share=0.05)
-    for _ in Checkpoints(cfg, tmp_path, model, [], {"inputs": {}}).steps(100):
+    for _ in Checkpoints(cfg, tmp_path, model, [], {}, {}).steps(100):
         clock.now += 1
     assert clock.saved == [57]
 
 
-def test_what_belongs_to_a_checkpoint_is_written_before_it_and_counts(tmp_path, monkeypatch):
+def test_the_time_of_before_save_counts_as_that_of_the_checkpoint(tmp_path, monkeypatch):
     clock, order = Clock(1.0), []
 
     def before():
@@ -415,13 +402,13 @@ def test_what_belongs_to_a_checkpoint_is_written_before_it_and_counts(tmp_path, 
     monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *args: order.append("checkpoint") or clock.save(*args))
     monkeypatch.setattr(checkpoint, "time", clock)
     cfg = FinetuneConfig(out=str(tmp_path), save_every=1, save_share=0.05)
-    for _ in Checkpoints(cfg, tmp_path, nn.Linear(1, 1), [], {"inputs": {}}, before_save=before).steps(100):
+    for _ in Checkpoints(cfg, tmp_path, nn.Linear(1, 1), [], {}, {}, before_save=before).steps(100):
         clock.now += 1
-    assert order == ["before", "checkpoint"]  # 101 s may not be spent again in 100 s
+    assert order == ["before", "checkpoint"]  # a second one would take more than a twentieth of the time
 
 
-def test_the_best_weights_are_those_of_the_moment_and_are_written_once(tmp_path):
-    """Catches weights that follow the model while it goes on learning."""
+def test_the_best_weights_are_copied_when_they_are_kept_and_written_once(tmp_path):
+    """Catches weights that change with the model in later steps."""
     model, written = nn.Linear(1, 1), []
     best = BestWeights(model, lambda weights: written.append(weights["bias"].item()))
     best.write()
@@ -437,16 +424,28 @@ def test_the_best_weights_are_those_of_the_moment_and_are_written_once(tmp_path)
 # ---- the steps of a run
 
 
+class Part:
+    """A part of a run: its attributes `best` and `rollouts` are saved, `other` is not."""
+
+    saved = ("best", "rollouts")
+
+    def __init__(self, best=None):
+        self.best, self.rollouts, self.other = best, [], best
+
+
+INPUTS = {"texts": "a", "reward": "b"}
+
+
 @pytest.fixture
-def broken(tmp_path):
+def stopped(tmp_path):
     """(config, model, optimizer) of a run with checkpoints of its steps 3 and 5."""
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.Adam(model.parameters())
+    model, optimizer = adam()
     for step in (3, 5):
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
-        save_checkpoint(tmp_path, model, [optimizer], {"step": step, "inputs": {"texts": "a"}, "best": step / 10})
-    return FinetuneConfig(out=str(tmp_path), save_every=100), model, optimizer
+        state = {"step": step, "inputs": INPUTS, "part": {"best": step / 10, "rollouts": [[step]]}}
+        save_checkpoint(tmp_path, model, [optimizer], state)
+    return FinetuneConfig(out=str(tmp_path), save_every=100, resume=True), model, optimizer
 
 
 def adam():
@@ -454,50 +453,80 @@ def adam():
     return model, torch.optim.Adam(model.parameters())
 
 
-def test_resuming_takes_weights_moments_and_state_of_the_latest_checkpoint(broken, capsys):
-    """A value that a checkpoint does not have, that of an earlier version say, is the one the loop begins with."""
-    (cfg, before, moments), (model, optimizer) = broken, adam()
-    state = {"inputs": {"texts": "a"}, "best": None, "new": 7}
-    checkpoints = Checkpoints(replace(cfg, resume=True), cfg.out, model, [optimizer], state)
-    assert checkpoints.state == {"step": 5, "inputs": {"texts": "a"}, "best": 0.5, "new": 7}
+def resume(cfg, inputs=INPUTS, part=None, **changes):
+    """The Checkpoints of a run that is resumed with a new model."""
+    model, optimizer = adam()
+    return Checkpoints(replace(cfg, **changes), cfg.out, model, [optimizer], inputs, {"part": part or Part()})
+
+
+def test_resuming_restores_weights_moments_and_attributes_of_the_latest_checkpoint(stopped, capsys):
+    cfg, before, moments = stopped
+    part = Part(best=0.9)
+    checkpoints = resume(cfg, part=part)
+    assert (part.best, part.rollouts, part.other) == (0.5, [[5]], 0.9)
     assert list(checkpoints.steps(8)) == [5, 6, 7]
-    assert torch.equal(model.weight, before.weight)
-    assert optimizer.state_dict()["state"][0]["step"] == moments.state_dict()["state"][0]["step"] == 2
+    assert torch.equal(checkpoints.model.weight, before.weight)
+    restored, saved = checkpoints.optimizers[0].state_dict()["state"], moments.state_dict()["state"]
+    assert restored[0]["step"] == saved[0]["step"] == 2 and restored.keys() == saved.keys()
+    for i, name in ((0, "exp_avg"), (1, "exp_avg_sq")):
+        assert torch.equal(restored[i][name], saved[i][name])
     assert "00000005" in capsys.readouterr().out
 
 
-def test_without_resume_a_checkpoint_is_not_read(broken, capsys):
-    (cfg, before, _), (model, optimizer) = broken, adam()
-    checkpoints = Checkpoints(cfg, cfg.out, model, [optimizer], {"inputs": {}, "best": None})
-    assert list(checkpoints.steps(2)) == [0, 1] and checkpoints.state["best"] is None
-    assert not torch.equal(model.weight, before.weight) and not capsys.readouterr().out
+def test_without_resume_no_checkpoint_is_read(stopped, capsys):
+    cfg, before, _ = stopped
+    part = Part()
+    checkpoints = resume(cfg, part=part, resume=False)
+    assert list(checkpoints.steps(2)) == [0, 1] and part.best is None
+    assert not torch.equal(checkpoints.model.weight, before.weight) and not capsys.readouterr().out
 
 
-def test_a_run_that_force_resumed_with_other_inputs_is_then_one_with_them(broken):
-    """Its next checkpoint: else each later --resume would need --force again."""
-    (cfg, *_), (model, optimizer) = broken, adam()
-    now = {"inputs": {"texts": "b"}}
-    checkpoints = Checkpoints(replace(cfg, resume=True, force=True), cfg.out, model, [optimizer], now)
+def test_a_saved_run_has_the_same_attributes_when_it_is_resumed(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    part, cfg = Part(best=0.25), FinetuneConfig(out=str(tmp_path), save_every=2, save_share=1)
+    for step in resume(cfg, part=part).steps(4):
+        part.rollouts.append(step)
+    later = Part()
+    assert resume(cfg, part=later, resume=True).first_step == 2
+    assert (later.best, later.rollouts) == (0.25, [0, 1])
+
+
+def test_a_run_resumed_by_force_with_different_inputs_saves_the_new_ones(stopped):
+    """Otherwise each later --resume would need --force again."""
+    cfg, *_ = stopped
+    inputs = {"texts": "b"}
+    checkpoints = resume(cfg, inputs, force=True)
     for _ in checkpoints.steps(7):
         pass
     checkpoints.save()
     assert latest_checkpoint(cfg.out).name == "00000006"
-    assert Checkpoints(replace(cfg, resume=True), cfg.out, model, [optimizer], now).first_step == 6
+    assert resume(cfg, inputs).first_step == 6
 
 
-def test_a_checkpoint_that_is_there_is_not_written_again_and_only_rank_0_writes(broken):
-    (cfg, *_), (model, optimizer), state = broken, adam(), {"step": 5, "inputs": {}}
-    there, ranks = latest_checkpoint(cfg.out).stat().st_ino, SimpleNamespace(rank=1, any=int)
-    Checkpoints(cfg, cfg.out, model, [optimizer], state, before_save=None).save()
-    Checkpoints(cfg, cfg.out, model, [optimizer], state | {"step": 6}, ranks, before_save=None).save()
-    assert (latest_checkpoint(cfg.out).name, latest_checkpoint(cfg.out).stat().st_ino) == ("00000005", there)
+def test_an_existing_checkpoint_is_not_written_again_and_only_rank_0_writes(stopped):
+    cfg, *_ = stopped
+    inode, other_rank = latest_checkpoint(cfg.out).stat().st_ino, SimpleNamespace(rank=1, any=int)
+    checkpoints = resume(cfg)
+    checkpoints.save()
+    checkpoints.step, checkpoints.ranks = 6, other_rank
+    checkpoints.save()
+    assert (latest_checkpoint(cfg.out).name, latest_checkpoint(cfg.out).stat().st_ino) == ("00000005", inode)
+
+
+def test_an_error_is_returned_after_a_checkpoint_with_the_step_to_resume_at(stopped):
+    cfg, *_ = stopped
+    checkpoints = resume(cfg)
+    checkpoints.step = 6
+    text = str(checkpoints.save_before(BadInput("the server is down")))
+    assert text.startswith("the server is down. The run is saved: --resume resumes it at step 6, ")
+    assert latest_checkpoint(cfg.out).name == "00000006"
 
 
 def interrupted(cfg, model, signals):
-    """The steps that a loop yields, and what ends it, where signals {step: numbers} arrive in its steps."""
+    """Run a loop in which signals {step: numbers} arrive; return its steps and the exception that ended it."""
     done = []
     try:
-        for step in Checkpoints(cfg, cfg.out, model, [], {"inputs": {}}).steps(9):
+        for step in Checkpoints(cfg, cfg.out, model, [], {}, {}).steps(9):
             done.append(step)
             for number in signals.get(step, ()):
                 signal.raise_signal(number)
@@ -507,13 +536,13 @@ def interrupted(cfg, model, signals):
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGTERM, signal.SIGTERM)])
-def test_a_signal_is_acknowledged_and_ends_the_loop_after_the_step_and_its_checkpoint(tmp_path, capfd, numbers):
-    """SIGTERM may come twice: torchrun passes it on, and so does a batch system."""
+def test_a_signal_is_acknowledged_and_ends_the_loop_after_the_step_with_a_checkpoint(tmp_path, capfd, numbers):
+    """SIGTERM may come twice: torchrun forwards it, and so does a batch system."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     done, error = interrupted(FinetuneConfig(out=str(tmp_path), save_every=100), nn.Linear(2, 2), {3: numbers})
     assert done == [0, 1, 2, 3] and isinstance(error, Stopped) and error.args == numbers[:1]
     assert latest_checkpoint(tmp_path).name == "00000004"
-    assert capfd.readouterr().err.startswith("\nstopping after this step; Ctrl-C once more stops at once\n")
+    assert capfd.readouterr().err.startswith("\nstopping after this step; press Ctrl-C again to stop now\n")
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
@@ -523,9 +552,9 @@ def test_a_second_interrupt_ends_the_loop_at_once(tmp_path):
     assert done == [0, 1, 2, 3] and isinstance(error, KeyboardInterrupt) and latest_checkpoint(tmp_path) is None
 
 
-def test_checkpoints_that_cannot_be_deleted_stop_no_run_and_are_swept_later(broken, monkeypatch):
-    """A network disk refuses it while another process has a file open. The run is finished all the same."""
-    out = Path(broken[0].out)
+def test_checkpoints_that_cannot_be_deleted_do_not_stop_a_run_and_are_removed_later(stopped, monkeypatch):
+    """A network disk may refuse it while another process has a file open."""
+    out = Path(stopped[0].out)
 
     def denied(*args, **kwargs):
         raise PermissionError("busy")
@@ -539,10 +568,10 @@ def test_checkpoints_that_cannot_be_deleted_stop_no_run_and_are_swept_later(brok
     assert not list(out.iterdir())
 
 
-# ---- what a run depends on
+# ---- the inputs of a run
 
 
-def test_a_fingerprint_is_of_names_shapes_and_numbers():
+def test_a_fingerprint_is_of_names_shapes_dtypes_and_values():
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     other.load_state_dict(one.state_dict())
     assert fingerprint(one) == fingerprint(other) != fingerprint(one.double())
@@ -555,70 +584,76 @@ def test_a_fingerprint_is_of_names_shapes_and_numbers():
 
 
 def test_a_fingerprint_is_the_same_in_a_later_version():
-    """It is in checkpoints: a run that was started before an update would ask for --force without a reason."""
+    """It is in checkpoints: a run that was started before an update would need --force without a reason."""
     model = nn.Linear(2, 2)
     nn.init.ones_(model.weight), nn.init.zeros_(model.bias)
     assert fingerprint("reviews", model) == "2b947cd7d27049f7"
 
 
 @pytest.mark.parametrize(
-    "now", [{"texts": "a", "reward": "c"}, {"texts": "a"}, {"texts": "a", "reward": "b", "new": "d"}]
+    ("inputs", "hashes"),
+    [
+        ({"texts": "a", "reward": "c"}, "reward (b then, c now)"),
+        ({"texts": "a"}, "reward (b then, - now)"),
+        (INPUTS | {"new": "d"}, "new (- then, d now)"),
+        ({"texts": "d", "judge": "e"}, "texts (a then, d now), reward (b then, - now), judge (- then, e now)"),
+    ],
 )
-def test_inputs_that_differ_are_named_and_force_takes_them(tmp_path, capsys, now):
-    """Also where one is missing, or was not recorded then."""
-    model, then = nn.Linear(2, 2), {"texts": "a", "reward": "b"}
-    save_checkpoint(tmp_path, model, [], {"step": 1, "inputs": then})
-    folder, name = latest_checkpoint(tmp_path), "new" if "new" in now else "reward"
-    text = message(load_checkpoint, folder, model, [], now)
-    assert f"made with another content of: {name} (" in text and "texts" not in text and "--force" in text
-    assert load_checkpoint(folder, model, [], now, force=True)["step"] == 1
-    assert f"warning: resuming with another content of: {name} (" in capsys.readouterr().err
-    assert load_checkpoint(folder, model, [], then)["step"] == 1 and not capsys.readouterr().err
+def test_a_run_is_resumed_with_different_inputs_only_by_force(stopped, capsys, inputs, hashes):
+    """Also if an input is missing, or was not recorded then."""
+    cfg, *_ = stopped
+    folder = latest_checkpoint(cfg.out)
+    assert message(resume, cfg, inputs) == f"{folder} was made with different inputs: {hashes}. --force resumes anyway"
+    assert resume(cfg, inputs, force=True).first_step == 5
+    assert capsys.readouterr().err == f"warning: resuming with different inputs: {hashes}\n"
+    assert resume(cfg).first_step == 5 and not capsys.readouterr().err
 
 
-def test_each_input_that_differs_is_shown_as_it_was_and_as_it_is(tmp_path):
-    model = nn.Linear(2, 2)
-    save_checkpoint(tmp_path, model, [], {"step": 1, "inputs": {"texts": "a", "reward": "b", "teacher": "c"}})
-    text = message(load_checkpoint, latest_checkpoint(tmp_path), model, [], {"texts": "d", "reward": "b", "judge": "e"})
-    shown = "texts (a then, d now), teacher (c then, none now), judge (none then, e now)"
-    assert f" was made with another content of: {shown}. " in text
+@pytest.mark.parametrize(
+    "state", [{"step": 1, "texts": "a", "best": 0.5}, {"step": 1, "inputs": INPUTS, "part": {}, "other": {}}]
+)
+def test_a_checkpoint_of_another_version_is_refused_also_with_force(tmp_path, state):
+    """Its state has other keys."""
+    save_checkpoint(tmp_path, nn.Linear(2, 2), [], state)
+    model, _ = adam()
+    cfg = FinetuneConfig(out=str(tmp_path), resume=True, force=True)
+    text = message(Checkpoints, cfg, tmp_path, model, [], INPUTS, {"part": Part()})
+    assert text.endswith("00000001 was saved by another version of this project and cannot be resumed")
 
 
-def test_a_checkpoint_without_inputs_is_one_of_other_inputs(tmp_path):
-    model = nn.Linear(2, 2)
-    save_checkpoint(tmp_path, model, [], {"step": 1})
-    assert load_checkpoint(latest_checkpoint(tmp_path), model, [], {})["step"] == 1
-    assert "texts (none then, a now)" in message(
-        load_checkpoint, latest_checkpoint(tmp_path), model, [], {"texts": "a"}
-    )
+# ---- tensors
 
 
-def test_a_checkpoint_of_an_earlier_version_is_refused_also_with_force(tmp_path):
-    """It has no inputs, and the other values of its state have another meaning."""
-    model, cfg = nn.Linear(2, 2), FinetuneConfig(out=str(tmp_path), resume=True, force=True)
-    save_checkpoint(tmp_path, model, [], {"step": 1, "texts": "a", "best": 0.5})
-    text = message(Checkpoints, cfg, tmp_path, model, [], {"inputs": {"texts": "a"}, "best": None})
-    assert text.endswith("00000001 was saved by an earlier version of this project and cannot be resumed")
-
-
-def test_the_moments_of_a_checkpoint_stay_when_its_file_is_written_over(tmp_path):
-    """They are copied: else they would be mapped to the file, and follow it."""
-    model = nn.Linear(2, 2)
-    adam = torch.optim.Adam(model.parameters())
+def test_restored_moments_do_not_change_with_the_file(tmp_path):
+    """They are copied: otherwise they would be mapped to the file."""
+    model, optimizer = adam()
     model(torch.ones(1, 2)).sum().backward()
-    adam.step()
-    save_checkpoint(tmp_path, model, [adam], {"step": 1})
+    optimizer.step()
+    save_checkpoint(tmp_path, model, [optimizer], {"step": 1})
     other = torch.optim.Adam(model.parameters())
-    load_checkpoint(latest_checkpoint(tmp_path), model, [other], {})
+    load_checkpoint(latest_checkpoint(tmp_path), model, [other])
     file = latest_checkpoint(tmp_path) / TENSORS
     with open(file, "rb+") as f:
         f.seek(8 + int.from_bytes(file.read_bytes()[:8], "little"))
         f.write(bytes(file.stat().st_size - f.tell()))
-    for before, after in zip(adam.state.values(), other.state.values()):
+    for before, after in zip(optimizer.state.values(), other.state.values()):
         assert torch.equal(before["exp_avg"], after["exp_avg"]) and after["exp_avg"].any()
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_folder_of_the_checkpoint(tmp_path):
     save_checkpoint(tmp_path, nn.Linear(2, 2), [], {"step": 1})
-    text = message(load_checkpoint, latest_checkpoint(tmp_path), nn.Linear(3, 2), [], {})
+    text = message(load_checkpoint, latest_checkpoint(tmp_path), nn.Linear(3, 2), [])
     assert text == f"{tmp_path / 'checkpoints/00000001'} does not fit: weight is (2, 2), expected (2, 3)"
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.0.9.exp_avg", "optimizer.1.0.exp_avg", "optimizer.x.exp_avg", "weight", ""]
+)
+def test_a_tensor_of_no_weight_and_no_moment_is_refused(tmp_path, name):
+    """As in a damaged file."""
+    model, optimizer = adam()
+    save_checkpoint(tmp_path, model, [optimizer], {"step": 1})
+    folder = latest_checkpoint(tmp_path)
+    save_file(dict(read_file(folder / TENSORS)) | {name: torch.zeros(2, 2)}, folder / TENSORS)
+    expected = f"{folder} does not fit: {name} (2, 2) is not of this run's optimizers"
+    assert message(load_checkpoint, folder, model, [optimizer]) == expected

@@ -1,4 +1,4 @@
-"""Where a run computes and with how many rows at a time; and what a CPU must be told before it is fast and exact."""
+"""The device of a run, its micro-batch size, and what makes a CPU fast and exact."""
 
 import ctypes
 import itertools
@@ -18,7 +18,7 @@ from runtime.device import micro_batch_size, peak_flops, pick_device, rows_that_
 from runtime.distributed import ONE_PROCESS
 from runtime.errors import BadInput
 
-# ---- where
+# ---- the device
 
 
 @pytest.fixture
@@ -28,18 +28,18 @@ def only_a_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_device_that_is_not_there_is_refused(only_a_cpu, device):
+def test_an_unavailable_device_is_refused(only_a_cpu, device):
     with pytest.raises(BadInput, match=f"device is {device}, .* finds only: cpu"):
         pick_device(FinetuneConfig(device=device))
 
 
 @pytest.mark.parametrize("dtype, bf16", [("auto", False), ("fp32", False), ("bf16", True)])
-def test_a_cpu_computes_in_float32_unless_asked(only_a_cpu, dtype, bf16):
+def test_a_cpu_computes_in_float32_by_default(only_a_cpu, dtype, bf16):
     assert pick_device(FinetuneConfig(dtype=dtype)) == (torch.device("cpu"), bf16)
 
 
 @pytest.mark.parametrize("can_bf16", [True, False])
-def test_cuda_is_taken_where_it_is_there_and_bf16_where_it_can(only_a_cpu, monkeypatch, can_bf16):
+def test_auto_picks_cuda_if_available_and_bf16_if_supported(only_a_cpu, monkeypatch, can_bf16):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: can_bf16)
     assert pick_device(FinetuneConfig()) == (torch.device("cuda:0"), can_bf16)
@@ -49,8 +49,8 @@ def test_cuda_is_taken_where_it_is_there_and_bf16_where_it_can(only_a_cpu, monke
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp32"])
-def test_fp32_products_are_computed_in_fp32_on_a_gpu_too(only_a_cpu, monkeypatch, dtype):
-    """In TF32 a log-probability is off by about .005 nats: the self-check would refuse that, and rightly."""
+def test_fp32_products_are_computed_in_fp32_also_on_a_gpu(only_a_cpu, monkeypatch, dtype):
+    """In TF32 a log-probability is off by about .005 nats, which the self-check would refuse."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     pick_device(FinetuneConfig(dtype=dtype))
@@ -58,14 +58,14 @@ def test_fp32_products_are_computed_in_fp32_on_a_gpu_too(only_a_cpu, monkeypatch
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
-# ---- a GPU that torch cannot use
+# ---- a GPU that PyTorch cannot use
 
 OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
 
 
 @pytest.fixture
 def nvidia(only_a_cpu, monkeypatch, tmp_path):
-    """A machine with an NVIDIA GPU: nvidia-smi is there."""
+    """A machine with an NVIDIA GPU: it has nvidia-smi."""
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
@@ -86,30 +86,30 @@ def old_driver(nvidia, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
 
 
-def test_a_torch_without_cuda_is_named_where_there_is_a_gpu(nvidia, monkeypatch, capsys):
+def test_a_pytorch_without_cuda_on_a_machine_with_a_gpu_is_a_warning(nvidia, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     assert pick_device(FinetuneConfig())[0] == torch.device("cpu")
-    said = capsys.readouterr().err
-    assert said.startswith("warning: this machine has an NVIDIA GPU, but the CPU is used: torch ")
-    assert "was built without CUDA" in said and len(said.splitlines()) == 1
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: this machine has an NVIDIA GPU, but the CPU is used: torch ")
+    assert "was built without CUDA" in warning and len(warning.splitlines()) == 1
     assert "was built without CUDA" in message(pick_device, FinetuneConfig(device="cuda"))
 
 
-def test_the_reason_of_torch_is_shown_once_where_it_cannot_use_the_gpu(old_driver, capsys, recwarn):
+def test_the_reason_why_pytorch_cannot_use_the_gpu_is_shown_once(old_driver, capsys, recwarn):
     pick_device(FinetuneConfig())
     assert capsys.readouterr().err == f"warning: this machine has an NVIDIA GPU, but the CPU is used: {OLD_DRIVER}\n"
     assert not recwarn
     assert message(pick_device, FinetuneConfig(device="cuda")).endswith(f"finds only: cpu ({OLD_DRIVER})")
 
 
-def test_there_is_no_warning_where_the_cpu_was_asked_for_or_on_another_rank(old_driver, monkeypatch, capsys):
+def test_there_is_no_warning_with_device_cpu_or_on_another_rank(old_driver, monkeypatch, capsys):
     pick_device(FinetuneConfig(device="cpu"))
     monkeypatch.setenv("RANK", "1")
     pick_device(FinetuneConfig())
     assert not capsys.readouterr().err
 
 
-def test_there_is_no_warning_where_there_is_no_gpu(only_a_cpu, monkeypatch, tmp_path, capsys):
+def test_there_is_no_warning_without_a_gpu(only_a_cpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("os.path.exists", lambda path: False)
     pick_device(FinetuneConfig())
@@ -120,7 +120,7 @@ def test_there_is_no_warning_where_there_is_no_gpu(only_a_cpu, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_is_that_of_products_which_are_waited_for_once(dtype):
+def test_the_peak_is_measured_with_one_synchronization_after_all_products(dtype):
     class Calls(TorchDispatchMode):
         names, dtypes = [], set()
 
@@ -139,10 +139,10 @@ def test_the_peak_is_that_of_products_which_are_waited_for_once(dtype):
     assert len(calls.names) - last > 3
 
 
-def test_the_peak_counts_two_flops_for_each_number_of_a_product_and_its_inner_length(monkeypatch):
-    """Of a product that takes a second."""
+def test_a_product_of_n_x_n_matrices_counts_2_n_cubed_flops(monkeypatch):
+    """For a product that takes a second."""
     seconds = itertools.count()
-    monkeypatch.setattr("device.time.perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr("runtime.device.time.perf_counter", lambda: float(next(seconds)))
     assert peak_flops(torch.device("cpu"), n=10, seconds=1.0) == 2 * 10 * 10 * 10
 
 
@@ -150,8 +150,8 @@ def test_the_peak_counts_two_flops_for_each_number_of_a_product_and_its_inner_le
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc only")
-def test_what_tensors_freed_is_used_again_without_page_faults():
-    """Else the gradients of every step come back a page fault every 4 kB, a quarter of a step's time."""
+def test_freed_memory_is_reused_without_page_faults():
+    """Otherwise the gradients of every step cost a page fault per 4 kB, a quarter of its time."""
     code = """
 import resource, torch
 from runtime.device import keep_freed_memory
@@ -163,12 +163,12 @@ def faults(times):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(faults(10), faults(10))
 """
-    first, then = map(int, subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split())
-    assert then < first / 10  # the heap has found its size
+    first, second = map(int, subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split())
+    assert second < first / 10  # the heap is large enough by then
 
 
 def test_the_first_exp_of_a_run_is_a_single_number(only_a_cpu):
-    """One thread computes that. Where several make MKL's first exp at once, some are off by 1e-4, now and then."""
+    """It is computed by one thread. If several threads compute MKL's first exp, some results may be off by 1e-4."""
 
     class Exps(TorchDispatchMode):
         sizes = []
@@ -183,45 +183,44 @@ def test_the_first_exp_of_a_run_is_a_single_number(only_a_cpu):
     assert exps.sizes == [1]
 
 
-# ---- rows at a time
+# ---- the micro-batch size
 
 
 @pytest.mark.parametrize(
     ("free_gb", "processes", "expected"),
     [(80, 1, 128), (4.5, 1, 64), (4, 1, 32), (0.1, 1, 1), (4, 2, 64), (0.1, 2, 2)],
 )
-def test_the_micro_batch_is_the_largest_divisor_that_the_memory_of_a_gpu_holds(
+def test_the_micro_batch_is_the_largest_divisor_that_fits_the_memory_of_a_gpu(
     monkeypatch, free_gb, processes, expected
 ):
-    """For GPT-2 124M, rows of 24 tokens: 24 x (16 x 768 x 12 + 2 x 50,257) x 4 bytes are 23.8 MB, four copies 2 GB."""
+    """GPT-2 124M, rows of 24 tokens: 24 x (16 x 768 x 12 + 2 x 50,257) x 4 bytes are 23.8 MB, four copies 2 GB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * 1e9), int(80e9)))
     with torch.device("meta"):
         gpt2 = GPT2(GPT2Config())
     ranks = type("Ranks", (), {"size": processes, "any": staticmethod(lambda n: n)})
-    found = micro_batch_size(PPOConfig(), 128, 24, gpt2, 4, torch.device("cuda"), ranks)
-    assert found == expected
+    assert micro_batch_size(PPOConfig(), 128, 24, gpt2, 4, torch.device("cuda"), ranks) == expected
 
 
-def test_memory_that_torch_keeps_for_tensors_to_come_is_free(monkeypatch):
-    """Else each pass of an evaluation would have fewer rows than the one before it, whose memory torch has kept."""
-    found = []
+def test_memory_that_pytorch_caches_counts_as_free(monkeypatch):
+    """Otherwise each pass of an evaluation would have fewer rows than the one before, whose memory is cached."""
+    rows = []
     for free, reserved, allocated in ((10, 0, 0), (4, 8, 2), (4, 8, 8)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free * 1e9), int(80e9)))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, bytes=reserved: int(bytes * 1e9))
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _, bytes=allocated: int(bytes * 1e9))
-        found.append(rows_that_fit(24, 768, 12, 50257, torch.device("cuda")))
-    assert found == [336, 336, 134]  # 8 and 3.2 GB, 23.8 MB a row
+        rows.append(rows_that_fit(24, 768, 12, 50257, torch.device("cuda")))
+    assert rows == [336, 336, 134]  # 8 and 3.2 GB, 23.8 MB per row
 
 
 def test_the_process_with_the_least_memory_decides(monkeypatch):
-    """Else one would wait for gradients that another has no backward pass for."""
+    """Otherwise the processes would have different numbers of micro-batches, and wait for each other."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(80e9), int(80e9)))
     gpt2, ranks = GPT2(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1)), type("Ranks", (), {})
-    ranks.size, ranks.any = 2, lambda lacking: max(lacking, 128 - 32)  # the other one can do 32
+    ranks.size, ranks.any = 2, lambda difference: max(difference, 128 - 32)  # 32 fit in the other process
     assert micro_batch_size(PPOConfig(), 128, 24, gpt2, 4, torch.device("cuda"), ranks) == 32
 
 
-def test_on_a_cpu_a_micro_batch_has_2048_tokens_and_a_given_size_stays():
+def test_a_micro_batch_has_2048_tokens_on_a_cpu_unless_its_size_is_given():
     gpt2 = GPT2(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     for cfg, tokens, expected in (
         (PPOConfig(), 48, 32),
@@ -231,9 +230,9 @@ def test_on_a_cpu_a_micro_batch_has_2048_tokens_and_a_given_size_stays():
         assert micro_batch_size(cfg, 64, tokens, gpt2, 4, torch.device("cpu"), ONE_PROCESS) == expected
 
 
-def test_tf32_is_off_also_where_the_environment_turned_it_on():
+def test_tf32_is_off_also_if_an_environment_variable_turned_it_on():
     code = (
-        "import torch; from config import PPOConfig; from device import pick_device; "
+        "import torch; from config import PPOConfig; from runtime.device import pick_device; "
         "before = torch.backends.cuda.matmul.allow_tf32; pick_device(PPOConfig(device='cpu')); "
         "print(before, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)"
     )

@@ -1,14 +1,11 @@
-"""Guards: rewards, gradients and weights that are no numbers, and alarms when a policy goes astray."""
-
-import shutil
-from collections import namedtuple
+"""Guards: rewards, gradients and weights that are not finite, and the alarms of a run."""
 
 import pytest
 import soak
 import torch
 from conftest import message
 from soak import ppo_flags, start, toy
-from test_resume import ends, lines, play
+from test_resume import ended, lines, train
 
 from config import PPOConfig
 from model import GPT2, GPT2Config, Policy
@@ -16,7 +13,6 @@ from runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoi
 from runtime.cli import parse
 from runtime.errors import BadInput
 from runtime.hub import save_gpt2
-from runtime.log import RunLog
 from runtime.monitor import Alarms, peak_memory
 from runtime.optimizer import Muon, Stepper
 
@@ -26,27 +22,26 @@ def home(tmp_path_factory):
     return soak.small_files(tmp_path_factory.mktemp("home"))
 
 
-# ---- numbers that are none
+# ---- values that are not finite
 
 
-def test_three_rollouts_of_nan_in_a_row_end_a_run_with_what_was_seen(home, tmp_path):
+def test_three_rollouts_of_nan_in_a_row_end_a_run_with_the_reason(home, tmp_path):
     flags = ppo_flags(home, tmp_path / "out", reward=f"{home}/rewards.py:late", save_every=1)
-    code, told = ends(start("ppo", flags, tmp_path / "told"), tmp_path / "told")
+    code, output = ended(start("ppo", flags, tmp_path / "output"), tmp_path / "output")
     assert code == 2
-    assert told[-1].startswith("error: three steps in a row were skipped, the last one because what a rollout found ")
-    assert "was not finite: score of text 0 is nan: 'R" in told[-1]
+    reason = "a rollout is not finite: score of text 0 is nan: 'R"
+    assert output[-1].startswith(f"error: three steps in a row were skipped, the last one because {reason}")
     assert [line["skipped_steps"] for line in lines(tmp_path / "out")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_weight_that_is_no_number_is_never_saved(tmp_path, tokenizer, number):
-    """In a checkpoint, nor the value head beside a policy; what was saved before stays."""
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, tokenizer, number):
+    """Neither in a checkpoint nor in the value head of a policy; what was saved before is kept."""
     model, optimizer = toy(1)
     save_checkpoint(tmp_path, model, [optimizer], {"step": 1, "inputs": {}})
     model.bias.data[0] = number
-    assert "model.bias holds a number that is not finite" in message(
-        save_checkpoint, tmp_path, model, [optimizer], {"step": 2}
-    )
+    text = message(save_checkpoint, tmp_path, model, [optimizer], {"step": 2})
+    assert "model.bias has a value that is not finite" in text
     assert latest_checkpoint(tmp_path).name == "00000001"
     policy = Policy(GPT2(GPT2Config(20, 32, 32, 1, 2)).init_weights())
     policy.value_head.weight.data[0] = number
@@ -54,7 +49,7 @@ def test_a_weight_that_is_no_number_is_never_saved(tmp_path, tokenizer, number):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_skipped_steps_are_three_in_a_row_only_without_one_that_is_taken():
+def test_a_step_that_is_taken_starts_the_count_of_skipped_steps_in_a_row_again():
     model = torch.nn.Linear(2, 1)
     stepper = Stepper(model, [torch.optim.SGD(model.parameters(), 0.1)], 1.0)
     for _ in range(3):
@@ -65,85 +60,70 @@ def test_skipped_steps_are_three_in_a_row_only_without_one_that_is_taken():
     assert "the last one because c" in message(stepper.skip, "c") and stepper.skipped == 9
 
 
-# ---- what a run needs to go on
-
-
-def test_going_on_needs_no_room_for_the_checkpoints_that_are_there(tmp_path, monkeypatch):
-    model, usage = torch.nn.Linear(1000, 10, bias=False), namedtuple("Usage", "total used free")  # 40,000 bytes
-    cfg = PPOConfig(out=str(tmp_path), report_to="none", keep=2)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, (2 + 3 * 3) * 40_000 - 1))
-    assert "bytes free, saving the model needs 440,000" in message(RunLog, cfg, model)
-    for step in (1, 2):
-        save_checkpoint(tmp_path, model, [], {"step": step})
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, (2 + 3) * 40_000))
-    RunLog(cfg, model, first_step=2).close()
-
-
 def test_moments_of_another_optimizer_are_refused(tmp_path):
-    """--force True --optimizer muon: moments go by number, and would meet other weights."""
+    """With --force --optimizer muon: moments are numbered, and would be those of other weights."""
     model, adam = toy(1)
     save_checkpoint(tmp_path, model, [adam], {"step": 1, "inputs": {}})
     rest, muon = torch.optim.Adam([model.bias]), Muon([model.weight], 0.1)
-    text = message(load_checkpoint, latest_checkpoint(tmp_path), model, [rest, muon], {})
+    text = message(load_checkpoint, latest_checkpoint(tmp_path), model, [rest, muon])
     assert "00000001 does not fit: " in text and "optimizer" in text
-    assert "optimizer" in message(load_checkpoint, latest_checkpoint(tmp_path), model, [], {})
+    assert "optimizer" in message(load_checkpoint, latest_checkpoint(tmp_path), model, [])
 
 
 # ---- alarms
 
 
 def alarms(metrics, **changes):
-    """What Watch says after each of some (kl, score, share positive by the judge)."""
-    watch = Alarms(PPOConfig(**changes), [])
-    return [watch(dict(kl=kl, score=score, positive_by_judge=judge)) for kl, score, judge in metrics]
+    """Return the alarm, a text, after each (kl, score, share positive by the judge)."""
+    checked = Alarms(PPOConfig(**changes))
+    return [checked.check(dict(kl=kl, score=score, positive_by_judge=judge)) for kl, score, judge in metrics]
 
 
-def test_the_alarm_goes_off_over_the_ceiling_of_the_kl_and_not_at_it():
+def test_there_is_an_alarm_when_the_kl_is_above_its_ceiling_and_not_when_it_is_at_it():
     assert [bool(text) for text in alarms([(29, 0, 0), (30, 0, 0), (31, 0, 0)], kl_ceiling=30.0)] == [0, 0, 1]
     assert not any(alarms([(1e9, 0, 0)], kl_ceiling=0.0))
 
 
-@pytest.mark.parametrize(("score", "judge", "goes_off"), [(1, -1, True), (1, 1, False), (-1, -1, False), (1, 0, False)])
-def test_the_alarm_goes_off_when_the_judge_falls_while_the_score_rises(score, judge, goes_off):
-    """Once a window, of noise that is small beside the change; not before the window is full."""
+@pytest.mark.parametrize(("score", "judge", "expected"), [(1, -1, True), (1, 1, False), (-1, -1, False), (1, 0, False)])
+def test_there_is_an_alarm_when_the_judge_falls_while_the_score_rises(score, judge, expected):
+    """Once per window, with noise that is small compared to the change; not before the window is full."""
     rollouts = [(0, score * i / 8 + 0.01 * (-1) ** i, 0.9 + judge * i / 20 - 0.01 * (-1) ** i) for i in range(15)]
-    told = alarms(rollouts, alarm_window=8)
-    assert [i for i, text in enumerate(told) if text] == ([7] if goes_off else [])
+    texts = alarms(rollouts, alarm_window=8)
+    assert [i for i, text in enumerate(texts) if text] == ([7] if expected else [])
     assert not any(alarms(rollouts, alarm_window=0))
 
 
-@pytest.mark.parametrize(("score", "judge", "goes_off"), [(2.1, -2.1, True), (1.9, -2.1, False), (2.1, -1.9, False)])
-def test_an_alarm_needs_changes_of_two_standard_errors(score, judge, goes_off):
-    """Numbers of +-1 around their mean, four in each half: the standard error of a change is sqrt(1/2)."""
+@pytest.mark.parametrize(("score", "judge", "expected"), [(2.1, -2.1, True), (1.9, -2.1, False), (2.1, -1.9, False)])
+def test_an_alarm_needs_changes_of_two_standard_errors(score, judge, expected):
+    """Values of +-1 around their mean, four in each half: the standard error of a change is sqrt(1/2)."""
     rise = [i // 4 / 2**0.5 for i in range(8)]
     rollouts = [(0, score * x + (-1) ** i, judge * x + (-1) ** i) for i, x in enumerate(rise)]
-    assert any(alarms(rollouts, alarm_window=8)) == goes_off
+    assert any(alarms(rollouts, alarm_window=8)) == expected
 
 
 def test_the_peak_memory_is_in_gigabytes():
-    """Of a process with PyTorch in it: .2 GB or more, and far from a thousand times that."""
+    """A process with PyTorch uses at least .2 GB, and far less than a thousand times that."""
     assert 0.1 < peak_memory(torch.device("cpu")) < 50
 
 
-def test_an_alarm_counts_a_change_in_its_standard_errors():
-    """The same change under noise that drowns it."""
+def test_a_change_within_the_noise_is_no_alarm():
     rollouts = [(0, i / 8, 0.5 - i / 20 + e) for i, e in enumerate([0.5, -0.5] * 4)]
     assert not any(alarms(rollouts, alarm_window=8))
 
 
 @pytest.mark.parametrize("nan_in", [[], [0]])
-def test_an_alarm_that_stops_a_run_leaves_its_best_policy(home, tmp_path, capsys, nan_in):
-    """Also where the rollout was skipped in which a best policy is looked for."""
-    play(home, tmp_path, nan_in=nan_in, kl_ceiling=1e-6, on_alarm="stop", save_every=6)
-    told = capsys.readouterr().out
-    assert f"alarm at step {lines(tmp_path)[-1]['step']}: KL is " in told and f"the policy is in {tmp_path}" in told
+def test_a_run_stopped_by_an_alarm_ends_with_its_best_policy(home, tmp_path, capsys, nan_in):
+    """Also if the first rollout, with which the initial policy is kept, was skipped."""
+    train(home, tmp_path, nan_in=nan_in, kl_ceiling=1e-6, on_alarm="stop", save_every=6)
+    output = capsys.readouterr().out
+    assert f"alarm at step {lines(tmp_path)[-1]['step']}: KL is " in output and f"the policy is in {tmp_path}" in output
     assert len(lines(tmp_path)) < 6 and latest_checkpoint(tmp_path) is None
     for file in ("model.safetensors", "value_head.safetensors"):
         assert (tmp_path / file).read_bytes() == (tmp_path / "best" / file).read_bytes()
 
 
-def test_an_alarm_only_warns_unless_told_to_stop(home, tmp_path, capsys):
-    play(home, tmp_path, kl_ceiling=1e-6, steps=3)
+def test_an_alarm_only_warns_by_default(home, tmp_path, capsys):
+    train(home, tmp_path, kl_ceiling=1e-6, steps=3)
     assert "alarm at step" in capsys.readouterr().out and len(lines(tmp_path)) == 3
     with pytest.raises(BadInput):
         parse(PPOConfig, ["--on_alarm", "panic"])

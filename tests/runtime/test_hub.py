@@ -1,4 +1,4 @@
-"""Models found on disk and on the hub, and damaged files that are refused with their path."""
+"""Models are located on disk and on the hub; missing and damaged files are refused with their path."""
 
 import json
 import os
@@ -14,20 +14,20 @@ from tokenizers.models import BPE, WordPiece
 
 from reward import SentimentReward, open_classifier
 from runtime import hub
-from runtime.hub import WEIGHTS, locate, open_gpt2, read_tensors, weight_file
+from runtime.hub import WEIGHTS, locate, missing_files, open_gpt2, read_tensors, weight_file
 
-# ---- finding a model
+# ---- locating a model
 
 
 def test_a_local_folder_is_its_own_location(gpt2_folder):
     assert locate(str(gpt2_folder)) == gpt2_folder
 
 
-def test_a_folder_without_a_model_is_refused_with_the_file_looked_for(tmp_path):
-    assert str(tmp_path / "config.json") in message(locate, str(tmp_path))
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    assert message(locate, str(tmp_path)) == f"{tmp_path} has no config.json"
 
 
-def test_a_folder_without_weights_is_refused_with_the_names_looked_for(tmp_path):
+def test_a_folder_without_weights_is_refused_with_their_possible_names(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     text = message(locate, str(tmp_path))
     assert str(tmp_path) in text
@@ -35,9 +35,9 @@ def test_a_folder_without_weights_is_refused_with_the_names_looked_for(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere"])
-def test_a_path_that_is_not_there_is_no_hub_name(name, monkeypatch):
-    monkeypatch.setattr(hub, "snapshot", lambda *args, **kwargs: pytest.fail("asked the hub"))
-    assert f"{name} holds no model" in message(locate, name)
+def test_a_missing_path_is_not_taken_for_a_hub_name(name, monkeypatch):
+    monkeypatch.setattr(hub, "snapshot", lambda *args, **kwargs: pytest.fail("a request to the hub"))
+    assert message(locate, name) == f"{name} has no config.json"
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,12 @@ def test_a_path_that_is_not_there_is_no_hub_name(name, monkeypatch):
         ("ppo_checkpoints/my_run", "python ppo.py"),
     ],
 )
-def test_a_stage_that_has_not_run_yet_is_named_with_its_command(tmp_path, monkeypatch, name, command):
+def test_the_command_of_a_stage_that_has_not_been_run_is_shown(tmp_path, monkeypatch, name, command):
     monkeypatch.chdir(tmp_path)
     assert message(locate, name).endswith(f"; make it with: {command}")
 
 
-def test_a_hub_name_without_a_network_is_refused_at_once_with_the_way_out(tmp_path, monkeypatch):
+def test_a_hub_name_without_a_network_is_refused_at_once_with_an_alternative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = time.monotonic()
     text = message(locate, "somebody/no-such-model-in-the-cache")
@@ -65,11 +65,12 @@ def test_a_hub_name_without_a_network_is_refused_at_once_with_the_way_out(tmp_pa
 @pytest.mark.parametrize("name", ["a model with spaces", "one/two/three", "what?"])
 def test_a_name_that_no_hub_model_can_have_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    assert message(locate, name) == f"{name!r} is neither a folder here nor a name on the Hugging Face hub"
+    text = message(locate, name)
+    assert text.startswith(f"model {name!r}: no such folder; ") and "on the hub: Repo id must" in text
 
 
-def test_the_hub_is_asked_only_for_what_its_cache_does_not_hold(gpt2_folder, tmp_path, monkeypatch):
-    """And for safetensors before pickles, and never for a repository's TensorFlow, Flax or ONNX files."""
+def test_only_what_the_cache_lacks_is_downloaded(gpt2_folder, tmp_path, monkeypatch):
+    """Safetensors before pickles, and never a repository's TensorFlow, Flax or ONNX files."""
     monkeypatch.chdir(tmp_path)
     calls = []
 
@@ -82,12 +83,14 @@ def test_the_hub_is_asked_only_for_what_its_cache_does_not_hold(gpt2_folder, tmp
     assert calls == [(True, "model*.safetensors*")]
     monkeypatch.setattr(hub, "snapshot", lambda *args, **kwargs: from_cache(*args, **kwargs) and tmp_path)
     calls.clear()
-    message(locate, "gpt2")
+    text = message(locate, "gpt2")
+    assert text.count("no config.json and no weights (") == 2  # in the cache and on the hub
     patterns = ["model*.safetensors*", "pytorch_model*.bin*"]
     assert calls == [(local, pattern) for local in (True, False) for pattern in patterns]
 
 
-def test_safetensors_are_read_where_both_formats_lie(tmp_path):
+def test_safetensors_are_preferred_to_pickles(tmp_path):
+    assert weight_file(tmp_path) is None
     torch.save({"w": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     assert weight_file(tmp_path).name == "pytorch_model.bin"
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
@@ -116,11 +119,11 @@ def test_a_damaged_weight_file_is_refused_with_its_path(tmp_path, name, damage):
     file, state = tmp_path / name, {"w": torch.arange(100.0)}
     save_file(state, file) if name.endswith("safetensors") else torch.save(state, file)
     damage(file)
-    assert f"{file} is damaged or missing" in message(lambda: dict(read_tensors(tmp_path)))
+    assert message(lambda: dict(read_tensors(tmp_path))).startswith(f"{file} is damaged")
 
 
-class Attack:
-    """Runs a command when unpickled."""
+class Command:
+    """Runs a command when it is unpickled."""
 
     def __init__(self, command):
         self.command = command
@@ -131,7 +134,7 @@ class Attack:
 
 def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     file = tmp_path / "pytorch_model.bin"
-    torch.save({"w": Attack(f"touch {tmp_path / 'ran'}")}, file)
+    torch.save({"w": Command(f"touch {tmp_path / 'ran'}")}, file)
     assert str(file) in message(lambda: dict(read_tensors(tmp_path)))
     assert not (tmp_path / "ran").exists()
 
@@ -143,14 +146,14 @@ def test_a_missing_shard_is_refused_with_its_path(tmp_path):
     assert f"{tmp_path / 'model-00001-of-00001.safetensors'} is damaged or missing" in text
 
 
-def test_an_index_that_names_no_shards_is_refused_with_its_path(tmp_path):
+def test_an_index_that_lists_no_shards_is_refused_with_its_path(tmp_path):
     file = tmp_path / "model.safetensors.index.json"
     file.write_text("{}")
     assert str(file) in message(lambda: dict(read_tensors(tmp_path)))
 
 
 def test_a_pickle_of_more_than_tensors_is_refused_with_its_path(tmp_path):
-    """A trainer's checkpoint: the weights lie one level deeper, beside its counters."""
+    """A trainer's checkpoint: the weights are one level deeper, beside its counters."""
     file = tmp_path / "pytorch_model.bin"
     torch.save({"state_dict": {"w": torch.zeros(1)}, "epoch": 3}, file)
     assert str(file) in message(lambda: dict(read_tensors(tmp_path)))
@@ -163,17 +166,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @pytest.mark.parametrize("opens", [open_gpt2, SentimentReward.load, lambda name: open_classifier(name, dropout=0)])
-def test_a_folder_without_a_tokenizer_is_refused_with_the_names_looked_for(opens, gpt2_folder, bert_folder, tmp_path):
-    """transformers builds an empty tokenizer where there is none: every review would be one token."""
+def test_a_folder_without_a_tokenizer_is_refused_with_its_possible_names(opens, gpt2_folder, bert_folder, tmp_path):
+    """If there is none, transformers builds an empty tokenizer: every review would be one token."""
     folder = shutil.copytree(gpt2_folder if opens is open_gpt2 else bert_folder, tmp_path / "model")
     for file in TOKENIZER_FILES:
         (folder / file).unlink()
     text = message(opens, str(folder))
-    assert text == f"{folder} holds no tokenizer: looked for {', '.join(hub.TOKENIZERS)}"
+    assert text == f"{folder} has no tokenizer ({', '.join(hub.TOKENIZERS)})"
 
 
 @pytest.mark.parametrize(
-    ("files", "found"),
+    ("files", "complete"),
     [
         ("tokenizer.json", True),
         ("vocab.txt", True),
@@ -184,14 +187,23 @@ def test_a_folder_without_a_tokenizer_is_refused_with_the_names_looked_for(opens
         ("tokenizer_config.json special_tokens_map.json", False),
     ],
 )
-def test_the_files_of_a_tokenizer_are_known(tmp_path, files, found):
-    for name in files.split():
+def test_the_files_of_a_tokenizer_are_recognized(tmp_path, files, complete):
+    for name in ("config.json", "model.safetensors", *files.split()):
         (tmp_path / name).touch()
-    assert hub.has_tokenizer(tmp_path) == found
+    assert (missing_files(tmp_path) == []) == complete
+
+
+def test_a_sharded_model_is_complete_with_all_its_shards(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "1", "b": "2", "c": "1"}}))
+    for name in ("config.json", "tokenizer.json", "1"):
+        (tmp_path / name).touch()
+    assert missing_files(tmp_path) == [f"no weights ({', '.join(WEIGHTS)})"]
+    (tmp_path / "2").touch()
+    assert missing_files(tmp_path) == []
 
 
 def test_a_tokenizer_that_cannot_encode_a_sentence_is_refused(gpt2_folder, bert_folder, tmp_path):
-    """An empty vocabulary; one that knows no letter of it; one that decodes to other words."""
+    """With an empty vocabulary, with one of other letters, and with a tokenizer that decodes to other words."""
     for name, kind in (("empty", BPE()), ("strange", WordPiece({"[UNK]": 0, "ξ": 1}, unk_token="[UNK]"))):
         folder = shutil.copytree(bert_folder, tmp_path / name)
         Tokenizer(kind).save(str(folder / "tokenizer.json"))

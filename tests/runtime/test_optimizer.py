@@ -13,7 +13,7 @@ from runtime.optimizer import Muon, Stepper, decay_groups, make_optimizers, orth
 
 @pytest.fixture
 def stepper():
-    """SGD at rate 1 on one weight vector of zeros, clipped at 1."""
+    """SGD with learning rate 1 on a weight vector of zeros, clipped at 1."""
     module = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(module.weight)
     return Stepper(module, [torch.optim.SGD(module.parameters(), lr=1.0)], grad_clip=1.0)
@@ -26,11 +26,11 @@ def take_step(stepper, *gradient):
     return norm, stepper.model.weight.tolist()[0]
 
 
-def test_a_step_clips_the_gradient_to_the_norm_and_reports_the_norm_before(stepper):
+def test_a_step_clips_the_gradient_and_returns_its_norm_before_clipping(stepper):
     norm, weight = take_step(stepper, 6.0, 8.0)
     assert norm == pytest.approx(10)
     assert weight == pytest.approx([-0.6, -0.8], abs=1e-5)
-    norm, weight = take_step(stepper, 0.3, 0.0)  # below the bound: as it is
+    norm, weight = take_step(stepper, 0.3, 0.0)  # within the bound: unchanged
     assert norm == pytest.approx(0.3)
     assert weight == pytest.approx([-0.9, -0.8], abs=1e-5)
     assert stepper.skipped == 0
@@ -38,7 +38,7 @@ def test_a_step_clips_the_gradient_to_the_norm_and_reports_the_norm_before(stepp
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(stepper, bad):
-    """Clipping by an infinite norm would make every weight nan."""
+    """Clipping with an infinite norm would make every weight nan."""
     assert take_step(stepper, bad, 1.0)[1] == [0, 0]
     assert stepper.skipped == 1
 
@@ -53,7 +53,7 @@ def test_three_bad_gradients_in_a_row_stop_the_run_and_two_with_a_good_one_betwe
 
 
 def test_every_group_of_every_optimizer_follows_the_schedule_from_its_own_peak():
-    """O5: catches a rate that only the first group gets, and one that is cut from what the last step left."""
+    """Catches a learning rate set in the first group alone, and one scaled from that of the last step."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     adamw = torch.optim.AdamW(decay_groups(model[0].parameters(), 0.1), lr=0.5)
     stepper = Stepper(model, [adamw, Muon([model[1].weight], lr=0.2)], grad_clip=1.0)
@@ -65,8 +65,8 @@ def test_every_group_of_every_optimizer_follows_the_schedule_from_its_own_peak()
         ]
 
 
-def test_the_rate_rises_for_a_tenth_of_the_steps_and_falls_to_0_after_the_last():
-    """Linearly, at most to 1: with 20 steps two of them rise, and the last has a share of 1/18."""
+def test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_0_after_the_last():
+    """Linearly, up to 1: with 20 steps it rises in two, and the last one has a share of 1/18."""
     shares = [warm_up_and_decay(step, 20) for step in range(20)]
     assert shares == pytest.approx([0.5, 1] + [(20 - step) / 18 for step in range(2, 20)])
     assert warm_up_and_decay(20, 20) == 0
@@ -74,12 +74,12 @@ def test_the_rate_rises_for_a_tenth_of_the_steps_and_falls_to_0_after_the_last()
     assert [warm_up_and_decay(step, 15) for step in (0, 1, 2)] == pytest.approx([0.5, 1, 13 / 13.5])  # two of 15 too
 
 
-def test_muon_has_a_rate_of_its_own_and_adamw_leaves_its_matrices_out():
+def test_muon_has_its_own_learning_rate_and_adamw_does_not_have_its_matrices():
     model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2))
     adamw, muon = make_optimizers(model, [model[1].weight], 0.5, 0.1, betas=(0.8, 0.9), muon_lr=0.2)
-    decayed, spared = adamw.param_groups
-    assert [group["params"] for group in (decayed, spared)] == [[model[0].weight], [model[1].bias]]
-    assert [(group["lr"], group["weight_decay"]) for group in (decayed, spared)] == [(0.5, 0.1), (0.5, 0.0)]
+    decayed, other = adamw.param_groups
+    assert [group["params"] for group in (decayed, other)] == [[model[0].weight], [model[1].bias]]
+    assert [(group["lr"], group["weight_decay"]) for group in (decayed, other)] == [(0.5, 0.1), (0.5, 0.0)]
     assert decayed["betas"] == (0.8, 0.9)
     (group,) = muon.param_groups
     assert group["params"] == [model[1].weight]
@@ -101,34 +101,34 @@ def test_adamw_is_fused_except_on_mps(kind, fused, monkeypatch):
     assert settings["fused"] is fused
 
 
-def test_weight_decay_takes_matrices_and_leaves_biases_and_gains():
+def test_weight_decay_applies_to_matrices_and_not_to_biases_and_gains():
     with torch.device("meta"):
         gpt2 = GPT2(GPT2Config())
-    decayed, spared = decay_groups(gpt2.parameters(), 0.1)
-    counts = [(len(g["params"]), sum(p.numel() for p in g["params"]), g["weight_decay"]) for g in (decayed, spared)]
+    groups = decay_groups(gpt2.parameters(), 0.1)
+    counts = [(len(g["params"]), sum(p.numel() for p in g["params"]), g["weight_decay"]) for g in groups]
     assert counts == [(50, 124_318_464, 0.1), (98, 121_344, 0.0)]
 
 
 def test_orthogonal_keeps_the_directions_and_brings_all_singular_values_near_1():
-    """Catches a wrong coefficient, a product the wrong way round and a matrix that comes back transposed."""
+    """Catches a wrong coefficient, a product in the wrong order and a transposed result."""
     torch.manual_seed(0)
     for shape in ((3, 16, 16), (2, 40, 12), (2, 12, 40)):
         matrices = torch.randn(shape, dtype=torch.float64)
         U, S, V = torch.linalg.svd(orthogonal(matrices), full_matrices=False)
         assert S.min() > 0.6 and S.max() < 1.3
-        of, _, by = torch.linalg.svd(matrices, full_matrices=False)
-        inner = of.mT @ orthogonal(matrices) @ by.mT  # diagonal: the singular vectors are those of the matrices
+        left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+        inner = left.mT @ orthogonal(matrices) @ right.mT  # diagonal: the singular vectors are those of the matrices
         assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 1e-9
 
 
 def test_orthogonal_of_a_tiny_gradient_keeps_its_sign():
-    """A norm below the 1e-7 that keeps 0 finite."""
+    """Its norm is below the 1e-7 that keeps the result for 0 finite."""
     matrices = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0)) * 1e-9
     assert ((orthogonal(matrices) * matrices).sum(dim=(1, 2)) > 0).all()
     assert orthogonal(torch.zeros(1, 8, 8)).abs().max() == 0
 
 
-def test_muon_stores_its_momentum_and_decays_only_if_told():
+def test_muon_stores_its_momentum_and_does_not_decay_weights_by_default():
     p = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
     before, p.grad = p.detach().clone(), torch.zeros(4, 4)
     muon = Muon([p], lr=0.1)
@@ -140,7 +140,7 @@ def test_muon_stores_its_momentum_and_decays_only_if_told():
     torch.testing.assert_close(muon.state[p]["momentum"], torch.full((4, 4), 0.05))
 
 
-def test_muon_steps_as_torch_does_up_to_its_bf16():
+def test_muon_equals_torch_optim_muon_up_to_bf16_rounding():
     """torch.optim.Muon is the reference: momentum, Nesterov, decay and the scale of tall matrices."""
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape) / 4) for shape in ((16, 16), (40, 16), (40, 16), (16, 40))]
@@ -158,7 +158,7 @@ def test_muon_steps_as_torch_does_up_to_its_bf16():
         assert (a - b).norm() < 0.02 * (a - p).norm()
 
 
-def test_muon_takes_a_c_attn_as_the_three_matrices_it_is():
+def test_muon_treats_a_c_attn_as_three_matrices():
     torch.manual_seed(0)
     whole, gradient = nn.Parameter(torch.randn(24, 8)), torch.randn(24, 8)
     thirds = [nn.Parameter(third.clone()) for third in whole.detach().split(8)]
