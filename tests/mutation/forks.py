@@ -21,7 +21,7 @@ SECONDS, TIMES = 15, 5  # a test may take this long, or this many times its usua
 LONGEST = 60  # assumed of a test whose usual time is unknown
 MEMORY = 16 * 2**30  # bytes that a process of a run may allocate
 NOT_COPIED = (".git", ".venv", ".*cache", ".hypothesis", "__pycache__", "*_checkpoints")
-PRELOAD = "pytest hypothesis _hypothesis_pytestplugin coverage tyro datasets jinja2 matplotlib.pyplot torch._dynamo"
+PRELOAD = "pytest hypothesis _hypothesis_pytestplugin coverage datasets jinja2 matplotlib.pyplot torch._dynamo"
 MODELS = "bert.modeling_bert gpt2.modeling_gpt2 auto.modeling_auto"
 
 
