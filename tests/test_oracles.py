@@ -252,7 +252,7 @@ def test_at_extreme_ratios_openai_overflows_and_trl_skips_the_minibatch_and_we_c
 
 
 def test_trl_logs_another_explained_variance_and_another_score_deviation():
-    """Our explained variance is CleanRL's: constant values give 0. Our score_std is that of these scores, not unbiased."""
+    """Our explained variance is CleanRL's: constant values give 0. Our score_std is not Bessel-corrected, theirs is."""
     theirs, metrics, n = steps(FILE.first_step)[0], our_rollout(TRL[0])[1], len(MASK)
     errors, returns = theirs.returns - theirs.values, theirs.returns
     assert close(theirs.explained_variance, 1 - (errors**2).mean() / returns.var())
