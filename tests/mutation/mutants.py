@@ -176,14 +176,14 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_resume::test_ppo_killed_in_its_second_pass_over_the_prompts_is_resumed_exactly": [
             ("a resumed run starts with the initial KL coefficient", 'saved = ("coef",)', "saved = ()"),
         ],
-        "test_distributed::test_two_processes_take_the_steps_of_one": [
+        "test_distributed::test_an_update_by_two_processes_equals_that_by_one": [
             (
                 "each process divides its loss by the tokens of all processes, so that gradients are too small",
                 "batch.mask[rows].sum() / ranks.size",
                 "batch.mask[rows].sum()",
             ),
         ],
-        "test_distributed::test_processes_share_out_the_prompts_and_draw_other_answers": [
+        "test_distributed::test_processes_divide_the_prompts_and_sample_with_different_seeds": [
             (
                 "all processes sample with the same random numbers",
                 "random_generator(device, cfg.seed, step, ranks.rank)",
@@ -267,7 +267,7 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_optimizer::test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted": [
             ("a step is taken with a gradient of nan", "if math.isfinite(norm):", "if True:"),
         ],
-        "test_distributed::test_two_processes_take_the_steps_of_one": [
+        "test_distributed::test_an_update_by_two_processes_equals_that_by_one": [
             ("gradients are not averaged over processes", "self.ranks.average_gradients(self.model)", "pass"),
         ],
         "test_resume::test_a_skipped_rollout_is_counted_and_shown_and_a_run_killed_after_it_is_resumed_exactly": [
@@ -311,14 +311,14 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         ],
     },
     "runtime/distributed.py": {
-        "test_distributed::test_a_rollout_of_two_processes_is_what_one_finds_for_all_its_episodes": [
+        "test_distributed::test_a_rollout_by_two_processes_equals_that_by_one": [
             (
                 "each process uses only its own episodes to whiten advantages",
                 "return torch.cat(parts)",
                 "return torch.cat([part] * self.size)",
             ),
         ],
-        "test_distributed::test_two_processes_take_the_steps_of_one": [
+        "test_distributed::test_an_update_by_two_processes_equals_that_by_one": [
             ("gradients are summed over processes, not averaged", "flat /= self.size", "pass"),
         ],
     },
@@ -401,14 +401,14 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         ],
     },
     "evaluate.py": {
-        "test_evaluate::test_the_prompts_are_of_the_evaluation_split_which_no_stage_learns_from": [
+        "test_evaluate::test_the_prompts_are_from_the_evaluation_split": [
             (
                 "the evaluation uses the prompts of PPO",
                 'load_prompts(cfg, "evaluation",',
                 'load_prompts(cfg, "prompts",',
             ),
         ],
-        "test_evaluate::test_each_number_is_of_its_own_model_and_classifier": [
+        "test_evaluate::test_each_metric_is_of_its_own_model_and_classifier": [
             (
                 "the responses are judged by the reward that PPO has increased",
                 "measure(responses[name], reward_fn, judge, cfg)",
@@ -417,7 +417,7 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         ],
     },
     "analysis/responses.py": {
-        "test_evaluate::test_a_policy_that_is_its_own_reference_has_no_kl_and_the_same_seed_gives_the_same_texts": [
+        "test_evaluate::test_a_policy_that_is_its_own_reference_has_a_kl_of_0_and_the_same_seed_gives_the_same_texts": [
             (
                 "the models before and after PPO sample with different random numbers",
                 "generator = random_generator(device, cfg.seed, i)",
