@@ -252,7 +252,7 @@ def test_processes_divide_the_prompts_and_sample_with_different_seeds(two):
 def test_only_rank_0_writes_and_prints(two):
     """Catches lines printed twice, two progress bars, and a log that two processes append to."""
     end = f"the policy is in {two.folder}/ppo"
-    for text in ("step 0 | score", "step 1 is skipped", end, "fine-tuning", "step 10 | validation"):
+    for text in ("step 2 | score", "step 1 is skipped", end, "fine-tuning", "step 10 | validation"):
         assert sum(line.startswith(text) for line in two.out.splitlines()) == 1, text
     assert two.err.count("ppo:   0%|          | 0/3 [00:00<?, ?rollout/s]") == 1
     assert min(two.results[0]["saves"]) > 0 and two.results[1]["saves"] == [0, 0, 0]
