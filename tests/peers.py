@@ -1,15 +1,15 @@
-"""The same work done by us and by others, side by side on one machine: what README tells of speed.
+"""Compare the speed with other libraries on one machine: the table of peers in the README.
 
     python3 -m venv trl0 && trl0/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.46.3 "datasets<4" \\
         "numpy<2.3" "accelerate<1.3" rich
     python3 -m venv trl1 && trl1/bin/pip install -r requirements.txt trl==1.10.0 accelerate rich
-    python tests/peers.py trl0/bin/python trl1/bin/python                # all contests, an hour and a half
-    python tests/peers.py trl0/bin/python trl1/bin/python generation 7   # those with this in their name, 7 rounds
+    python tests/peers.py trl0/bin/python trl1/bin/python                # all comparisons, an hour and a half
+    python tests/peers.py trl0/bin/python trl1/bin/python generation 7   # those with this word in their name, 7 rounds
 
-A contest is a number of rounds: ours, theirs, ours, theirs, each a process of its own that does the work once to warm
-up and once for the clock. What counts is the ratio within a round: the machine's speed changes from minute to minute.
-Weights are random where none are in asset/mini: the cost does not depend on them. TRL 1.10 wants a reward model with
-the policy's tokenizer, so a GPT-2 classifier of BERT-base's size stands in for it.
+A comparison alternates between this repository and its peers for some rounds. Each measurement is a process of its own,
+with one warm-up and one timed repetition. The ratios are taken within a round, because the speed of a machine changes
+from minute to minute. Weights that are not in asset/mini are random: the time does not depend on them. TRL 1.10 needs a
+reward model with the tokenizer of the policy, so it uses a GPT-2 classifier of the size of BERT-base.
 """
 
 import json
@@ -25,14 +25,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 REPEATS, ROUNDS = 1, 5
 MINI = {"policy": f"{ROOT}/asset/mini/gpt2", "reward": f"{ROOT}/asset/mini/reward"}
-STEPS = {  # bench.WORKS in numbers, which the environments of others cannot import; a test compares
+STEPS = {  # the sizes in bench.WORKS, which the environments of the peers cannot import; a test compares them
     "124M": dict(batch_size=32, minibatch_size=8, ppo_epochs=4, prompt_len=8, response_len=24),
     "mini": dict(batch_size=128, minibatch_size=64, ppo_epochs=2, prompt_len=6, response_len=24),
 }
 
 
 def clock(work, *args):
-    """Seconds of work(*args), REPEATS times behind one that warms up."""
+    """Return the seconds of work(*args), REPEATS times after one warm-up."""
     seconds = []
     for _ in range(REPEATS + 1):
         start = time.time()
@@ -47,7 +47,7 @@ def random_ids(rows, length, vocabulary=50257):
     return torch.randint(1, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-# ---- ours
+# ---- this repository
 
 
 def our_step(size):
@@ -101,7 +101,7 @@ def review_texts():
 
 
 def mixed_texts():
-    """Beginnings of 256 reviews: 4 to 256 words, as many from 4 to 8 as from 128 to 256, in no order of length."""
+    """Return the beginnings of 256 reviews, 4 to 256 words with log-uniform lengths in no particular order."""
     words = [round(4 * 64 ** (97 * i % 256 / 255)) for i in range(256)]
     return [" ".join(text.split()[:n]) for n, text in zip(words, review_texts())]
 
@@ -115,7 +115,7 @@ def our_scoring():
     return clock(SentimentReward(bert_base(), tokenizer_of(MINI["reward"]), positive=1), mixed_texts())
 
 
-# ---- theirs
+# ---- peers
 
 
 def bert_base():
@@ -138,12 +138,12 @@ def hf_gpt2(size):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(0)  # the reference is the policy at its start
+    torch.manual_seed(0)  # the reference equals the initial policy
     return GPT2LMHeadModel.from_pretrained(MINI["policy"]).float() if size == "mini" else GPT2LMHeadModel(GPT2Config())
 
 
 def trl0_step(size):
-    """TRL 0.11.4, the last release whose example was GPT-2 on IMDB: its PPOTrainer as that notebook calls it."""
+    """Time the PPOTrainer of TRL 0.11.4, the last release with the example of GPT-2 on IMDB, called as in that example."""
     import torch
     from transformers import AutoModelForSequenceClassification
     from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -175,7 +175,7 @@ def trl0_step(size):
 
 
 def trl1_step(size):
-    """TRL 1.10: its experimental PPOTrainer."""
+    """Time the experimental PPOTrainer of TRL 1.10."""
     from datasets import Dataset
     from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -217,7 +217,7 @@ def hf_generation(rows, new_tokens):
 
 
 def hf_fine_tuning(size, rows):
-    """transformers' Trainer: fused AdamW, no dropout, the same clipping; nothing is saved or evaluated."""
+    """Time the Trainer of transformers: fused AdamW, no dropout, the same clipping, no saving or evaluation."""
     from datasets import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -249,7 +249,7 @@ def hf_scoring(batch_size):
     return clock(lambda texts: classify(texts, batch_size=batch_size, truncation=True), mixed_texts())
 
 
-CONTESTS = {  # what is done: (our call, {rival: (the environment it runs in, its call)})
+COMPARISONS = {  # work: (our call, {peer: (environment, call)})
     "a PPO step, mini": (("our_step", "mini"), {"TRL 0.11.4": ("trl0", ("trl0_step", "mini"))}),
     "a PPO step, 124M": (
         ("our_step", "124M"),
@@ -279,7 +279,7 @@ CONTESTS = {  # what is done: (our call, {rival: (the environment it runs in, it
 
 
 def run(python, name, *args):
-    """A contestant in a process of its own: (median seconds, GB of memory at most)."""
+    """Run a measurement in a new process; return (median seconds, peak memory in GB)."""
     command = [python, __file__, "--run", name, json.dumps(args)]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -289,25 +289,25 @@ def run(python, name, *args):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed: {done.stderr[-2000:]}")
-    told = json.loads(done.stdout.splitlines()[-1])
-    return statistics.median(told["seconds"]), told["gb"]
+    output = json.loads(done.stdout.splitlines()[-1])
+    return statistics.median(output["seconds"]), output["gb"]
 
 
-def main(trl0, trl1, part="", rounds=ROUNDS):
+def main(trl0, trl1, word="", rounds=ROUNDS):
     pythons = {"trl0": trl0, "trl1": trl1}
-    for name, (ours, rivals) in CONTESTS.items():
-        if part not in name:
+    for name, (ours, peers) in COMPARISONS.items():
+        if word not in name:
             continue
-        found = {"ours": []} | {rival: [] for rival in rivals}
+        results = {"ours": []} | {peer: [] for peer in peers}
         for _ in range(int(rounds)):
-            found["ours"].append(run(sys.executable, *ours))
-            for rival, (whose, theirs) in rivals.items():
-                found[rival].append(run(pythons[whose], *theirs))
-        for rival, results in found.items():
-            ratios = sorted(their[0] / our[0] for our, their in zip(found["ours"], results))
-            seconds, gb = map(statistics.median, zip(*results))
+            results["ours"].append(run(sys.executable, *ours))
+            for peer, (environment, call) in peers.items():
+                results[peer].append(run(pythons[environment], *call))
+        for peer, runs in results.items():
+            ratios = sorted(their[0] / our[0] for our, their in zip(results["ours"], runs))
+            seconds, gb = map(statistics.median, zip(*runs))
             print(
-                f"{name}: {rival} {seconds:.2f} s, {statistics.median(ratios):.2f} times ours "
+                f"{name}: {peer} {seconds:.2f} s, {statistics.median(ratios):.2f} times ours "
                 f"({ratios[0]:.2f} to {ratios[-1]:.2f}), {gb:.2f} GB",
                 flush=True,
             )

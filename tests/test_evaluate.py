@@ -1,10 +1,9 @@
-"""The comparison before and after PPO: prompts, answers, what viewer.json tells of them, a run from start to end."""
+"""The evaluation: prompts, responses, samples, viewer.json, and whole runs."""
 
 import copy
 import json
-import runpy
+import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, LogitsMemory, message, nan_after_the_end, reviews_csv, write_opinion, write_tuned
 
-import config
 import evaluate
-from analysis.metrics import kl_text, table_text
+from analysis import responses
 from analysis.responses import micro_batches, pieces, prompt_groups, respond
-from config import EvaluateConfig, FrontierConfig, PPOConfig
+from analysis.tables import kl_text, table_text
+from config import EvaluateConfig, PPOConfig
 from data import CONTROLS, load_splits, prompt_pool
 from evaluate import check_results, sample_responses, token_metrics, viewer
 from model import GPT2
@@ -35,8 +34,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("prompts", [25, 16, 3, 1])
-def test_every_prompt_is_in_one_group_and_a_group_has_one_length(prompts):
-    """The lengths share the prompts evenly, and all groups of a length but the last one are full."""
+def test_every_prompt_is_in_one_group_and_all_prompts_of_a_group_have_one_length(prompts):
+    """The lengths are equally frequent, and only the last group of a length may not be full."""
     cfg = EvaluateConfig(prompts=prompts, min_prompt_len=2, max_prompt_len=6, batch_size=3)
     pool = np.arange(prompts)[:, None] * 100 + np.arange(6)
     groups = list(prompt_groups(pool, cfg))
@@ -46,7 +45,7 @@ def test_every_prompt_is_in_one_group_and_a_group_has_one_length(prompts):
     assert all(np.array_equal(g, pool[(g[:, 0] // 100).tolist(), : g.shape[1]]) for g in groups)
     sizes = [[len(g) for g in groups if g.shape[1] == length] for length in range(2, 7)]
     assert sorted(map(sum, sizes)) == sorted(len(rows) for rows in np.array_split(range(prompts), 5))
-    assert all(size == 3 for some in sizes for size in some[:-1])
+    assert all(size == 3 for group_sizes in sizes for size in group_sizes[:-1])
 
 
 # ---- samples
@@ -55,8 +54,8 @@ def test_every_prompt_is_in_one_group_and_a_group_has_one_length(prompts):
 SAMPLES = [("A film", [("was dull " * 9, 0.2), ("was\033[2J great\n" * 5, 0.9)])]
 
 
-def test_samples_stand_side_by_side_within_the_width():
-    """Every word of both, in two columns; what the model wrote reaches no terminal as a control sequence."""
+def test_samples_are_printed_side_by_side_within_the_width():
+    """With every word of both, and without control sequences."""
     text = side_by_side(SAMPLES, width=60)
     rows = text.splitlines()[3:]
     assert "\033" not in text and all(len(line) <= 60 for line in text.splitlines())
@@ -64,22 +63,12 @@ def test_samples_stand_side_by_side_within_the_width():
     assert " ".join(row[28:].strip() for row in rows).split() == ["(0.90)", *("was [2J great " * 5).split()]
 
 
-@pytest.mark.parametrize("no_color", [False, True])
-def test_what_the_judge_finds_positive_is_green_and_the_rest_red(monkeypatch, no_color):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if no_color:
-        monkeypatch.setenv("NO_COLOR", "1")
-    text = side_by_side(SAMPLES, width=60)
-    assert ("\033[31m(0.20)" in text and "\033[32m(0.90)" in text) != no_color
-
-
-# ---- answers
+# ---- responses
 
 
 @pytest.fixture(scope="module")
 def opened(gpt2_folder):
-    """(policy, another policy, tokenizer); the two differ in one bias."""
+    """(policy, another policy that differs in one bias, tokenizer)."""
     folder, config, tokenizer = open_gpt2(str(gpt2_folder))
     policy, other = (load_policy(folder, config, tokenizer).eval() for _ in range(2))
     with torch.no_grad():
@@ -90,7 +79,7 @@ def opened(gpt2_folder):
 GROUPS = [torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]]), torch.tensor([[5, 6]])]
 
 
-def test_a_policy_that_is_its_own_reference_has_no_kl_and_the_same_seed_gives_the_same_texts(opened):
+def test_a_policy_that_is_its_own_reference_has_a_kl_of_0_and_the_same_seed_gives_the_same_texts(opened):
     policy, _, tokenizer = opened
     first, second = (respond(policy, policy, tokenizer, GROUPS, CFG, CPU, "m") for _ in range(2))
     assert first == second
@@ -103,33 +92,33 @@ def test_a_policy_that_is_its_own_reference_has_no_kl_and_the_same_seed_gives_th
 def test_another_seed_gives_other_texts_and_another_policy_a_kl(opened):
     policy, other, tokenizer = opened
     first = respond(policy, policy, tokenizer, GROUPS, CFG, CPU, "m")
-    seeded = respond(policy, policy, tokenizer, GROUPS, EvaluateConfig(**{**vars(CFG), "seed": 1}), CPU, "m")
-    apart = respond(other, policy, tokenizer, GROUPS, CFG, CPU, "m")
+    seeded = respond(policy, policy, tokenizer, GROUPS, replace(CFG, seed=1), CPU, "m")
+    different = respond(other, policy, tokenizer, GROUPS, CFG, CPU, "m")
     assert seeded["texts"] != first["texts"]
-    assert min(apart["kl_exact"]) > 0
-    assert min(apart["kl_k3"]) > 0
+    assert min(different["kl_exact"]) > 0
+    assert min(different["kl_k3"]) > 0
 
 
-def test_tokens_end_with_the_end_of_text_and_ref_nll_is_of_these_tokens_at_temperature_1(opened):
-    """Worked out one response at a time."""
+def test_tokens_end_with_the_end_of_text_and_ref_nll_is_at_temperature_1(opened):
+    """Compared with a computation of one response at a time."""
     policy, other, tokenizer = opened
-    hot = EvaluateConfig(**{**vars(CFG), "temperature": 2.0, "response_len": 30})
+    hot = replace(CFG, temperature=2.0, response_len=30)
     end = tokenizer.eos_token_id
     with torch.no_grad():
         other.gpt2.wte.weight[end] *= 3  # so that some responses end early
-    answers = respond(other, policy, tokenizer, GROUPS, hot, CPU, "m")
+    out = respond(other, policy, tokenizer, GROUPS, hot, CPU, "m")
     prompts = [row for group in GROUPS for row in group]
-    for prompt, tokens, nll, kl in zip(prompts, answers["tokens"], answers["ref_nll"], answers["kl"]):
+    for prompt, tokens, nll, kl in zip(prompts, out["tokens"], out["ref_nll"], out["kl"]):
         assert end not in tokens[:-1]
         assert tokens[-1] == end or len(tokens) == 30
         whole = torch.cat([prompt, torch.tensor(tokens)])[None]
-        places, ids = slice(len(prompt) - 1, -1), torch.tensor(tokens)[:, None]
-        cold, ref, mine = (
-            (model.gpt2(whole)[0, places] / t).log_softmax(-1).gather(1, ids).sum().item()
+        positions, ids = slice(len(prompt) - 1, -1), torch.tensor(tokens)[:, None]
+        cold, ref, own = (
+            (model.gpt2(whole)[0, positions] / t).log_softmax(-1).gather(1, ids).sum().item()
             for model, t in ((policy, 1.0), (policy, 2.0), (other, 2.0))
         )
         assert nll == pytest.approx(-cold, rel=1e-4)
-        assert kl == pytest.approx(mine - ref, abs=1e-3)
+        assert kl == pytest.approx(own - ref, abs=1e-3)
 
 
 def test_each_batch_has_its_own_random_numbers(opened):
@@ -138,21 +127,21 @@ def test_each_batch_has_its_own_random_numbers(opened):
     assert len(set(texts)) == 6
 
 
-def test_texts_are_read_exactly_as_the_tokens_spell_them(opened):
-    """Also where a tokenizer would take the spaces out of "film , it 's" by itself, from a text but not its prompt."""
+def test_texts_are_exactly_those_of_the_tokens(opened):
+    """Also if the tokenizer would remove the spaces of "film , it 's" from a text, but not from its prompt."""
     policy, other, tokenizer = opened[0], opened[1], copy.deepcopy(opened[2])
     tokenizer.clean_up_tokenization_spaces = True
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     text = "A film , it 's not good ."
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) != text
-    answers = respond(other, policy, tokenizer, [torch.tensor([ids])], CFG, CPU, "m")
-    assert answers["prompts"] == [text] and answers["texts"][0].startswith(text)
+    out = respond(other, policy, tokenizer, [torch.tensor([ids])], CFG, CPU, "m")
+    assert out["prompts"] == [text] and out["texts"][0].startswith(text)
     assert "".join(pieces(tokenizer, ids[:2], ids[2:])) == text[len(tokenizer.decode(ids[:2])) :]
 
 
-def test_an_evaluation_takes_as_many_rows_in_a_pass_as_the_memory_of_the_gpu_holds(monkeypatch):
-    """10 tokens x (16 x 64 x 2 + 2 x 500) x 4 bytes are 121,920 a row, and 0.8 of 1 MB has room for 6."""
+def test_a_pass_of_the_evaluation_has_as_many_rows_as_fit_in_the_memory_of_the_gpu(monkeypatch):
+    """10 tokens x (16 x 64 x 2 + 2 x 500) x 4 bytes are 121,920 per row, and 6 rows fit in 0.8 of 1 MB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000_000, 8_000_000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
@@ -167,7 +156,7 @@ def test_an_evaluation_takes_as_many_rows_in_a_pass_as_the_memory_of_the_gpu_hol
 
 
 LONG = replace(CFG, prompts=200, min_prompt_len=4, response_len=30)
-FIT = 2048 // (4 + 30)  # rows of a pass that training would take on a CPU
+FIT = 2048 // (4 + 30)  # rows per pass on a CPU
 
 
 def many_groups(cfg):
@@ -175,8 +164,8 @@ def many_groups(cfg):
 
 
 @pytest.mark.parametrize("batch_size", [200, 64, 7])
-def test_the_logits_of_an_evaluation_are_those_of_a_micro_batch_whatever_the_batch_size(opened, batch_size):
-    """At most four tensors at a time, of at most as many rows as training takes in a pass; 13 GB at GPT-2's sizes."""
+def test_the_logits_of_an_evaluation_take_the_memory_of_a_micro_batch_for_any_batch_size(opened, batch_size):
+    """At most four tensors at a time, with at most as many rows as a pass of training."""
     policy, other, tokenizer = opened
     cfg = replace(LONG, batch_size=batch_size)
     vocabulary = policy.gpt2.n_tokens
@@ -187,31 +176,31 @@ def test_the_logits_of_an_evaluation_are_those_of_a_micro_batch_whatever_the_bat
     assert memory.most <= 4 * rows * 30 * vocabulary
 
 
-def test_the_viewer_s_passes_have_the_logits_of_a_micro_batch(opened):
+def test_the_logits_of_the_viewer_take_the_memory_of_a_micro_batch(opened):
     policy, other, tokenizer = opened
     cfg = replace(LONG, batch_size=200, viewer_samples=200)
     groups = many_groups(cfg)
-    answers = {"before": respond(other, policy, tokenizer, groups, cfg, CPU, "m")}
+    out = {"before": respond(other, policy, tokenizer, groups, cfg, CPU, "m")}
     values = {"before": {"score": np.zeros(200), "judge": np.zeros(200)}}
     with LogitsMemory(policy.gpt2.n_tokens) as memory:
-        viewer({"before": policy, "after": other}, tokenizer, groups, answers, values, PPOConfig(), cfg, CPU)
+        viewer({"before": policy, "after": other}, tokenizer, groups, out, values, PPOConfig(), cfg, CPU)
     assert 0 < memory.largest <= FIT * 30 * policy.gpt2.n_tokens
     assert memory.most <= 3 * FIT * 30 * policy.gpt2.n_tokens
 
 
 @pytest.mark.parametrize("fit", [0, 1, 3])
-def test_the_micro_batch_of_an_evaluation_changes_no_sample_and_no_number(opened, monkeypatch, fit):
-    """Against one pass over all rows of a batch. A fit of 0: not even one row, so one is tried."""
+def test_the_micro_batch_size_does_not_change_the_evaluation(opened, monkeypatch, fit):
+    """Compared with one pass over all rows. With a fit of 0, not even one row, one is tried."""
     policy, other, tokenizer = opened
-    cfg, found = replace(LONG, prompts=8, batch_size=8, viewer_samples=8), []
+    cfg, results = replace(LONG, prompts=8, batch_size=8, viewer_samples=8), []
     groups = many_groups(cfg)
     for rows in (10**9, fit):
-        monkeypatch.setattr(evaluate, "rows_that_fit", lambda *_, rows=rows: rows)
-        answers = {name: respond(other, policy, tokenizer, groups, cfg, CPU, "m") for name in ("before", "after")}
-        values = dict.fromkeys(answers, {"score": np.arange(8.0), "judge": np.zeros(8)})
-        shown = viewer({"before": policy, "after": other}, tokenizer, groups, answers, values, PPOConfig(), cfg, CPU)
-        found.append((answers["after"], shown["samples"]))
-    (whole, whole_shown), (parts, parts_shown) = found
+        monkeypatch.setattr(responses, "rows_that_fit", lambda *_, rows=rows: rows)
+        out = {name: respond(other, policy, tokenizer, groups, cfg, CPU, "m") for name in ("before", "after")}
+        values = dict.fromkeys(out, {"score": np.arange(8.0), "judge": np.zeros(8)})
+        shown = viewer({"before": policy, "after": other}, tokenizer, groups, out, values, PPOConfig(), cfg, CPU)
+        results.append((out["after"], shown["samples"]))
+    (whole, whole_shown), (parts, parts_shown) = results
     assert [parts[name] for name in ("texts", "tokens", "prompts")] == [
         whole[name] for name in ("texts", "tokens", "prompts")
     ]
@@ -223,39 +212,39 @@ def test_the_micro_batch_of_an_evaluation_changes_no_sample_and_no_number(opened
         assert one["after"]["tokens"] == other["after"]["tokens"]
 
 
-def test_nan_after_the_end_of_a_response_is_in_none_of_its_numbers(opened, monkeypatch):
+def test_nan_after_the_end_of_a_response_is_ignored(opened, monkeypatch):
     policy, other, tokenizer = (copy.deepcopy(part) for part in opened)
-    end, forward, seen = tokenizer.eos_token_id, GPT2.forward, []
+    end, forward, has_nan = tokenizer.eos_token_id, GPT2.forward, []
     with torch.no_grad():
         other.gpt2.wte.weight[end] *= 3  # so that some responses end early
     clean = respond(other, policy, tokenizer, GROUPS, CFG, CPU, "m")
 
     def with_nan(self, ids, first=0):
         logits = nan_after_the_end(forward(self, ids, first), ids, first, end)
-        seen.append(logits.isnan().any().item())
+        has_nan.append(logits.isnan().any().item())
         return logits
 
     monkeypatch.setattr(GPT2, "forward", with_nan)
-    assert respond(other, policy, tokenizer, GROUPS, CFG, CPU, "m") == clean and any(seen)
+    assert respond(other, policy, tokenizer, GROUPS, CFG, CPU, "m") == clean and any(has_nan)
 
 
 @pytest.mark.parametrize("samples", [2, 50])
-def test_the_samples_are_as_many_as_wanted_at_their_own_temperature_with_the_prompt_cut_off(opened, samples):
-    """At a temperature near 0 each token is the likeliest: before and after are two policies' greedy continuations."""
+def test_the_samples_have_their_own_number_and_temperature_and_no_prompt(opened, samples):
+    """Near temperature 0, the responses before and after are the greedy completions of the two policies."""
     before, after, tokenizer = opened
-    asked = []
+    batches = []
 
     class Judge:
         def log_odds(self, texts):
-            asked.append(texts)
+            batches.append(texts)
             return torch.tensor([float(len(text)) for text in texts]).log()  # its sigmoid: length / (length + 1)
 
     cfg = replace(CFG, samples=samples, sample_temperature=1e-4)
-    found = sample_responses({"before": before, "after": after}, tokenizer, Judge(), GROUPS, cfg, CPU)
+    rows = sample_responses({"before": before, "after": after}, tokenizer, Judge(), GROUPS, cfg, CPU)
     prompts = {tokenizer.decode(row): row for group in GROUPS for row in group}
-    assert len(found) == len({prompt for prompt, _ in found}) == min(samples, 4)
-    for i, (prompt, sides) in enumerate(found):
-        for policy, (response, probability), texts in zip((before, after), sides, asked):
+    assert len(rows) == len({prompt for prompt, _ in rows}) == min(samples, 4)
+    for i, (prompt, sides) in enumerate(rows):
+        for policy, (response, probability), texts in zip((before, after), sides, batches):
             with torch.no_grad():
                 ids = prompts[prompt]
                 for _ in range(CFG.response_len):
@@ -264,16 +253,15 @@ def test_the_samples_are_as_many_as_wanted_at_their_own_temperature_with_the_pro
             assert probability == pytest.approx(len(texts[i]) / (len(texts[i]) + 1), rel=1e-4)
 
 
-def test_the_prompts_of_the_samples_are_drawn_by_the_seed(opened):
+def test_the_prompts_of_the_samples_depend_on_the_seed(opened):
     policy, other, tokenizer = opened
     judge, groups = SimpleNamespace(log_odds=lambda texts: torch.zeros(len(texts))), many_groups(LONG)
     cfg = replace(LONG, response_len=1, samples=5)
 
     def prompts(seed):
-        found = sample_responses(
-            {"before": policy, "after": other}, tokenizer, judge, groups, replace(cfg, seed=seed), CPU
-        )
-        return [prompt for prompt, _ in found]
+        policies = {"before": policy, "after": other}
+        rows = sample_responses(policies, tokenizer, judge, groups, replace(cfg, seed=seed), CPU)
+        return [prompt for prompt, _ in rows]
 
     assert prompts(0) == prompts(0) != prompts(1)
 
@@ -281,8 +269,8 @@ def test_the_prompts_of_the_samples_are_drawn_by_the_seed(opened):
 # ---- token by token
 
 
-def test_the_pieces_of_a_response_join_to_its_text_even_where_letters_have_several_tokens(opened):
-    """Prompt and response may be cut inside a letter, and bytes may be no letter at all."""
+def test_the_pieces_of_a_response_join_to_its_text_even_if_characters_have_several_tokens(opened):
+    """Prompt and response may be cut inside a character, and bytes may not form a character."""
     _, _, tokenizer = opened
     end = tokenizer.eos_token_id
     whole = tokenizer("A great caf\u00e9 \U0001f600 film")["input_ids"]
@@ -290,7 +278,7 @@ def test_the_pieces_of_a_response_join_to_its_text_even_where_letters_have_sever
     odd = tokenizer("\U0001f600")["input_ids"][:2] + tokenizer(" film")["input_ids"]
     for ids in (whole, odd * 3, whole[:-3]):
         for cut in range(1, len(ids)):
-            prompt, text = (tokenizer.decode(some, skip_special_tokens=True) for some in (ids[:cut], ids))
+            prompt, text = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:cut], ids))
             assert "".join(pieces(tokenizer, ids[:cut], ids[cut:])) == text[len(prompt) :]
             ended = pieces(tokenizer, ids[:cut], [*ids[cut:], end])
             assert (len(ended), ended[-1]) == (len(ids) - cut + 1, "<|endoftext|>")
@@ -298,8 +286,8 @@ def test_the_pieces_of_a_response_join_to_its_text_even_where_letters_have_sever
     assert pieces(tokenizer, whole, [end]) == ["<|endoftext|>"]
 
 
-def test_the_numbers_of_each_token_are_those_that_ppo_would_have_learned_from():
-    """Three responses of 2 tokens worked out by hand; two have no end, and their scores are cut to 2.5 and -2.5."""
+def test_the_metrics_of_each_token_are_those_of_the_ppo_update():
+    """Three responses of 2 tokens, computed by hand; two have no <|endoftext|> and scores clipped to 2.5 and -2.5."""
     logprobs, ref_logprobs = (
         torch.tensor([[-1.0, -2], [-1, -1], [-1, -1]]),
         torch.tensor([[-1.5, -1], [-1, -1], [-1, -1]]),
@@ -308,102 +296,102 @@ def test_the_numbers_of_each_token_are_those_that_ppo_would_have_learned_from():
     policies = {"after": lambda *_: (logprobs, values), "before": lambda *_: (ref_logprobs, None)}
     ppo = PPOConfig(kl_coef=0.1, lam=0.5, gamma=1.0, score_clip=2.5, missing_eos_penalty=0.5)
     sequences = torch.tensor([[9, 5, 0], [9, 5, 6], [9, 5, 6]])
-    found, mask = token_metrics(policies, sequences, 1, scores, ppo, 1.0, eos_id=0)
+    metrics, mask = token_metrics(policies, sequences, 1, scores, ppo, 1.0, eos_id=0)
     assert mask.all()
-    torch.testing.assert_close(found["kl"], torch.tensor([[0.5, -1], [0, 0], [0, 0]]))
-    torch.testing.assert_close(found["ratio"], torch.tensor([[0.5, -1], [0, 0], [0, 0]]).exp())
-    torch.testing.assert_close(found["advantage"], torch.tensor([[0.625, 1.85], [1, 2], [-1.5, -3]]))
-    assert found["value"] is values
+    torch.testing.assert_close(metrics["kl"], torch.tensor([[0.5, -1], [0, 0], [0, 0]]))
+    torch.testing.assert_close(metrics["ratio"], torch.tensor([[0.5, -1], [0, 0], [0, 0]]).exp())
+    torch.testing.assert_close(metrics["advantage"], torch.tensor([[0.625, 1.85], [1, 2], [-1.5, -3]]))
+    assert metrics["value"] is values
 
 
-def test_the_ratio_of_a_token_that_the_reference_all_but_excludes_is_cut_to_a_number_that_json_has():
+def test_the_ratio_of_a_token_that_the_reference_almost_excludes_is_finite():
     policies = {
         "after": lambda *_: (torch.tensor([[-1.0]]), None),
         "before": lambda *_: (torch.tensor([[-999.0]]), None),
     }
-    found, _ = token_metrics(policies, torch.tensor([[9, 5]]), 1, None, None, 1.0, eos_id=0)
-    assert found["kl"].item() == 998 and found["ratio"].item() == pytest.approx(np.exp(20))
+    metrics, _ = token_metrics(policies, torch.tensor([[9, 5]]), 1, None, None, 1.0, eos_id=0)
+    assert metrics["kl"].item() == 998 and metrics["ratio"].item() == pytest.approx(np.exp(20))
 
 
 def test_the_kl_of_each_token_is_at_the_temperature_of_the_responses(opened):
     policy, other, tokenizer = opened
     cfg = replace(CFG, temperature=2.0, viewer_samples=4, prompts=4)
-    answers = {"after": respond(other, policy, tokenizer, GROUPS, cfg, CPU, "m")}
-    answers["before"] = answers["after"]
-    values = dict.fromkeys(answers, {"score": np.zeros(4), "judge": np.zeros(4)})
-    found = viewer({"before": policy, "after": other}, tokenizer, GROUPS, answers, values, None, cfg, CPU)
-    kls = [sum(sample["after"]["kl"]) for sample in found["samples"]]
-    assert kls == pytest.approx(answers["after"]["kl"], abs=2e-3)
+    out = {"after": respond(other, policy, tokenizer, GROUPS, cfg, CPU, "m")}
+    out["before"] = out["after"]
+    values = dict.fromkeys(out, {"score": np.zeros(4), "judge": np.zeros(4)})
+    shown = viewer({"before": policy, "after": other}, tokenizer, GROUPS, out, values, None, cfg, CPU)
+    kls = [sum(sample["after"]["kl"]) for sample in shown["samples"]]
+    assert kls == pytest.approx(out["after"]["kl"], abs=2e-3)
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", None])
-def test_a_policy_trained_without_a_value_head_has_no_value_and_no_advantage(opened, answered, advantage):
-    """RLOO's and GRPO's advantages need the other responses of a group; of a policy without a run nothing is known."""
-    policies, groups, answers, values = answered
+def test_a_policy_trained_without_a_value_head_has_no_value_and_no_advantage(opened, evaluated, advantage):
+    """The advantages of RLOO and GRPO need the other responses of a group. A policy without a run has no config."""
+    policies, groups, out, values = evaluated
     ppo = PPOConfig(advantage=advantage, kl_coef=0.3) if advantage else None
-    found = viewer(policies, opened[2], groups, answers, values, ppo, CFG, CPU)
-    gae_found = viewer(policies, opened[2], groups, answers, values, PPOConfig(), CFG, CPU)
-    assert set(found) == {"samples"} and len(found["samples"]) == 16
-    for sample, full in zip(found["samples"], gae_found["samples"]):
+    shown = viewer(policies, opened[2], groups, out, values, ppo, CFG, CPU)
+    with_gae = viewer(policies, opened[2], groups, out, values, PPOConfig(), CFG, CPU)
+    assert set(shown) == {"samples"} and len(shown["samples"]) == 16
+    for sample, full in zip(shown["samples"], with_gae["samples"]):
         for side in ("before", "after"):
             assert set(sample[side]) == {"tokens", "kl", "ratio", "score", "judge"}
             assert set(full[side]) == set(sample[side]) | {"value", "advantage"}
             assert sample[side].items() <= full[side].items()
 
 
-def test_the_numbers_of_each_token_ignore_nan_after_the_end():
+def test_the_metrics_of_each_token_ignore_nan_after_the_end():
     dirty = torch.tensor([[-1.0, -2, torch.nan]])
     policies = {"after": lambda *_: (dirty, dirty), "before": lambda *_: (dirty + 0.5, None)}
-    found, mask = token_metrics(policies, torch.tensor([[9, 5, 0, 0]]), 1, torch.tensor([2.0]), PPOConfig(), 1.0, 0)
+    metrics, mask = token_metrics(policies, torch.tensor([[9, 5, 0, 0]]), 1, torch.tensor([2.0]), PPOConfig(), 1.0, 0)
     assert mask.tolist() == [[True, True, False]]
-    assert all(found[name].isfinite().all() for name in ("kl", "ratio", "advantage"))
+    assert all(metrics[name].isfinite().all() for name in ("kl", "ratio", "advantage"))
 
 
 @pytest.fixture(scope="module")
-def answered(opened):
-    """Two policies' answers to 16 prompts of 2 to 4 tokens: (policies, groups, answers, values)."""
+def evaluated(opened):
+    """Responses of two policies to 16 prompts of 2 to 4 tokens: (policies, groups, responses, values)."""
     before, after, tokenizer = opened
     with torch.no_grad():
         after.value_head.bias += 0.5
     policies = {"before": before, "after": after}
     groups = list(prompt_groups(np.random.default_rng(0).integers(1, 250, (16, 4)), CFG))
-    answers = {name: respond(p, before, tokenizer, groups, CFG, CPU, name) for name, p in policies.items()}
+    out = {name: respond(p, before, tokenizer, groups, CFG, CPU, name) for name, p in policies.items()}
     values = {name: {"score": np.arange(16.0) + i, "judge": np.linspace(0, 1, 16)} for i, name in enumerate(policies)}
-    return policies, groups, answers, values
+    return policies, groups, out, values
 
 
-def test_viewer_json_tells_each_token_of_both_answers(opened, answered):
-    """The kl of the policy's own answer sums to its KL; the advantages are GAE's of the rewards of PPO."""
-    tokenizer, (policies, groups, answers, values) = opened[2], answered
+def test_viewer_json_has_the_metrics_of_each_token_of_both_responses(opened, evaluated):
+    """kl sums to the KL of the response of the policy; the advantages are those of GAE with the rewards of PPO."""
+    tokenizer, (policies, groups, out, values) = opened[2], evaluated
     ppo = PPOConfig(kl_coef=0.3, gamma=0.9, lam=0.8)
-    found = json.loads(json.dumps(viewer(policies, tokenizer, groups, answers, values, ppo, CFG, CPU)))
-    assert found["kl_coef"] == 0.3
-    assert len(found["samples"]) == 16
-    for i, sample in enumerate(found["samples"]):
-        assert sample["prompt"] == answers["before"]["prompts"][i]
+    page = json.loads(json.dumps(viewer(policies, tokenizer, groups, out, values, ppo, CFG, CPU)))
+    assert page["kl_coef"] == 0.3
+    assert len(page["samples"]) == 16
+    for i, sample in enumerate(page["samples"]):
+        assert sample["prompt"] == out["before"]["prompts"][i]
         for side in ("before", "after"):
-            told, tokens, text = sample[side], answers[side]["tokens"][i], answers[side]["texts"][i]
+            shown, tokens, text = sample[side], out[side]["tokens"][i], out[side]["texts"][i]
             ended = tokens[-1] == tokenizer.eos_token_id
-            assert "".join(told["tokens"][: len(tokens) - ended]) == text[len(sample["prompt"]) :]
-            assert {len(told[name]) for name in ("tokens", "kl", "ratio", "value", "advantage")} == {len(tokens)}
-            assert (told["score"], told["judge"]) == (values[side]["score"][i], round(values[side]["judge"][i], 4))
-            assert told["ratio"] == pytest.approx(np.exp(told["kl"]), rel=1e-3, abs=2e-4)
-            assert set(told["value"]) == {0.5}
-            assert all(x == round(x, 4) for x in told["kl"])  # digits that nobody reads would double the file
-            kl, mask = torch.tensor([told["kl"]]), torch.ones(1, len(tokens), dtype=torch.bool)
-            rewards = token_rewards(torch.tensor([told["score"]]), kl, mask, 0.3)
-            advantages, _ = gae(rewards, torch.tensor([told["value"]]), mask, 0.9, 0.8)
-            assert told["advantage"] == pytest.approx(advantages[0].tolist(), abs=2e-3)
-        assert sum(sample["after"]["kl"]) == pytest.approx(answers["after"]["kl"][i], abs=2e-3)
-        assert any(x != 0 for x in sample["before"]["kl"])  # of the policy after PPO, whoever sampled them
+            assert "".join(shown["tokens"][: len(tokens) - ended]) == text[len(sample["prompt"]) :]
+            assert {len(shown[name]) for name in ("tokens", "kl", "ratio", "value", "advantage")} == {len(tokens)}
+            assert (shown["score"], shown["judge"]) == (values[side]["score"][i], round(values[side]["judge"][i], 4))
+            assert shown["ratio"] == pytest.approx(np.exp(shown["kl"]), rel=1e-3, abs=2e-4)
+            assert set(shown["value"]) == {0.5}
+            assert all(x == round(x, 4) for x in shown["kl"])  # more digits would double the size of the file
+            kl, mask = torch.tensor([shown["kl"]]), torch.ones(1, len(tokens), dtype=torch.bool)
+            rewards = token_rewards(torch.tensor([shown["score"]]), kl, mask, 0.3)
+            advantages, _ = gae(rewards, torch.tensor([shown["value"]]), mask, 0.9, 0.8)
+            assert shown["advantage"] == pytest.approx(advantages[0].tolist(), abs=2e-3)
+        assert sum(sample["after"]["kl"]) == pytest.approx(out["after"]["kl"][i], abs=2e-3)
+        assert any(x != 0 for x in sample["before"]["kl"])  # of the policy after PPO also for the responses before
 
 
-def test_the_prompts_of_the_viewer_are_spread_over_all_lengths(opened, answered):
-    policies, groups, answers, values = answered
-    found = viewer(policies, opened[2], groups, answers, values, PPOConfig(), replace(CFG, viewer_samples=4), CPU)
-    prompts = answers["before"]["prompts"]
-    assert [sample["prompt"] for sample in found["samples"]] == [prompts[i] for i in (0, 5, 10, 15)]
-    none = viewer(policies, opened[2], groups, answers, values, PPOConfig(), replace(CFG, viewer_samples=0), CPU)
+def test_the_prompts_of_the_viewer_have_all_lengths(opened, evaluated):
+    policies, groups, out, values = evaluated
+    page = viewer(policies, opened[2], groups, out, values, PPOConfig(), replace(CFG, viewer_samples=4), CPU)
+    prompts = out["before"]["prompts"]
+    assert [sample["prompt"] for sample in page["samples"]] == [prompts[i] for i in (0, 5, 10, 15)]
+    none = viewer(policies, opened[2], groups, out, values, PPOConfig(), replace(CFG, viewer_samples=0), CPU)
     assert none["samples"] == []
 
 
@@ -412,7 +400,7 @@ def test_the_prompts_of_the_viewer_are_spread_over_all_lengths(opened, answered)
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, gpt2_folder, bert_folder, judge_folder):
-    """Compare a model with itself in an empty folder, with some fields changed; returns the folder of the policy."""
+    """A function that compares a model with itself, with some fields changed, and returns the folder of the policy."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(gpt2_folder, "after")
     (tmp_path / "mine.py").write_text("def length(texts):\n    return [len(t) for t in texts]\n")
@@ -430,7 +418,7 @@ def run(tmp_path, monkeypatch, gpt2_folder, bert_folder, judge_folder):
 
 
 @pytest.mark.parametrize("by", ["function", "classifier"])
-def test_a_model_compared_with_itself_differs_in_nothing(run, capsys, gpt2_folder, bert_folder, by):
+def test_a_model_compared_with_itself_has_differences_of_0(run, capsys, gpt2_folder, bert_folder, by):
     out = run(reward="mine.py:length" if by == "function" else str(bert_folder), second_lm=str(gpt2_folder))
     results = json.loads((out / "results.json").read_text())
     ratio = results["difference"].pop("perplexity_ratio")
@@ -447,33 +435,40 @@ def test_a_model_compared_with_itself_differs_in_nothing(run, capsys, gpt2_folde
     assert [set(sample) for sample in results["samples"]] == 3 * [{"prompt", "before", "after"}]
     assert results["samples"][0]["before"] == results["samples"][0]["after"]
     assert set(results["samples"][0]["before"]) == {"text", "judge"}
-    shown = capsys.readouterr().out
-    assert table_text(results) in shown
-    assert kl_text(results) in shown
-    written = shown.split("written:\n")[1].split()
-    files = ["results.json", "samples.md", "viewer.json", "README.md", "example_results.png", "report.html"]  # no log
+    output = capsys.readouterr().out
+    assert table_text(results) in output
+    assert kl_text(results) in output
+    written = output.split("written:\n")[1].split()
+    files = [
+        "results.json",
+        "samples.md",
+        "viewer.json",
+        "README.md",
+        "example_results.png",
+        "report.html",
+    ]  # without a log
     assert written == [f"after/{file}" for file in files]
     assert all((out / file).stat().st_size > 0 for file in files)
-    told = json.loads((out / "viewer.json").read_text())
-    assert "kl_coef" not in told and len(told["samples"]) == 5  # a policy without a run
+    page = json.loads((out / "viewer.json").read_text())
+    assert "kl_coef" not in page and len(page["samples"]) == 5  # a policy without a run
 
 
-def test_the_kl_coefficient_of_the_viewer_is_that_of_the_run_and_the_card_tells_of_it(run, tmp_path, capsys):
+def test_viewer_and_card_use_the_config_of_the_run(run, tmp_path, capsys):
     ppo = PPOConfig(kl_coef=0.75, policy="gpt2-medium", steps=3)
     (tmp_path / "after" / "run_config.json").write_text(json.dumps(vars(ppo)))
     log = shutil.copy(ROOT / "asset" / "log.jsonl", tmp_path / "after")
     out = run()
     card = (out / "README.md").read_text()
     assert "  after/learning_curves.png\n" in capsys.readouterr().out and (out / "learning_curves.png").is_file()
-    assert f"| last rollout | number {len(Path(log).read_text().splitlines())} after " in card
+    assert re.search(rf"\| last rollout +\| number {len(Path(log).read_text().splitlines())} after ", card)
     assert json.loads((out / "viewer.json").read_text())["kl_coef"] == 0.75
     assert "base_model: gpt2-medium" in card
     assert "384: 3 rollouts of 128" in card
     assert "--kl_coef 0.75" in card
 
 
-def test_the_task_and_the_columns_of_the_dataset_are_those_that_were_asked_for(run, tmp_path):
-    """The prompts of the controlled task are a control and the beginning of a review each."""
+def test_the_task_and_the_columns_of_the_dataset_are_those_of_the_config(run, tmp_path):
+    """Each prompt of the controlled task is a control and the beginning of a review."""
     csv = reviews_csv(tmp_path / "toy.csv").read_text().replace("text,label", "words,mood", 1)
     (tmp_path / "columns.csv").write_text(csv)
     dataset = {"dataset": "columns.csv", "text_column": "words", "label_column": "mood"}
@@ -484,128 +479,113 @@ def test_the_task_and_the_columns_of_the_dataset_are_those_that_were_asked_for(r
 
 
 @pytest.mark.parametrize(("dtype", "bf16"), [("bf16", True), ("fp32", False)])
-def test_both_models_compute_in_the_dtype_that_was_asked_for(run, monkeypatch, dtype, bf16):
-    used = []
-    monkeypatch.setattr(evaluate, "load_policy", lambda *args: used.append(load_policy(*args)) or used[-1])
+def test_both_models_compute_in_the_dtype_of_the_config(run, monkeypatch, dtype, bf16):
+    policies = []
+    monkeypatch.setattr(evaluate, "load_policy", lambda *args: policies.append(load_policy(*args)) or policies[-1])
     monkeypatch.setattr(evaluate, "prompt_groups", None)  # the run ends here
     with pytest.raises(TypeError):
         run(dtype=dtype, device="cpu")
-    assert [policy.gpt2.bf16 for policy in used] == [bf16, bf16]
+    assert [policy.gpt2.bf16 for policy in policies] == [bf16, bf16]
 
 
 def share(odds):
     return (odds > 0).double().mean().item()
 
 
-def test_each_number_is_of_its_own_model_and_classifier(run, tmp_path, gpt2_folder):
-    """Two models and two classifiers that differ: catches any two of them exchanged, and a difference of other sign."""
+def test_each_metric_is_of_its_own_model_and_classifier(run, tmp_path, gpt2_folder):
+    """With two different models and classifiers. Catches an exchange of two, and differences with a wrong sign."""
     folders = {"before": gpt2_folder, "after": write_tuned(gpt2_folder, tmp_path / "after")}
     opened = {name: open_gpt2(str(folder)) for name, folder in folders.items()}
     policies, tokenizer = {name: load_policy(*parts).eval() for name, parts in opened.items()}, opened["before"][2]
     cfg = EvaluateConfig(prompts=16, max_prompt_len=4, batch_size=8)
     reviews = load_splits(str(reviews_csv(tmp_path / "toy.csv")))["evaluation"].texts
     groups = list(prompt_groups(prompt_pool(reviews, tokenizer, 4, 16), cfg))
-    found = {name: respond(p, policies["before"], tokenizer, groups, cfg, CPU, name) for name, p in policies.items()}
-    texts = found["before"]["texts"] + found["after"]["texts"]
+    out = {name: respond(p, policies["before"], tokenizer, groups, cfg, CPU, name) for name, p in policies.items()}
+    texts = out["before"]["texts"] + out["after"]["texts"]
     classifiers = [str(write_opinion(tmp_path / f"bert{seed}", texts, seed)) for seed in (0, 2)]
     reward, judge = map(SentimentReward.load, classifiers)
 
-    out = run(reward=classifiers[0], judge=classifiers[1], viewer_samples=16)
-    results, shown = (json.loads((out / name).read_text()) for name in ("results.json", "viewer.json"))
+    folder = run(reward=classifiers[0], judge=classifiers[1], viewer_samples=16)
+    results, shown = (json.loads((folder / name).read_text()) for name in ("results.json", "viewer.json"))
     expected = {
         name: {
-            "score": reward(some["texts"]).double().mean().item(),
-            "positive_by_reward": share(reward.log_odds(some["texts"])),
-            "positive_by_judge": share(judge.log_odds(some["texts"])),
-            "judge": judge.log_odds(some["texts"]).sigmoid().mean().item(),
-            "kl_exact": np.mean(some["kl_exact"]),
-            "perplexity": np.exp(sum(some["ref_nll"]) / sum(map(len, some["tokens"]))),
+            "score": reward(side["texts"]).double().mean().item(),
+            "positive_by_reward": share(reward.log_odds(side["texts"])),
+            "positive_by_judge": share(judge.log_odds(side["texts"])),
+            "judge": judge.log_odds(side["texts"]).sigmoid().mean().item(),
+            "kl_exact": np.mean(side["kl_exact"]),
+            "perplexity": np.exp(sum(side["ref_nll"]) / sum(map(len, side["tokens"]))),
         }
-        for name, some in found.items()
+        for name, side in out.items()
     }
     before, after = expected["before"], expected["after"]
-    expected["difference"] = {measure: after[measure] - before[measure] for measure in before}
-    for side, measures in expected.items():
-        values = {measure: results[side][measure]["value"] for measure in measures}
-        assert values == pytest.approx(measures, rel=1e-4, abs=1e-5), side
-    for name, some in found.items():
+    expected["difference"] = {metric: after[metric] - before[metric] for metric in before}
+    for name, metrics in expected.items():
+        values = {metric: results[name][metric]["value"] for metric in metrics}
+        assert values == pytest.approx(metrics, rel=1e-4, abs=1e-5), name
+    for name, side in out.items():
         for i, sample in enumerate(shown["samples"]):
             assert (sample["prompt"], sample[name]["score"], sample[name]["judge"]) == (
-                some["prompts"][i],
-                pytest.approx(reward(some["texts"][i : i + 1]).item(), abs=1e-3),
-                pytest.approx(judge.log_odds(some["texts"][i : i + 1]).sigmoid().item(), abs=1e-3),
+                side["prompts"][i],
+                pytest.approx(reward(side["texts"][i : i + 1]).item(), abs=1e-3),
+                pytest.approx(judge.log_odds(side["texts"][i : i + 1]).sigmoid().item(), abs=1e-3),
             )
         for sample in results["samples"]:
             p = judge.log_odds([sample["prompt"] + sample[name]["text"]]).sigmoid().item()
             assert sample[name]["judge"] == pytest.approx(p, abs=1e-4)
     assert [results["config"][name] for name in ("reward", "judge")] == classifiers
-    # an exchange can only be seen where the two differ
+    # an exchange has an effect only if the two differ
     assert all(abs(expected["difference"][name]) > 1e-3 for name in ("score", "judge", "kl_exact", "perplexity"))
     assert any(side["positive_by_reward"] != side["positive_by_judge"] for side in (before, after))
 
 
-def test_the_prompts_are_of_the_evaluation_split_which_no_stage_learns_from(run):
-    """14 tokens tell the reviews apart; those of the prompts split gave PPO its prompts."""
+def test_the_prompts_are_from_the_evaluation_split(run):
+    """With prompts of 14 tokens, which identify a review. PPO is trained on those of the split prompts."""
     out = run(min_prompt_len=14, max_prompt_len=14, viewer_samples=16)
     prompts = [sample["prompt"] for sample in json.loads((out / "viewer.json").read_text())["samples"]]
-    splits = load_splits("toy.csv")
-    begun = {
-        name: [[t.startswith(p) for t in part.texts].count(True) for p in prompts] for name, part in splits.items()
+    counts = {
+        name: [[text.startswith(prompt) for text in part.texts].count(True) for prompt in prompts]
+        for name, part in load_splits("toy.csv").items()
     }
-    assert begun == {name: [name == "evaluation"] * 16 for name in splits}
+    assert counts == {name: [name == "evaluation"] * 16 for name in counts}
 
 
 def test_another_seed_gives_other_responses_samples_and_intervals(run):
-    found = [json.loads((run(seed=seed, force=True) / "results.json").read_text()) for seed in (0, 0, 1)]
-    assert found[0] == found[1]
-    assert found[0]["before"]["kl"] == found[2]["before"]["kl"]  # a model against itself: 0
+    results = [json.loads((run(seed=seed, force=True) / "results.json").read_text()) for seed in (0, 0, 1)]
+    assert results[0] == results[1]
+    assert results[0]["before"]["kl"] == results[2]["before"]["kl"]  # a model against itself: 0
     for name in ("score", "perplexity"):
-        assert found[0]["before"][name] != found[2]["before"][name]
-    assert [s["prompt"] for s in found[0]["samples"]] != [s["prompt"] for s in found[2]["samples"]]
+        assert results[0]["before"][name] != results[2]["before"][name]
+    assert [s["prompt"] for s in results[0]["samples"]] != [s["prompt"] for s in results[2]["samples"]]
 
 
 OUTPUTS = ("results.json", "samples.md", "viewer.json", "README.md", "example_results.png", "report.html")
 
 
 @pytest.mark.parametrize("name", [*OUTPUTS, "MODEL_CARD.md"])
-def test_each_file_of_an_earlier_evaluation_is_enough_to_refuse_another(tmp_path, monkeypatch, name):
-    """But not where it is in the current folder."""
-    after, elsewhere = tmp_path / "after", tmp_path / "elsewhere"
-    for folder in (after, elsewhere):
+def test_any_file_of_an_earlier_evaluation_is_refused(tmp_path, monkeypatch, name):
+    """But not a file in the working directory."""
+    after, current = tmp_path / "after", tmp_path / "current"
+    for folder in (after, current):
         folder.mkdir()
     text = {"results.json": '{"difference": {}}'}.get(name, f"\n{CARD_MARK}\n")
-    (elsewhere / name).write_text(text)
-    monkeypatch.chdir(elsewhere)
+    (current / name).write_text(text)
+    monkeypatch.chdir(current)
     cfg = EvaluateConfig(after=str(after))
     assert check_results(cfg) is None
     (after / name).write_text(text)
-    assert message(check_results, cfg).startswith(f"{after / name} is there already, ")
+    assert message(check_results, cfg).startswith(f"{after / name} already exists, ")
     assert check_results(replace(cfg, force=True)) is None
 
 
-def test_results_of_another_script_are_not_replaced_even_by_force(tmp_path):
+def test_results_of_another_script_are_not_replaced_even_with_force(tmp_path):
     (tmp_path / "results.json").write_text('{"accuracy": 0.9}')
     text = message(check_results, EvaluateConfig(after=str(tmp_path), force=True))
-    assert text.startswith(f"{tmp_path / 'results.json'} is not of evaluate.py")
+    assert text.startswith(f"{tmp_path / 'results.json'} was not written by evaluate.py")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--preset", "mini"], ("__main__", EvaluateConfig, ["--preset", "mini"])),
-        (["frontier", "--preset", "mini"], ("frontier", FrontierConfig, ["--preset", "mini"])),
-    ],
-)
-def test_the_word_frontier_starts_frontier_py_with_the_flags_after_it(monkeypatch, arguments, expected):
-    started = []
-    monkeypatch.setattr(config, "run", lambda main, cls: started.append((main.__module__, cls, sys.argv[1:])))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-    runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
-    assert started == [expected]
-
-
-def test_finished_results_are_replaced_only_by_force(run, monkeypatch):
-    """Refused before anything is loaded; every one of the files is enough."""
+def test_results_are_replaced_only_with_force(run, monkeypatch):
+    """Refused before anything is loaded, for any of the files."""
     out = run()
     texts = {name: (out / name).read_bytes() for name in OUTPUTS}
     with monkeypatch.context() as patch:
@@ -614,28 +594,28 @@ def test_finished_results_are_replaced_only_by_force(run, monkeypatch):
             for other in OUTPUTS:
                 (out / other).unlink(missing_ok=True)
             (out / name).write_bytes(texts[name])
-            found = message(run, seed=1)
-            assert f"after/{name} is there already" in found and "--force replaces them" in found
+            error = message(run, seed=1)
+            assert f"after/{name} already exists" in error and "--force replaces it" in error
             assert (out / name).read_bytes() == texts[name]
     run(seed=1, force=True)
     assert all((out / name).is_file() for name in OUTPUTS)
     assert json.loads((out / "results.json").read_text())["config"]["seed"] == 1
 
 
-def test_a_readme_by_other_hands_is_no_earlier_result(run, tmp_path):
+def test_a_readme_of_the_user_is_not_an_earlier_result(run, tmp_path):
     (tmp_path / "after" / "README.md").write_text("mine")
     out = run()
     (out / "results.json").unlink()
     for name in set(OUTPUTS) - {"README.md"}:
         (out / name).unlink(missing_ok=True)
-    assert "MODEL_CARD.md is there already" in message(run)  # the card, which evaluate.py wrote beside it
+    assert "MODEL_CARD.md already exists" in message(run)  # the model card
     (out / "MODEL_CARD.md").unlink()
     run()
     assert (out / "README.md").read_text() == "mine"
 
 
 def test_results_need_a_folder_to_be_written_to(run, monkeypatch):
-    """Catches a policy of the hub that is compared for minutes and has no place for what was found."""
+    """Catches a policy on the hub that is evaluated for minutes before writing the results fails."""
     monkeypatch.setattr(hub, "open_gpt2", lambda name: open_gpt2(name if name != "user/name" else "after"))
     monkeypatch.setattr(evaluate, "respond", None)
     with pytest.raises(BadInput, match="user/name"):
