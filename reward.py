@@ -166,7 +166,7 @@ def positive_index(id2label, positive_label, name, flag="positive_label"):
     Its name is positive_label; where that is empty POSITIVE or POS, or else the one of KNOWN_LABELS for the model
     `name`. BadInput, which names the flag that gives positive_label, unless exactly one label has it.
     """
-    known = KNOWN_LABELS.get(name.partition("@")[0], "")
+    known = KNOWN_LABELS.get(name.partition("@")[0])
     for wanted in ((positive_label,),) if positive_label else (POSITIVE_NAMES, (known,)):
         names = [label.lower() for label in wanted if label]
         found = [int(index) for index, label in id2label.items() if str(label).lower() in names]
@@ -326,7 +326,7 @@ def training_texts(texts, epoch, cfg):
         if rng.random() < cfg.crop_share and len(words) > cfg.min_crop_words:
             spread = min(cfg.max_crop_words, len(words)) / cfg.min_crop_words
             length = int(cfg.min_crop_words * spread ** rng.random())  # log-uniform: short ones as often as long ones
-            start = rng.integers(0, len(words) - length + 1) if rng.random() < 0.5 else 0  # prompts are beginnings
+            start = rng.integers(len(words) - length + 1) if rng.random() < 0.5 else 0  # prompts are beginnings
             text = " ".join(words[start : start + length])
         out.append(text)
     return out

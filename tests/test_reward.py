@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import re
+import runpy
 import shutil
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +14,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, message, reviews_csv, write_bert
+from conftest import ROOT, TEXTS, message, reviews_csv, write_bert
+from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 
+import config
 import reward
+from checkpoint import fingerprint, read_json
 from config import BadInput, EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig
-from data import EOS, digest, encode, load_splits
+from data import EOS, Reviews, digest, encode, load_splits
+from hub import load_tokenizer
 from ppo import rollout
 from reward import (
     PROBES,
@@ -26,6 +32,7 @@ from reward import (
     calibration_error,
     check_reward,
     length_batches,
+    load_judge,
     load_reward,
     log_odds,
     open_classifier,
@@ -129,6 +136,20 @@ def test_the_label_of_a_known_model_without_label_names_is_known(name):
         reward.positive_index({0: "LABEL_0", 1: "LABEL_1"}, "", "someone/bert-imdb")
 
 
+def test_the_refusal_of_labels_says_what_was_looked_for_and_which_flag_names_it():
+    labels = {0: "LABEL_0", 1: "LABEL_1"}
+    with pytest.raises(BadInput, match=r"not exactly one is 'positive' or 'pos': name the positive one by --positive_label$"):
+        reward.positive_index(labels, "", "m")
+    with pytest.raises(BadInput, match=r"not exactly one is 'good': name the positive one by --judge_positive_label$"):
+        reward.positive_index(labels, "good", "m", "judge_positive_label")
+
+
+def test_a_positive_label_behind_the_last_logit_is_refused():
+    """Numbers from 1 on in config.json: the logits have no column 2."""
+    with pytest.raises(BadInput, match="not exactly one"):
+        reward.positive_index({1: "NEGATIVE", 2: "POSITIVE"}, "", "m")
+
+
 @pytest.mark.parametrize("cls", [PPOConfig, EvaluateConfig, GenerateConfig])
 def test_reward_and_judge_have_a_positive_label_each(cls, tmp_path):
     """Catches a judge that cannot be told apart from the reward by a flag, or that takes the reward's."""
@@ -145,6 +166,16 @@ def test_reward_and_judge_have_a_positive_label_each(cls, tmp_path):
 
 def test_no_judge_is_loaded_where_none_is_named():
     assert reward.load_judge(PPOConfig(judge=""), "cpu") is None
+
+
+@pytest.mark.parametrize(("task", "cls"), [("positive", SentimentReward), ("controlled", ControlledReward)])
+def test_reward_and_judge_are_of_the_task_and_on_the_device_and_only_the_reward_is_of_the_kind(bert_folder, task, cls):
+    cfg = PPOConfig(reward=str(bert_folder), judge=str(bert_folder), task=task, reward_kind="probability")
+    loaded = {load(cfg, "meta"): kind for load, kind in ((load_reward, "probability"), (load_judge, "logit"))}
+    for classifier, kind in loaded.items():
+        assert (type(classifier), classifier.kind) == (cls, kind)
+        assert classifier.model.device == classifier.device == torch.device("meta")
+        assert classifier.batch_tokens > cls.load(str(bert_folder)).batch_tokens  # a CPU's have to fit its cache
 
 
 # ---- a user's function
@@ -168,7 +199,7 @@ def test_an_error_in_a_users_reward_is_one_line_with_its_name_and_place(tmp_path
     ("body", "named"),
     [
         ("import no_such_module\n", "ModuleNotFoundError while importing it, line 1: No module named 'no_such_module'"),
-        ("def f(texts:\n", "SyntaxError while importing it"),
+        ("def f(texts:\n", "SyntaxError while importing it: "),
         ("f = 1\n", "has no function 'f'"),
     ],
 )
@@ -284,6 +315,42 @@ def test_a_batch_has_so_many_tokens_with_its_padding_and_texts_of_like_length(cl
     assert [tuple(shape) for shape in shapes] == [(1, 42), (1, 22), (4, 6), (1, 3)]
 
 
+def test_texts_of_one_length_are_read_in_their_order_on_every_cpu(classifier):
+    """numpy's default sort is not stable, and which order it leaves depends on the vector units of the CPU."""
+    read, words = [], "this movie it was from start to".split()
+    classifier.model.register_forward_pre_hook(
+        lambda _, args, inputs: read.extend(inputs["input_ids"].tolist()), with_kwargs=True
+    )
+    texts = [words[i % 7] for i in range(200)]
+    classifier(texts)
+    assert read == classifier.tokenizer(texts)["input_ids"]
+
+
+def test_a_classifier_that_is_not_told_a_kind_or_a_device_gives_logits_on_the_cpu(classifier):
+    for cls in (SentimentReward, ControlledReward):
+        made = cls(classifier.model, classifier.tokenizer, 1)
+        assert torch.equal(made(PAIR), classifier.logits(PAIR)[:, 1]) and made.device.type == "cpu"
+
+
+def test_a_classifier_that_is_stored_in_half_precision_is_read_in_fp32(tmp_path):
+    write_bert(tmp_path).half().save_pretrained(tmp_path)
+    assert SentimentReward.load(str(tmp_path)).model.dtype == torch.float32
+    assert open_classifier(str(tmp_path), dropout=0.0)[0].dtype == torch.float32
+
+
+def test_a_text_between_the_labels_is_not_positive(tmp_path):
+    """As in an argmax of equal logits, which gives NEGATIVE; for all who count positive texts the same."""
+    classifier = SentimentReward(write_bert(tmp_path), load_tokenizer(tmp_path), positive=1)
+    with torch.no_grad():
+        classifier.model.classifier.weight.zero_()
+        classifier.model.classifier.bias.zero_()
+    assert reward.scored(classifier, PAIR)[1].tolist() == [0, 0]
+    found = reward.report(classifier, Reviews(PAIR, np.array([1, 0])), RewardConfig())
+    assert found["reviews"]["accuracy"] == 0.5
+    found = reward.report(classifier, Reviews(PAIR, np.array([0, 0])), RewardConfig())
+    assert found["reviews"]["accuracy"] == found["short_texts"]["accuracy"] == 1
+
+
 def test_scoring_has_no_dropout_no_gradient_and_no_side_effect(tmp_path):
     model = write_bert(tmp_path, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, classifier_dropout=0.5)
     classifier = SentimentReward.load(str(tmp_path))
@@ -326,7 +393,10 @@ def test_a_tokenizer_without_a_limit_is_limited_by_the_positions_of_the_model(tm
     [
         (dict(model_type="bert", max_position_embeddings=512), 128, 128),
         (dict(model_type="bert", max_position_embeddings=512), 1e30, 512),
-        (dict(model_type="roberta", max_position_embeddings=514, pad_token_id=1), 1e30, 512),
+        *(
+            (dict(model_type=name, max_position_embeddings=514, pad_token_id=1), 1e30, 512)
+            for name in ("roberta", "xlm-roberta", "camembert")
+        ),
         (dict(model_type="xlnet"), 1024, 1024),
     ],
 )
@@ -458,8 +528,9 @@ class Stub(SentimentReward):
         return torch.tensor([self.gap / 2 if text in positive else -self.gap / 2 for text in texts])
 
 
-def test_a_classifier_that_tells_the_probe_sentences_apart_passes():
-    assert "5.0 log-odds apart" in check_reward(Stub(5.0))
+@pytest.mark.parametrize("gap", [1.1, 5.0])
+def test_a_classifier_that_tells_the_probe_sentences_apart_passes(gap):
+    assert f"{gap} log-odds apart" in check_reward(Stub(gap))
 
 
 @pytest.mark.parametrize("gap", [-5.0, 0.0, 0.9, float("nan")], ids=["swapped", "constant", "too little", "nan"])
@@ -480,7 +551,7 @@ def test_a_classifier_that_does_not_is_refused(gap):
     ids=["two columns", "one number", "one too few", "nan", "inf"],
 )
 def test_a_function_that_gives_no_finite_number_for_each_text_is_refused(values):
-    with pytest.raises(BadInput, match="score"):
+    with pytest.raises(BadInput, match="^score"):
         check_reward(values)
 
 
@@ -492,11 +563,16 @@ def test_a_function_may_reward_anything_and_return_a_list_or_an_array():
 def test_a_function_is_loaded_from_a_file_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def short(texts):\n    return [-len(t) for t in texts]\n")
     monkeypatch.chdir(tmp_path)
-    for file in ("mine.py", tmp_path / "mine.py"):
+    (tmp_path / "a:b").mkdir()
+    shutil.copy("mine.py", "a:b")
+    for file in ("mine.py", tmp_path / "mine.py", "a:b/mine.py"):
         assert load_reward(PPOConfig(reward=f"{file}:short"), "cpu")(["abc"]).tolist() == [-3]
 
 
-@pytest.mark.parametrize(("name", "named"), [("none.py:f", "no file none.py"), ("mine.py:f", "no function 'f'")])
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("none.py:f", "no file none.py"), ("mine.py:f", "no function 'f'"), ("mine.py:g", "no function 'g'")],
+)
 def test_a_function_that_is_not_there_is_named(tmp_path, monkeypatch, name, named):
     (tmp_path / "mine.py").write_text("f = 3\n")
     monkeypatch.chdir(tmp_path)
@@ -519,6 +595,17 @@ def test_a_crop_is_a_run_of_the_words_of_its_text():
     assert 0.35 < len(pairs) / len(LONG) < 0.6
     assert len({new.split()[0].split(".")[1] for new, _ in pairs}) > 10  # they start anywhere
     assert 0.4 < np.mean([old.startswith(new) for new, old in pairs]) < 0.65  # and half of them where prompts do
+
+
+def test_a_crop_may_start_at_every_word_and_has_no_fewer_words_than_the_shortest():
+    """Six words have two crops of five: the one at the beginning, and the one that ends with the text."""
+    cfg = replace(CFG, crop_share=1.0)
+    assert set(training_texts(["a b c d e f"] * 100, 0, cfg)) == {"a b c d e", "b c d e f"}
+
+
+def test_a_crop_keeps_the_spaces_and_line_breaks_within_it():
+    text = " ".join(f"w{i}\nx{i}  y{i}" for i in range(20))
+    assert all(crop in text for crop in training_texts([text] * 50, 0, replace(CFG, crop_share=1.0)))
 
 
 def test_without_crops_and_for_short_texts_the_texts_stay_as_they_are():
@@ -550,6 +637,51 @@ def test_batches_hold_texts_of_like_length_in_random_order_that_changes_by_epoch
     means = [lengths[rows].mean() for rows in first]
     assert means != sorted(means)
     assert not all(np.array_equal(a, b) for a, b in zip(first, second))
+
+
+def test_texts_of_one_length_are_in_the_same_batches_on_every_cpu():
+    """numpy's default sort is not stable, and which order it leaves depends on the vector units of the CPU."""
+    lengths, key = np.arange(300) % 3, [0, 3, 0]
+    order = np.random.default_rng(key).permutation(300)
+    expected = sorted(order, key=lambda i: lengths[i])  # Python's sort is stable
+    expected = {tuple(expected[i : i + 8]) for i in range(0, 300, 8)}
+    assert {tuple(rows) for rows in length_batches(lengths, 8, key)} == expected
+
+
+def test_batches_of_many_texts_are_of_like_length_and_other_ones_in_each_epoch():
+    """All lengths are different: sorted as a whole, the texts would be in the same batches again and again."""
+    lengths = np.random.default_rng(0).permutation(1500)
+    first, second, again = (length_batches(lengths, 8, [0, 3, epoch]) for epoch in (0, 1, 0))
+    assert np.mean([np.ptp(lengths[rows]) for rows in first]) < 60
+    assert len({frozenset(rows) for rows in first} & {frozenset(rows) for rows in second}) < 10
+    assert all(map(np.array_equal, first, again))
+
+
+def test_errors_of_opposite_sign_cancel_within_one_of_ten_bins_and_not_between_two():
+    """By bins: .31 and .39 are off by .31 and -.61; 0 and 1 are in the first and in the last."""
+    probabilities = np.array([0.0, 0.15, 0.31, 0.39, 0.85, 0.95, 1.0])
+    labels = np.array([1, 0, 0, 1, 1, 1, 0])
+    by_bin = [1.0, 0.15, 0.61 - 0.31, 0.15, 1.0 - 0.05]
+    assert calibration_error(probabilities, labels) == pytest.approx(sum(by_bin) / 7, abs=1e-12)
+
+
+def test_the_report_counts_what_is_right_and_bins_the_log_odds_of_each_label():
+    """Two of four reviews are right; their first two words, which have other log-odds, are all right."""
+    odds = {"a  b c": 2.0, "c\nd e f": 1.0, "g h": -3.0, "i j k": -1.0, "a ": 1.0, "c\nd e": -2.0, "i j": 1.0}
+    classifier = SimpleNamespace(log_odds=lambda texts: torch.tensor([odds[text] for text in texts]))
+    reviews = Reviews(["a  b c", "c\nd e f", "g h", "i j k"], np.array([1, 0, 0, 1]))
+    found = reward.report(classifier, reviews, RewardConfig(short_words=2))
+    assert (found["reviews"]["accuracy"], found["short_texts"]["accuracy"]) == (0.5, 1.0)
+    p = 1 / (1 + np.exp(-np.array([2.0, 1, -3, -1])))
+    errors = [abs(p[0] - 1), p[1], p[2], abs(p[3] - 1)]  # each in a bin of its own
+    assert found["reviews"]["calibration_error"] == pytest.approx(np.mean(errors), abs=1e-6)
+    short = 1 / (1 + np.exp(-np.array([1.0, -2, -3, 1])))
+    edges = found["histogram"]["edges"]  # of the short texts: 1, -2, -3 and 1
+    assert len(edges) == 25 and (edges[0], edges[-1]) == (-3, 1)
+    bins = {name: np.flatnonzero(found["histogram"][name]).tolist() for name in ("negative", "positive")}
+    assert bins == {"negative": [0, 6], "positive": [23]} and sum(found["histogram"]["positive"]) == 2
+    errors = [2 * (1 - short[0]), short[1], short[2]]
+    assert found["short_texts"]["calibration_error"] == pytest.approx(sum(errors) / 4, abs=1e-6)
 
 
 def test_the_calibration_error_weighs_each_bin_by_its_texts():
