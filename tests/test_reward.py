@@ -24,6 +24,7 @@ from checkpoint import fingerprint, read_json
 from config import BadInput, EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig
 from data import EOS, Reviews, digest, encode, load_splits
 from hub import load_tokenizer
+from optimizer import warm_up_and_decay
 from ppo import rollout
 from reward import (
     PROBES,
@@ -138,7 +139,9 @@ def test_the_label_of_a_known_model_without_label_names_is_known(name):
 
 def test_the_refusal_of_labels_says_what_was_looked_for_and_which_flag_names_it():
     labels = {0: "LABEL_0", 1: "LABEL_1"}
-    with pytest.raises(BadInput, match=r"not exactly one is 'positive' or 'pos': name the positive one by --positive_label$"):
+    with pytest.raises(
+        BadInput, match=r"not exactly one is 'positive' or 'pos': name the positive one by --positive_label$"
+    ):
         reward.positive_index(labels, "", "m")
     with pytest.raises(BadInput, match=r"not exactly one is 'good': name the positive one by --judge_positive_label$"):
         reward.positive_index(labels, "good", "m", "judge_positive_label")
@@ -317,7 +320,7 @@ def test_a_batch_has_so_many_tokens_with_its_padding_and_texts_of_like_length(cl
 
 def test_texts_of_one_length_are_read_in_their_order_on_every_cpu(classifier):
     """numpy's default sort is not stable, and which order it leaves depends on the vector units of the CPU."""
-    read, words = [], "this movie it was from start to".split()
+    read, words = [], ["this", "movie", "it", "was", "from", "start", "to"]
     classifier.model.register_forward_pre_hook(
         lambda _, args, inputs: read.extend(inputs["input_ids"].tolist()), with_kwargs=True
     )
@@ -691,6 +694,219 @@ def test_the_calibration_error_weighs_each_bin_by_its_texts():
     assert calibration_error(np.array([1.0, 0.0]), np.array([1, 0])) == 0
 
 
+# ---- training: a few steps of a tiny classifier
+
+
+LABELS = ({0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1})
+
+
+def test_a_small_classifier_has_the_sizes_and_labels_that_are_asked_for():
+    cfg = RewardConfig(vocab_size=90, hidden_size=24, num_layers=3, num_heads=4, max_length=40, dropout=0.3)
+    model, tokenizer = reward.small_classifier(TEXTS, cfg)
+    c = model.config
+    assert (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.intermediate_size) == (24, 3, 4, 96)
+    assert (c.max_position_embeddings, c.hidden_dropout_prob, c.attention_probs_dropout_prob) == (40, 0.3, 0.3)
+    assert c.vocab_size == len(tokenizer) <= 90 and c.pad_token_id == tokenizer.pad_token_id
+    assert (c.id2label, c.label2id) == LABELS
+
+
+def test_an_opened_encoder_has_our_labels_and_the_dropout_that_is_asked_for(tmp_path):
+    write_bert(tmp_path, labels=("a", "b"), hidden_dropout_prob=0.4, attention_probs_dropout_prob=0.5)
+    c = open_classifier(str(tmp_path), dropout=0.3)[0].config
+    assert (c.hidden_dropout_prob, c.attention_probs_dropout_prob, c.id2label, c.label2id) == (0.3, 0.3, *LABELS)
+
+
+BRIEF = RewardConfig(
+    crop_share=0.5, min_crop_words=3, epochs=2.0, batch_size=6, lr=1e-3, save_every=1, save_share=1.0, keep=9,
+    report_to="none", seed=3,
+)  # fmt: skip
+BRIEF_REVIEWS = Reviews([f"{word} {text}" for word in "abcd" for text in TEXTS[:4]], np.arange(16) % 2)
+
+
+class Passes(list):
+    """What a model reads and gives in training, a dict for each of its forward passes."""
+
+    def __init__(self, model):
+        model.register_forward_hook(self.record, with_kwargs=True)
+
+    def record(self, model, args, inputs, outputs):
+        ids, logits = inputs["input_ids"], outputs.logits.detach()
+        self.append({"ids": ids, "logits": logits, "seed": torch.initial_seed(), "training": model.training})
+
+
+def brief_training(folder, out, name="reward", bf16=False, teacher=None, **changes):
+    """Train a classifier for six steps, three an epoch; returns (classifier, its passes, lines of its log)."""
+    classifier = SentimentReward(*open_classifier(str(folder), dropout=0.1), positive=1)
+    passes, cfg = Passes(classifier.model), replace(BRIEF, out=str(out), **changes)
+    reward.train(name, classifier, BRIEF_REVIEWS, cfg, bf16, teacher)
+    return classifier, passes, [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
+
+
+def test_each_line_of_the_log_is_of_the_logits_of_its_step(bert_folder, tmp_path):
+    """Loss and accuracy against the labels of the texts that were read, whole or cropped."""
+    classifier, passes, lines = brief_training(bert_folder, tmp_path)
+    assert [line["step"] for line in lines] == list(range(6)) and len(passes) == 6
+    for epoch in (0, 1):
+        texts = training_texts(BRIEF_REVIEWS.texts, epoch, BRIEF)
+        labels = {classifier.tokenizer.decode(ids): y for ids, y in zip(read_as(classifier, texts), [0, 1] * 8)}
+        for one, line in list(zip(passes, lines))[3 * epoch :][:3]:
+            y = torch.tensor([labels.pop(classifier.tokenizer.decode(ids[ids != 0])) for ids in one["ids"]])
+            assert line["loss"] == pytest.approx(torch.nn.functional.cross_entropy(one["logits"], y).item(), rel=1e-5)
+            assert line["accuracy"] == pytest.approx((one["logits"].argmax(1) == y).float().mean().item())
+        assert not labels  # each text once in an epoch
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * warm_up_and_decay(step, 6) for step in range(6)])
+    assert all(line["grad_norm"] > 0 and line["skipped_steps"] == 0 for line in lines)
+    assert all(one["training"] for one in passes) and not classifier.model.training
+
+
+def read_as(classifier, texts):
+    return tokenize(classifier.tokenizer, texts, classifier.max_length)["input_ids"]
+
+
+def test_a_gradient_that_is_not_finite_is_counted_in_the_log(bert_folder, tmp_path, monkeypatch):
+    norms = iter([1.0, float("nan"), float("nan"), 1.0, 1.0, 1.0])
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
+    lines = brief_training(bert_folder, tmp_path)[2]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 2, 2, 2]
+
+
+def test_reward_and_judge_read_in_another_order_and_have_other_dropout_at_each_step(bert_folder, tmp_path):
+    passes = {name: brief_training(bert_folder, tmp_path, name)[1] for name in ("reward", "judge")}
+    again = brief_training(bert_folder, tmp_path / "again")[1]
+    assert [one["ids"].tolist() for one in again] == [one["ids"].tolist() for one in passes["reward"]]
+    assert [one["ids"].tolist() for one in again] != [one["ids"].tolist() for one in passes["judge"]]
+    assert [one["seed"] for one in again] == [one["seed"] for one in passes["reward"]]
+    assert len({one["seed"] for some in passes.values() for one in some}) == 12
+
+
+def test_training_reads_no_more_tokens_than_the_classifier_and_stores_the_dtype_that_is_asked_for(
+    bert_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(reward, "token_limit", lambda *_: 8)
+    classifier, passes, _ = brief_training(bert_folder, tmp_path, save_dtype="fp16", epochs=1.0)
+    assert max(one["ids"].shape[1] for one in passes) == 8
+    stored, kept = load_file(tmp_path / "reward/model.safetensors"), classifier.model.state_dict()
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert all(torch.equal(kept[name], tensor.float()) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_the_forward_pass_is_in_bf16_only_where_that_is_asked_for(bert_folder, tmp_path, bf16, dtype):
+    passes = brief_training(bert_folder, tmp_path, bf16=bf16, epochs=0.1)[1]
+    assert [one["logits"].dtype for one in passes] == [dtype]
+
+
+def test_a_resumed_training_goes_on_behind_its_log_and_only_with_the_same_texts_tokenizer_and_teacher(
+    bert_folder, judge_folder, tmp_path
+):
+    student, teacher = (SentimentReward.load(str(folder)) for folder in (bert_folder, judge_folder))
+    inputs = {
+        "texts": digest(BRIEF_REVIEWS.texts),
+        "tokenizer": fingerprint(reward.tokenizer_text(student.tokenizer)),
+        "teacher": reward.reward_fingerprint(teacher),
+    }
+    _, passes, lines = brief_training(bert_folder, tmp_path, teacher=teacher)
+    assert read_json(tmp_path / "reward/checkpoints/00000005/state.json")["inputs"] == inputs
+    teacher = SentimentReward.load(str(judge_folder))  # anew: a tokenizer's text changes when it is first used
+    _, resumed, both = brief_training(bert_folder, tmp_path, teacher=teacher, resume=True)
+    assert len(resumed) == 1 and torch.equal(resumed[0]["logits"], passes[-1]["logits"])
+    untimed = [[{**line, "seconds": 0} for line in some] for some in (lines, both)]
+    assert untimed[0] == untimed[1]
+    with pytest.raises(BadInput, match="another content of: teacher"):
+        brief_training(bert_folder, tmp_path, resume=True)
+
+
+def test_a_main_without_its_training_hands_over_and_writes_what_it_says(
+    bert_folder, judge_folder, tmp_path, monkeypatch, capsys
+):
+    """From an encoder without a head, over a judge of an earlier run; the columns have other names than usual."""
+    from transformers import AutoTokenizer, BertModel
+
+    BertModel.from_pretrained(bert_folder).save_pretrained(tmp_path / "encoder")
+    AutoTokenizer.from_pretrained(bert_folder).save_pretrained(tmp_path / "encoder")
+    rows = reviews_csv(tmp_path / "toy.csv", 200).read_text().replace("text,label", "what,mood", 1)
+    (tmp_path / "toy.csv").write_text(rows)
+    out, earlier = tmp_path / "out", tmp_path / "out/judge/results.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("{}")
+    cfg = RewardConfig(
+        dataset=str(tmp_path / "toy.csv"), text_column="what", label_column="mood", out=str(out), force=True,
+        init_from=str(tmp_path / "encoder"), teacher=str(judge_folder), dropout=0.3, short_words=3, eval_reviews=9,
+        device="cpu",
+    )  # fmt: skip
+    trained, estimates = {}, []
+
+    def train(name, classifier, reviews, cfg, bf16, teacher):
+        assert not (out / name / "results.json").exists() and (name == "judge" or not earlier.exists())
+        trained[name] = (classifier, reviews, teacher)
+        (out / name).mkdir(exist_ok=True)
+        with torch.no_grad():
+            classifier.model.classifier.bias[1] += 9
+        return 1.5
+
+    monkeypatch.setattr(reward, "train", train)
+    monkeypatch.setattr(reward, "time_on_cpu", lambda flops, *rest: estimates.append(rest) or {"time": "short"})
+    reward.main(cfg)
+    printed, splits = capsys.readouterr().out, load_splits(cfg.dataset, "what", "mood")
+    assert estimates == [(cfg, torch.device("cpu"))] * 2
+    assert not torch.equal(*(classifier.model.classifier.weight for classifier, *_ in trained.values()))
+    for name, (classifier, reviews, teacher) in trained.items():
+        assert reviews.texts == splits[name].texts and classifier.model.config.hidden_dropout_prob == 0.3
+        assert reward.reward_fingerprint(teacher) == reward.reward_fingerprint(SentimentReward.load(cfg.teacher))
+        told = dict(re.findall(r"^  (\w+) +(.+)$", printed.partition(f"training the {name}\n")[2], re.M)[:6])
+        assert told == {
+            "from": cfg.init_from, "teacher": cfg.teacher, "reviews": f"{len(reviews.texts)} of its own",
+            "device": "cpu", "config": config.sources(cfg), "time": "short",
+        }  # fmt: skip
+        results = read_json(out / name / "results.json")
+        held_out = Reviews(splits["evaluation"].texts[:9], splits["evaluation"].labels[:9])
+        share = held_out.labels.mean()  # all are positive after this training
+        after = reward.report(classifier, held_out, cfg)
+        assert after["reviews"]["accuracy"] == after["short_texts"]["accuracy"] == share
+        assert results.pop("before").keys() == {"reviews", "short_texts"}
+        assert results == {
+            "data": digest(reviews.texts), "parameters": sum(p.numel() for p in classifier.model.parameters()),
+            "seconds": 1.5, "held_out": 9, "after": after,
+        }  # fmt: skip
+        for texts in ("reviews", "first 3 words"):
+            assert re.search(rf"^{name}, 9 held-out {texts}: .* {share:.1%} after; calibration error", printed, re.M)
+
+
+def test_without_a_teacher_the_sheet_says_that_the_labels_are_learned(bert_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reward, "train", lambda *_: sys.exit("no training here"))
+    with pytest.raises(SystemExit):
+        reward.main(
+            RewardConfig(
+                dataset=str(reviews_csv(tmp_path / "toy.csv", 200)), init_from=str(bert_folder), out=str(tmp_path),
+                eval_reviews=4, report_to="none",
+            )
+        )  # fmt: skip
+    assert re.search(r"^  teacher +none: the labels$", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize("name", ["reward", "judge"])
+def test_a_run_of_which_one_half_is_finished_is_unfinished(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "results.json").write_text("{}")
+    assert "holds an unfinished run" in message(reward.main, RewardConfig(dataset="nowhere.csv", out=str(tmp_path)))
+
+
+def test_a_folder_stands_for_the_reward_and_the_judge_in_it_or_twice_for_itself(tmp_path):
+    assert reward.each("bert") == {"reward": "bert", "judge": "bert"} and set(reward.each("").values()) == {""}
+    (tmp_path / "judge").mkdir()
+    assert reward.each(str(tmp_path)) == {name: f"{tmp_path}/{name}" for name in ("reward", "judge")}
+
+
+def test_the_script_runs_its_main_with_its_config(monkeypatch):
+    started = []
+    monkeypatch.setattr(config, "run", lambda main, cls: started.append((main.__module__, main.__name__, cls)))
+    runpy.run_path(str(ROOT / "reward.py"), run_name="__main__")
+    assert started == [("__main__", "main", RewardConfig)]
+
+
+# ---- training: whole runs
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(folder, config, {name: texts it learned from}) of a run of reward.py on toy reviews."""
@@ -855,6 +1071,18 @@ def test_code_beside_a_classifier_is_neither_run_nor_asked_about(bert_folder, tm
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     assert opens(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("opens", [SentimentReward.load, lambda name: open_classifier(name, dropout=0.0)])
+def test_a_classifier_that_needs_code_of_its_own_is_refused_without_asking(bert_folder, tmp_path, opens, monkeypatch):
+    """Where the terminal would answer yes: transformers asks unless it is told not to."""
+    folder = shutil.copytree(bert_folder, tmp_path / "model")
+    names = {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": names}))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    assert "cannot be read" in message(opens, str(folder))
     assert not (tmp_path / "ran").exists()
 
 
