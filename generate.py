@@ -22,7 +22,7 @@ from runtime.cli import run
 from runtime.device import pick_device, random_generator
 from runtime.errors import BadInput, print_error, printable
 from runtime.hub import load_policy, open_pair
-from runtime.log import SIDES, column_width, columns, tint
+from runtime.log import SIDES, column_width, columns
 
 
 def prompt_ids(prompt, tokenizer, config, cfg):
@@ -63,9 +63,8 @@ def respond(prompt, policies, tokenizer, reward_fn, judge, cfg):
     check_finite("score", scores, texts)
     probabilities, width = judge.log_odds(texts).sigmoid().tolist(), column_width()
     ratings = [f"score {score:+.2f}, judge {p:.2f}" for score, p in zip(scores.tolist(), probabilities)]
-    colors = [tint(p) for p in probabilities]
-    lines = columns(SIDES, width) + columns(map(printable, responses), width, colors)
-    print("\n".join(lines + columns(ratings, width, colors)), end="\n\n", flush=True)
+    lines = columns(SIDES, width) + columns(map(printable, responses), width, probabilities)
+    print("\n".join(lines + columns(ratings, width, probabilities)), end="\n\n", flush=True)
 
 
 def prompts(cfg):

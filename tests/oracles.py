@@ -1,15 +1,16 @@
-"""Write oracles.json: what two published implementations of PPO for language models compute from random inputs.
+"""Write oracles.json: the results of two published implementations of PPO for language models on random inputs.
 
     python3 -m venv trl && trl/bin/pip install torch==2.13.0
     trl/bin/pip install trl==0.11.4 transformers==4.46.3 "datasets<4" "numpy<2.3" "accelerate<1.3" pandas rich
     trl/bin/python tests/oracles.py
 
-trl: Hugging Face's TRL 0.11.4, by its own methods, gradients by autograd. openai: lm-human-preferences (Ziegler et al.
-2019) needs TensorFlow 1, so its formulas are stated here in numpy, with the gradient of its loss worked out.
-test_oracles.py holds ours against the file and needs neither. Inputs are numpy's, so that torch does not change them.
+trl: Hugging Face's TRL 0.11.4, called directly, with gradients by autograd. openai: lm-human-preferences (Ziegler et
+al. 2019), which needs TensorFlow 1, so its formulas are written here in numpy, with its gradient derived by hand.
+test_oracles.py compares our functions with the file and needs neither. Inputs are drawn by numpy, so that they do not
+depend on the version of torch.
 
-Shapes: B episodes of P prompt tokens and up to T response tokens, V vocabulary. TRL masks what is behind the end of a
-response, where garbage stands. OpenAI's responses all have T tokens: it takes the garbage for real.
+Shapes: B episodes of P prompt tokens and up to T response tokens, V vocabulary. The tokens after the end of a response
+hold garbage, which TRL masks. OpenAI's responses all have T tokens, so the garbage counts as real.
 """
 
 import json
@@ -43,7 +44,7 @@ TRL_STATS = dict(
 
 
 def draw_inputs():
-    """Samples, the logits and values that a policy and its reference have there, scores, how an update moved them."""
+    """Return samples, logits of policy and reference, values, scores, and the changes by an update."""
     rng = np.random.default_rng(0)
 
     def draw(*shape, std=1.0):
@@ -57,9 +58,9 @@ def draw_inputs():
         logits=np.where(garbage[..., None], draw(B, P + T, V, std=5), draw(B, P + T, V)),
         ref_logits=draw(B, P + T, V),
         state_values=np.where(garbage, 7.0, draw(B, P + T)),
-        scores=draw(B, std=16).round() / 8,  # exact in float32, which rollout gives scores
-        logprob_moves=draw(B, T, std=0.25),
-        value_moves=draw(B, T, std=0.4),
+        scores=draw(B, std=16).round() / 8,  # exact in float32, the dtype of scores in rollout
+        logprob_changes=draw(B, T, std=0.25),
+        value_changes=draw(B, T, std=0.4),
         near_equal=(1e-4 * draw(B, T)).round(7),
     )
 
@@ -68,8 +69,8 @@ def draw_inputs():
 
 
 def trl_step(cfg, inputs, kl_penalty="kl"):
-    """What PPOTrainer.step makes of a rollout that is one minibatch: at the tokens that its mask has, and its stats."""
-    x = SimpleNamespace(**{name: torch.tensor(table) for name, table in inputs.items()})
+    """Return the results of PPOTrainer.step at its real tokens, and its stats, for a rollout of one minibatch."""
+    x = SimpleNamespace(**{name: torch.tensor(array) for name, array in inputs.items()})
     settings = {TRL_NAMES.get(name, name): value for name, value in cfg.items()}
     config = PPOConfig(batch_size=B, mini_batch_size=B, kl_penalty=kl_penalty, **settings)
     trainer = SimpleNamespace(config=config, kl_ctl=FixedKLController(cfg["kl_coef"]), is_encoder_decoder=False)
@@ -91,8 +92,8 @@ def trl_step(cfg, inputs, kl_penalty="kl"):
     old_values, advantages, returns = PPOTrainer.compute_advantages(trainer, old_values, rewards, mask)
 
     logprobs, values = old_logprobs.clone(), old_values.clone()
-    logprobs[:, P - 1 :] += x.logprob_moves
-    values[:, P - 1 :] += x.value_moves
+    logprobs[:, P - 1 :] += x.logprob_changes
+    values[:, P - 1 :] += x.value_changes
     logprobs.requires_grad_(), values.requires_grad_()
     tables = old_logprobs, old_values, logits, values, logprobs, mask, advantages, returns
     pg_loss, vf_loss, stats = PPOTrainer.loss(trainer, *tables)
@@ -107,7 +108,7 @@ def trl_step(cfg, inputs, kl_penalty="kl"):
     return real | {name: logged[theirs] for name, theirs in TRL_STATS.items()}
 
 
-# ---- OpenAI: no mask, every mean is over the whole table
+# ---- OpenAI: no mask, every mean is over all tokens
 
 
 def openai_logprobs(sequences, logits, temperature=1.0):
@@ -117,36 +118,36 @@ def openai_logprobs(sequences, logits, temperature=1.0):
 
 
 def openai_whiten(x, shift_mean=True):
-    scaled = (x - x.mean()) / np.sqrt(x.var() + 1e-8)  # the population's variance
+    scaled = (x - x.mean()) / np.sqrt(x.var() + 1e-8)  # population variance
     return scaled if shift_mean else scaled + x.mean()
 
 
 def openai_step(cfg, inputs):
-    """One minibatch: rewards and advantages are whitened in it, not in the rollout that it is a part of."""
+    """Return the results for one minibatch: rewards and advantages are whitened within it, not within the rollout."""
     c, x = SimpleNamespace(**cfg), SimpleNamespace(**inputs)
     old_logprobs, old_values = openai_logprobs(x.sequences, x.logits), x.state_values[:, P - 1 : -1]
     kl = old_logprobs - openai_logprobs(x.sequences, x.ref_logits)
     rewards = -c.kl_coef * kl
     rewards[:, -1] += x.scores
-    paid = openai_whiten(rewards, shift_mean=False) if c.whiten_rewards else rewards
-    deltas = paid + c.gamma * np.c_[old_values[:, 1:], np.zeros(len(paid))] - old_values
+    whitened = openai_whiten(rewards, shift_mean=False) if c.whiten_rewards else rewards
+    deltas = whitened + c.gamma * np.c_[old_values[:, 1:], np.zeros(len(whitened))] - old_values
     raw = np.zeros_like(deltas)
     for k in range(T):  # A_t is the sum over k of (gamma lam)^k delta_{t+k}
         raw[:, : T - k] += (c.gamma * c.lam) ** k * deltas[:, k:]
     advantages, returns = openai_whiten(raw), raw + old_values
 
-    ratio, values = np.exp(x.logprob_moves), old_values + x.value_moves
+    ratio, values = np.exp(x.logprob_changes), old_values + x.value_changes
     pg, pg_clipped = -advantages * ratio, -advantages * ratio.clip(1 - c.clip_eps, 1 + c.clip_eps)
     near_old = values.clip(old_values - c.value_clip, old_values + c.value_clip)
     errors, errors_clipped = (values - returns) ** 2, (near_old - returns) ** 2
     pg_loss, vf_loss = np.maximum(pg, pg_clipped).mean(), 0.5 * np.maximum(errors, errors_clipped).mean()
     tables = dict(logprobs=old_logprobs, values=old_values, rewards=rewards, advantages=advantages, returns=returns)
-    # d ratio / d logprob is the ratio; where the clipped term is the larger one, it is a constant
+    # d ratio / d logprob is the ratio; the clipped term is a constant
     tables |= dict(grad_logprobs=pg * (pg >= pg_clipped) / pg.size)
     tables |= dict(grad_values=c.vf_coef * (values - returns) * (errors >= errors_clipped) / errors.size)
     return {name: table.ravel() for name, table in tables.items()} | dict(
         loss=pg_loss + c.vf_coef * vf_loss, pg_loss=pg_loss, vf_loss=vf_loss, clip_frac=(pg_clipped > pg).mean(),
-        vf_clip_frac=(errors_clipped > errors).mean(), approx_kl=0.5 * (x.logprob_moves**2).mean(),
+        vf_clip_frac=(errors_clipped > errors).mean(), approx_kl=0.5 * (x.logprob_changes**2).mean(),
         kl=kl.sum(1).mean(), entropy=-old_logprobs.sum(1).mean(), score=x.scores.mean(),
     )  # fmt: skip
 
@@ -156,7 +157,9 @@ def main():
     for kl, episodes in ((12, 256), (6.3, 128), (-3, 256), (5.5, 512)):
         controller.update(kl, episodes)  # OpenAI's is the same
         updates.append([kl, episodes, controller.value])
-    still, leap = (dict(logprob_moves=np.full((B, T), move), value_moves=np.zeros((B, T))) for move in (0.0, 25.0))
+    unchanged, extreme = (
+        dict(logprob_changes=np.full((B, T), log_ratio), value_changes=np.zeros((B, T))) for log_ratio in (0.0, 25.0)
+    )
     near_equal = inputs["near_equal"]
 
     def both(cfg, **changes):
@@ -167,11 +170,11 @@ def main():
         mask=MASK,
         inputs=inputs,
         cases=[both(cfg) for cfg in CASES],
-        first_step=both(PUBLISHED, **still),
-        leap=both(PUBLISHED, **leap),  # every token e^25 times likelier than it was
-        minibatch=openai_step(PUBLISHED, {name: table[:2] for name, table in inputs.items()}),
+        first_step=both(PUBLISHED, **unchanged),
+        extreme_ratio=both(PUBLISHED, **extreme),  # a ratio of e^25 for every token
+        minibatch=openai_step(PUBLISHED, {name: array[:2] for name, array in inputs.items()}),
         penalties={kind: trl_step(PUBLISHED, inputs, kind) for kind in ("abs", "mse", "full")},
-        cool_logprobs=openai_logprobs(inputs["sequences"], inputs["logits"], temperature=0.7),
+        logprobs_at_temperature_0_7=openai_logprobs(inputs["sequences"], inputs["logits"], temperature=0.7),
         whitened=dict(
             trl=masked_whiten(*map(torch.tensor, (near_equal, 1.0 * MASK))), openai=openai_whiten(near_equal)
         ),
@@ -179,7 +182,7 @@ def main():
     )
     text = json.dumps(oracles, default=lambda array: array.tolist())
     text = json.dumps(json.loads(text, parse_float=lambda x: float(f"{float(x):.12g}")), indent=1)  # 12 digits
-    text = re.sub(r"\[[^][{}]*\]", lambda row: " ".join(row[0].split()), text)  # a row of numbers is a line
+    text = re.sub(r"\[[^][{}]*\]", lambda row: " ".join(row[0].split()), text)  # one row of numbers per line
     Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""PPO end to end against problems with a known answer: rollout and update as main runs them, on a tiny GPT-2."""
+"""Test PPO end to end on problems with a known solution: rollout and update as in main, with a tiny GPT-2."""
 
 import copy
 import random
@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from test_ppo import EOS, FakeTokenizer
-from test_ppo import tiny_policy as any_policy
+from test_ppo import tiny_policy as random_policy
 
 from analysis.metrics import distinct
 from config import PPOConfig
@@ -20,13 +20,13 @@ def config(**changes):
     return PPOConfig(**(small | dict(min_prompt_len=1, max_prompt_len=1) | changes))
 
 
-def tiny_policy(vocab_size, seed=0, spread=0.05):
-    """Near enough to uniform that every token is sampled."""
-    return any_policy(seed, vocab_size, spread)
+def tiny_policy(vocab_size, seed=0, std=0.05):
+    """Return a policy that is so close to uniform that every token is sampled."""
+    return random_policy(seed, vocab_size, std)
 
 
 def train(policy, reward, cfg, prompt=1, ref_policy=None):
-    """main's loop without files, the learning rate falling to 0: the metrics of every rollout. Changes policy."""
+    """Train policy in place by the loop of main, with linear learning rate decay; return the metrics per rollout."""
     ref_policy = ref_policy or copy.deepcopy(policy)
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps)
     stepper, logs = Stepper(policy, [optimizer], cfg.grad_clip), []
@@ -34,8 +34,8 @@ def train(policy, reward, cfg, prompt=1, ref_policy=None):
     for step in range(cfg.steps):
         optimizer.param_groups[0]["lr"] = cfg.lr * (1 - (1 - cfg.lr_end) * step / cfg.steps)
         batch = rollout(policy, ref_policy, FakeTokenizer(), reward, prompts, cfg.kl_coef, cfg, generator)
-        few = [ids[kept].tolist() for ids, kept in zip(batch.sequences[:32, batch.prompt_len :], batch.mask)]
-        diversity = {"distinct_2": distinct(few, 2).mean()}  # of 32: 256 repeat all bigrams of 10 tokens anyway
+        few = [ids[mask].tolist() for ids, mask in zip(batch.sequences[:32, batch.prompt_len :], batch.mask)]
+        diversity = {"distinct_2": distinct(few, 2).mean()}  # of 32 responses: 256 hold every bigram many times
         logs.append(rollout_metrics(batch, policy, ref_policy, 0.0, cfg) | diversity)
         update(policy, stepper, batch, cfg, generator)
     return logs
@@ -46,16 +46,17 @@ def responses(texts):
 
 
 def first_probs(policy, prompt=1):
-    """What the policy says after the prompt: (V,)."""
+    """Return the probability of each token after the prompt: (V,)."""
     return policy.gpt2(torch.tensor([[prompt]]))[0, 0].softmax(-1).detach()
 
 
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
 @pytest.mark.parametrize("beta", [1.0, 0.5])
 def test_policy_reaches_the_optimum_of_its_objective(beta, advantage):
-    """E2E-1: argmax E[score] - beta KL is ref * exp(score / beta), here over 5 responses of one token.
+    """E[score] - beta KL is maximized by ref * exp(score / beta), normalized; here over 5 responses of one token.
 
-    A wrong sign of the KL, or k3 in the reward, ends at one token; KL counted twice falls short.
+    With a wrong sign of the KL, or with k3 as a reward, the policy collapses onto one token. With the KL counted twice,
+    it stops before the optimum.
     """
     policy = tiny_policy(5)
     ref_probs, scores = first_probs(policy), torch.tensor([0.0, 0, 1, 0, 0])
@@ -71,16 +72,16 @@ def test_policy_reaches_the_optimum_of_its_objective(beta, advantage):
 
 @pytest.mark.parametrize(("advantage", "reaches"), [("gae", True), ("rloo", True), ("grpo", False)])
 def test_only_grpo_misses_the_optimum_of_a_random_score(advantage, reaches):
-    """E2E-1 with a score of 4 in one of four cases, so 1 on average: the optimum is as above.
+    """The score is 4 with probability 1/4, so 1 on average: the optimum is the same as with a score of 1.
 
-    Divided by the deviation of its group, a rare high score counts for less than a common low one: GRPO stays where it
-    began. Where scores are certain it meets the optimum, since there the rewards of a group are equal.
+    GRPO divides by the standard deviation of the group, so a rare high score has less weight than a frequent low one,
+    and the policy hardly changes. With deterministic scores it reaches the optimum.
     """
-    policy, lottery = tiny_policy(5), random.Random(0)
+    policy, rng = tiny_policy(5), random.Random(0)
     ref_probs, scores = first_probs(policy), torch.tensor([0.0, 0, 1, 0, 0])
     train(
         policy,
-        lambda texts: [4.0 * (words == ["2"] and lottery.random() < 0.25) for words in responses(texts)],
+        lambda texts: [4.0 * (words == ["2"] and rng.random() < 0.25) for words in responses(texts)],
         config(steps=40, response_len=1, kl_coef=1.0, advantage=advantage),
     )
     error = (first_probs(policy) - (ref_probs.log() + scores).softmax(-1)).abs().max()
@@ -88,8 +89,8 @@ def test_only_grpo_misses_the_optimum_of_a_random_score(advantage, reaches):
 
 
 def test_kl_penalty_alone_moves_the_policy_back_to_its_reference():
-    """E2E-2: +beta KL would drive it away; a reference that is the policy itself has nothing to pull to."""
-    policy, ref_policy = tiny_policy(8, spread=0.2), tiny_policy(8, seed=1, spread=0.2)
+    """With +beta KL the policy diverges. If the reference is the policy itself, the KL is always 0."""
+    policy, ref_policy = tiny_policy(8, std=0.2), tiny_policy(8, seed=1, std=0.2)
     cfg = config(steps=20, lr=1e-2, response_len=3, kl_coef=1.0)
     logs = train(policy, lambda texts: torch.zeros(len(texts)), cfg, ref_policy=ref_policy)
     first, last = logs[0]["kl_exact"], sum(log["kl_exact"] for log in logs[-3:]) / 3
@@ -102,7 +103,7 @@ def share_of_sevens(texts):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_policy_learns_rewarded_tokens_and_unlearns_penalized_ones(sign):
-    """E2E-3: score is the share of id 7 among the response tokens, and drifting is free: so is saying one thing."""
+    """The score is the share of id 7 in the response. Without a KL penalty, all responses become the same."""
     policy = tiny_policy(10)
 
     def reward(texts):
@@ -118,9 +119,9 @@ def test_policy_learns_rewarded_tokens_and_unlearns_penalized_ones(sign):
 
 
 def test_with_the_kl_penalty_the_reward_rises_and_responses_stay_diverse():
-    """The same reward at a price: 10 tokens, so about e^2.5 / (e^2.5 + 9) = .58 count_sevens at 2.8 nats, and not one text.
+    """The same reward with a KL penalty: the optimum has about e^2.5 / (e^2.5 + 9) = 58 % sevens, at 2.8 nats.
 
-    Without the penalty the run above ends at a score of 1, 9.4 nats, distinct-2 of .01.
+    Without the penalty, the test above ends with a score of 1, a KL of 9.4 nats and a distinct-2 of .01.
     """
     policy = tiny_policy(10)
     logs = train(policy, share_of_sevens, config(steps=20, lr=1e-2, response_len=4, kl_coef=0.1))
@@ -131,7 +132,7 @@ def test_with_the_kl_penalty_the_reward_rises_and_responses_stay_diverse():
 
 
 def test_policy_learns_to_end_its_response():
-    """E2E-4: where the end-of-text token is masked out, nothing is learned from ending."""
+    """If <|endoftext|> is masked out, the policy does not learn to end."""
     policy = tiny_policy(10)
     cfg = config(steps=15, lr=1e-2, response_len=3, kl_coef=0.0, missing_eos_penalty=1.0)
     logs = train(policy, lambda texts: torch.zeros(len(texts)), cfg)

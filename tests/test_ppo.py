@@ -731,7 +731,7 @@ METRICS = {
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory, gpt2_folder):
-    """Return a function that runs main with tiny models and returns its config, metrics, models and random seeds."""
+    """Return a function that runs main with tiny models and returns its config, metrics and models."""
     home = tmp_path_factory.mktemp("ppo")
     (home / "my_reward.py").write_text(
         "import torch\ndef e(texts):\n  return torch.tensor([t.count('e') for t in texts])"
@@ -747,16 +747,14 @@ def train(tmp_path_factory, gpt2_folder):
                 lr=1e-3, lr_end=0.0, save_every=2, save_share=1.0, judge="", report_to="none", device="cpu",
             ) | changes
         )  # fmt: skip
-        result = types.SimpleNamespace(cfg=cfg, out=home / name, saved_after=[], seeds=[], minibatch_seeds=[])
+        result = types.SimpleNamespace(cfg=cfg, out=home / name, saved_after=[])
 
         def record_rollout(*args):
             result.policy, result.ref_policy = args[:2]
-            result.seeds.append(args[7].initial_seed())
             return rollout(*args)
 
         def record_update(*args):
             result.stepper = args[1]
-            result.minibatch_seeds.append(args[4].initial_seed())
             return update(*args)
 
         def record_save(out, *args):
@@ -792,7 +790,7 @@ def test_a_run_logs_every_metric_of_every_rollout(trained):
     assert trained.metrics[0]["kl"] == trained.metrics[0]["kl_exact"] == 0 and trained.metrics[2]["kl_exact"] > 0
 
 
-def test_memory_does_not_grow_with_the_number_of_steps(train):
+def test_memory_does_not_grow_with_the_number_of_steps(train, monkeypatch):
     """Catches a loss or a rollout that is kept with its graph: counts the tensors each time metrics are logged."""
     counts, write = [], RunLog.write
 
@@ -802,20 +800,9 @@ def test_memory_does_not_grow_with_the_number_of_steps(train):
         counts.append((len(tensors), sum(x.nbytes for x in tensors)))
         write(*args, **metrics)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLog, "write", count)
-        train("longer", steps=6, save_every=9, min_prompt_len=4, missing_eos_penalty=100.0)
+    monkeypatch.setattr(RunLog, "write", count)
+    train("longer", steps=6, save_every=9, min_prompt_len=4, missing_eos_penalty=100.0)
     assert len(counts) == 6 and counts[1] == counts[3] == counts[5]  # the first step creates Adam's moments
-
-
-def test_every_rollout_has_minibatches_of_its_own(trained):
-    """A generator seeded by the run's seed alone gives the same minibatches in every rollout."""
-    assert len(set(trained.minibatch_seeds)) == len(trained.minibatch_seeds) == 3
-
-
-def test_every_rollout_draws_its_own_random_numbers(trained):
-    """A generator seeded by the run's seed alone draws the same numbers in every rollout."""
-    assert len(set(trained.seeds)) == len(trained.seeds) == 3
 
 
 def test_prompts_of_a_run_come_from_the_prompts_split_only(trained):
@@ -975,37 +962,33 @@ def record_calls(patch, name):
     return calls
 
 
-def test_a_run_takes_its_sizes_from_its_config(train):
+def test_a_run_takes_its_sizes_from_its_config(train, monkeypatch):
     """Catches a micro-batch size that is chosen for other sizes than the run's."""
-    with pytest.MonkeyPatch.context() as patch:
-        sizes, joins = record_calls(patch, "micro_batch_size"), record_calls(patch, "join")
-        run = train("sizes", steps=1, micro_batch_size=0, batch_size=8, minibatch_size=4)
+    sizes, joins = record_calls(monkeypatch, "micro_batch_size"), record_calls(monkeypatch, "join")
+    run = train("sizes", steps=1, micro_batch_size=0, batch_size=8, minibatch_size=4)
     ((cfg, rows, tokens, gpt2, copies, device, _, _),) = sizes
     assert (rows, tokens, copies, gpt2) == (4, 4 + 6, 4, run.policy.gpt2) and device.type == "cpu"
     ((device, joined, names, _),) = joins
     assert (joined, names) == (cfg, "micro_batch_size") and device.type == "cpu"
 
 
-def test_a_run_checks_its_policy_against_a_copy_on_its_first_prompts(train, capsys):
-    with pytest.MonkeyPatch.context() as patch:
-        checks, batches = record_calls(patch, "check_policy"), record_calls(patch, "prompt_batch")
-        train("checked", steps=1)
-        ((policy, reference, prompts, cfg, _),) = checks
-        pool = batches[0][0]
+def test_a_run_checks_its_policy_against_a_copy_on_its_first_prompts(train, monkeypatch, capsys):
+    checks, batches = record_calls(monkeypatch, "check_policy"), record_calls(monkeypatch, "prompt_batch")
+    train("checked", steps=1)
+    ((policy, reference, prompts, cfg, _),) = checks
+    pool = batches[0][0]
     assert torch.equal(prompts, ppo.prompt_batch(pool, 0, cfg))
     for original, copied in zip(policy.parameters(), reference.parameters()):
         assert original.data_ptr() != copied.data_ptr()
-    with pytest.MonkeyPatch.context() as patch:
-        train("unchecked", steps=1, self_check=False)
+    train("unchecked", steps=1, self_check=False)
     assert "self-check: policy: skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_run_compiles_policy_and_reference_if_compile_is_set(train, compiled):
+def test_a_run_compiles_policy_and_reference_if_compile_is_set(train, monkeypatch, compiled):
     calls = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "compile_passes", lambda *args: calls.append(args))
-        run = train(f"compiled {compiled}", steps=1, compile=compiled)
+    monkeypatch.setattr(ppo, "compile_passes", lambda *args: calls.append(args))
+    run = train(f"compiled {compiled}", steps=1, compile=compiled)
     assert calls == [(run.policy, run.ref_policy, compiled)]
 
 
@@ -1093,7 +1076,7 @@ def test_another_seed_gives_other_samples_and_scores_have_four_decimals():
 # ---- reward and judge
 
 
-def test_reward_and_judge_score_each_text_of_a_rollout_once(train, tmp_path):
+def test_reward_and_judge_score_each_text_of_a_rollout_once(train, tmp_path, monkeypatch):
     """One forward pass gives the score and the positive share: catches a second pass for the log."""
     folders, passes = {}, []
     for seed, name in enumerate(("reward", "judge")):
@@ -1105,9 +1088,8 @@ def test_reward_and_judge_score_each_text_of_a_rollout_once(train, tmp_path):
         passes.append((classifier, len(texts)))
         return logits(classifier, texts)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SentimentReward, "logits", count)
-        run = train("classifiers", steps=2, sample_prompts=0, self_check=False, **folders)
+    monkeypatch.setattr(SentimentReward, "logits", count)
+    run = train("classifiers", steps=2, sample_prompts=0, self_check=False, **folders)
     assert [n for _, n in passes] == [8] * 4 and len({id(classifier) for classifier, _ in passes}) == 2
     for line in run.metrics:
         assert {"positive_by_reward", "positive_by_judge"} <= set(line) and line["seconds_judge"] > 0

@@ -94,7 +94,7 @@ def test_every_function_that_the_page_names_exists():
     modules = {path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES}
     modules["torch"] = "torch"
     names = re.findall(r"`(\w+)\.(\w+)`", README)
-    functions = [name for name in names if name[1] not in ("py", "txt", "jsonl", "json", "md", "html")]
+    functions = [name for name in names if name[1] not in ("py", "txt", "jsonl", "json", "md", "html", "toml")]
     assert len(functions) > 15
     for module, name in functions:
         assert hasattr(importlib.import_module(modules[module]), name), f"{module}.{name}"

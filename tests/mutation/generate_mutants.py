@@ -1,18 +1,18 @@
-"""Generate mutants of a source file: small changes by the operators of mutmut, each with an id and what tests it.
+"""Generate mutants of a source file: small changes by the operators of mutmut, each with an id and the lines it tests.
 
 The operators and the visitor of the syntax tree are mutmut's. Its runner is not used: it skips decorated functions, its
-trampolines break torch.compile, and it puts all mutants into one file, which the tests that read source would see.
+trampolines break torch.compile, and it writes all mutants into one file, which tests that read the source would see.
 
-As in mutmut there are no mutants of type annotations, decorators, calls of len and isinstance, triple-quoted strings,
-and default arguments that are expressions. These are excluded by a rule:
+As in mutmut, there are no mutants of type annotations, decorators, calls of len and isinstance, triple-quoted strings,
+and default arguments that are expressions. Rules exclude further mutants:
     text      mutants of strings and arguments in a raise statement, in a call of TEXT, and in the options of tqdm;
               mutants of strings of eight words or more
     argument  mutants of the arguments flush= and encoding=
     case      the upper- and lower-case variants of a string; "XX...XX" is kept
-    invalid   mutants that do not compile or that equal another one
+    invalid   mutants that do not compile or that are equal to another one
 
-An id has the file, the function, and a hash of the changed lines before and after, without comments. Edits elsewhere do
-not change it.
+An id consists of the file, the function, and a hash of the changed lines before and after, without comments. Edits of
+other lines do not change it.
 """
 
 import hashlib
@@ -30,7 +30,13 @@ from mutmut.mutation.file_mutation import MutationVisitor
 from mutmut.mutation.mutators import mutation_operators
 from mutmut.mutation.pragma_handling import IgnoredCode
 
-DECORATORS = {"torch.no_grad()", "classmethod", "staticmethod", "property", "contextmanager"}  # of functions to enter
+DECORATORS = {
+    "torch.no_grad()",
+    "classmethod",
+    "staticmethod",
+    "property",
+    "contextmanager",
+}  # functions with other decorators have no mutants
 TEXT = {"print", "sys.stderr.write", "progress.write", "progress.set_postfix", "warnings.warn"}
 RULES = ("text", "argument", "case", "invalid")
 WIDTH = 110  # characters of a line that are shown
@@ -44,14 +50,14 @@ class Mutant:
     operator: str
     before: str  # the changed lines
     after: str
-    rule: str  # that excludes it, or ""
+    rule: str  # the rule that excludes it, or ""
     lines: frozenset  # of its statement, or of the whole function if it is in the signature; none outside of functions
     function: frozenset  # lines of the function
-    names: tuple  # that are assigned outside of functions
-    source: str = field(repr=False)  # of the whole file
+    names: tuple  # names assigned by the statement
+    source: str = field(repr=False)  # of the whole mutated file
 
     def __str__(self):
-        """The change; of long lines the part around it."""
+        """Return the change as text, with an ellipsis for the start of long lines."""
         same = len(os.path.commonprefix([self.before, self.after]))
         first = max(0, min(same - 40, max(len(self.before), len(self.after)) - WIDTH))
         first = self.before.rfind(" ", 0, first) + 1  # the start of a word
@@ -60,11 +66,11 @@ class Mutant:
 
 
 class Visitor(MutationVisitor):
-    """found: (the nodes from the module down to the mutated one, the new node, operator, number of its variant)."""
+    """mutations: (nodes from the module to the mutated one, new node, operator, number of its variant)."""
 
     def __init__(self):
         super().__init__(mutation_operators, IgnoredCode(set(), set(), set()))
-        self.path, self.found = [], []
+        self.path, self.mutations = [], []
 
     def on_visit(self, node):
         self.path.append(node)
@@ -82,11 +88,11 @@ class Visitor(MutationVisitor):
         for kind, operator in self._operators:
             if isinstance(node, kind):
                 name = operator.__name__.removeprefix("operator_")
-                self.found += [(tuple(self.path), new, name, i) for i, new in enumerate(operator(node))]
+                self.mutations += [(tuple(self.path), new, name, i) for i, new in enumerate(operator(node))]
 
 
 def generate(file):
-    """All mutants of a file in the order of its source, those included that a rule excludes."""
+    """Return all mutants of a file in the order of the source, including those that a rule excludes."""
     code = (ROOT / file).read_text(encoding="utf-8")
     wrapper, visitor = MetadataWrapper(cst.parse_module(code)), Visitor()
     module = wrapper.visit(visitor)
@@ -95,7 +101,7 @@ def generate(file):
     head = code[: code.index("".join(texts))]
     statements = {id(node): i for i, node in enumerate(module.body)}
     seen, ids, mutants = set(enumerate(texts)), Counter(), []
-    for path, new, operator, variant in visitor.found:
+    for path, new, operator, variant in visitor.mutations:
         i = statements[id(path[1])]
         text = module.code_for_node(replaced(path[1:], new))
         before = head + "".join(texts[:i])
@@ -117,17 +123,17 @@ def generate(file):
 
 
 def replaced(path, new):
-    """The first node of a path with its last node replaced; libcst's deep_replace would visit all other nodes too."""
+    """Return the first node of a path with its last node replaced. libcst's deep_replace would visit all nodes."""
     for parent, child in reversed(list(itertools.pairwise(path))):
-        found = {one.name: getattr(parent, one.name) for one in fields(parent)}
-        lists = {name: value for name, value in found.items() if isinstance(value, (list, tuple))}
+        children = {field.name: getattr(parent, field.name) for field in fields(parent)}
+        lists = {name: value for name, value in children.items() if isinstance(value, (list, tuple))}
         changed = {name: [new if one is child else one for one in value] for name, value in lists.items()}
-        new = parent.with_changes(**changed, **{name: new for name, value in found.items() if value is child})
+        new = parent.with_changes(**changed, **{name: new for name, value in children.items() if value is child})
     return new
 
 
 def rule_of(path, new, operator, variant):
-    """The rule that excludes a mutant, or ""."""
+    """Return the rule that excludes a mutant, or ""."""
     if operator == "string" and variant:
         return "case"
     if operator == "string" and len(path[-1].value.split()) >= 8:
@@ -150,7 +156,7 @@ def rule_of(path, new, operator, variant):
 
 
 def tested_lines(path, positions):
-    """(lines of a mutant's statement, or of the function if it is in a signature; lines of the function)."""
+    """Return the lines of a mutant's statement, or of the function if it is in the signature; lines of the function."""
 
     def lines(node):
         return range(positions[node].start.line, positions[node].end.line + 1)
@@ -180,7 +186,7 @@ def code_of(node):
 
 
 def changed_lines(old, new):
-    """(index of the first changed line, the changed lines of old, those of new), as texts without comments."""
+    """Return the index of the first changed line, and the changed lines of old and new as texts without comments."""
     old, new = ([re.sub(r"  # .*", "", line) for line in lines] for lines in (old, new))
     start = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new))))
     old, new = old[start:], new[start:]

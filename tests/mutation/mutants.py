@@ -1,11 +1,11 @@
-"""Mistakes that people make in RLHF code: a wrong line for each, and the test that must fail with it.
+"""Typical mistakes in RLHF code: for each, the wrong code, and the test that must fail with it.
 
-    make mutants                                      # all of them, and a sample of generated mutants (mutation.py)
-    python tests/mutation/mutants.py "last token" kl           # those whose description holds one of the words
+    make mutants                                        # all of them, and a sample of generated mutants (mutation.py)
+    python tests/mutation/mutants.py "last token" kl    # those whose description contains one of these texts
 
-Each mistake replaces a part of the source, which must occur exactly once, in a copy of the tree, where its one test is
-run. A mistake that the test does not notice has survived; one whose code or test is no longer there is stale. Either
-makes the exit status 1. tests/mutation/mutation.py runs thousands of mutants that a tool generates; this list is to be read.
+Each mistake replaces a piece of the source, which must occur exactly once, in a copy of the tree; then its test is run.
+A mistake has survived if the test passes, and is stale if its code or its test no longer exists. Either makes the exit
+status 1. mutation.py runs thousands of generated mutants; this list is written to be read.
 """
 
 import sys
@@ -13,7 +13,7 @@ from functools import partial
 
 from forks import ROOT, Forks, run_pytest
 
-MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong code), ...]}
+MISTAKES = {  # file: {test that must fail: [(description, right code, wrong code), ...]}
     "ppo.py": {
         "test_ppo::test_score_lands_on_the_last_real_token_and_kl_on_every_one": [
             (
@@ -26,16 +26,15 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ("the KL penalty has the wrong sign", "(-kl_coef * kl)", "(kl_coef * kl)"),
         ],
         "test_learning::test_policy_reaches_the_optimum_of_its_objective": [
-            ("the KL penalty is applied twice", "(-kl_coef * kl)", "(-2 * kl_coef * kl)"),
             (
-                "k3 instead of k1 as a reward: its gradient is another one",
+                "k3 instead of k1 as a reward, which has a different gradient",
                 "kl = (logprobs - ref_logprobs).where(mask, 0)",
                 "kl = ((ref_logprobs - logprobs).exp() - 1 + logprobs - ref_logprobs).where(mask, 0)",
             ),
         ],
         "test_learning::test_policy_learns_to_end_its_response": [
             (
-                "<|endoftext|> is masked out as padding, so that ending a response is never learned",
+                "<|endoftext|> is masked out like padding, so that the policy never learns to end a response",
                 "return is_eos.cumsum(1) - is_eos.long() == 0",
                 "return is_eos.cumsum(1) == 0",
             ),
@@ -50,7 +49,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         ],
         "test_ppo::test_whitening_uses_all_real_tokens_of_the_rollout": [
             (
-                "padding is part of the mean when advantages are whitened",
+                "padding is included in the mean when advantages are whitened",
                 "real = x[mask]  # (N,)",
                 "real = x.flatten()",
             ),
@@ -60,7 +59,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         ],
         "test_ppo::test_rollout_whitens_advantages_once_and_does_not_whiten_returns": [
             (
-                "each response is whitened by itself, so that good and bad ones get the same advantages",
+                "each response is whitened separately, so that good and bad ones get the same advantages",
                 "advantages = whiten(advantages, mask)  # over",
                 "advantages = torch.cat([whiten(a[None], m[None]) for a, m in zip(advantages, mask)])  # over",
             ),
@@ -77,7 +76,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 "/ cfg.samples_per_prompt",
             ),
             (
-                "the group of a response has responses to other prompts",
+                "a group has responses to different prompts",
                 "groups = rewards.view(-1, cfg.samples_per_prompt)",
                 "groups = rewards.view(cfg.samples_per_prompt, -1).T",
             ),
@@ -85,45 +84,28 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         "test_ppo::test_grpo_gives_the_golden_numbers": [
             ("GRPO divides by the standard deviation over all prompts", "groups.std(1, keepdim=True)", "groups.std()"),
         ],
-        "test_ppo::test_grpo_does_not_amplify_rounding_differences": [
-            ("an epsilon that is too small for float32 rewards", "keepdim=True) + 1e-4)", "keepdim=True) + 1e-12)"),
-        ],
         "test_ppo::test_every_token_of_a_response_has_the_advantage_of_its_total_reward": [
             (
-                "RLOO and GRPO without the KL penalty",
+                "RLOO and GRPO ignore the KL penalty",
                 "group_advantages(rewards.sum(1), cfg)",
                 "group_advantages(scores.to(kl.dtype), cfg)",
             ),
         ],
         "test_ppo::test_no_tensor_of_a_rollout_requires_grad": [
-            ("the rollout stores a graph for gradients", "@torch.no_grad()\ndef rollout(", "def rollout("),
+            ("a rollout records an autograd graph", "@torch.no_grad()\ndef rollout(", "def rollout("),
         ],
         "test_ppo::test_score_clip_applies_to_the_score_and_not_to_the_kl": [
             (
-                "the clip of the score is applied to score and KL penalty together",
-                "rewards = token_rewards(penalised.to(kl.dtype), kl, mask, kl_coef)",
-                "rewards = token_rewards(penalised.to(kl.dtype), kl, mask, kl_coef).clamp(-5, 5)",
+                "the score clip is applied to the sum of score and KL penalty",
+                "rewards = token_rewards(penalized.to(kl.dtype), kl, mask, kl_coef)",
+                "rewards = token_rewards(penalized.to(kl.dtype), kl, mask, kl_coef).clamp(-5, 5)",
             ),
         ],
         "test_ppo::test_missing_eos_penalty_ignores_the_prompt": [
             (
-                "an <|endoftext|> in the prompt counts as the end of the response",
+                "<|endoftext|> in the prompt counts as the end of the response",
                 "ended = (sequences[:, prompt_len:] == eos_id).any(1)",
                 "ended = (sequences == eos_id).any(1)",
-            ),
-        ],
-        "test_reward::test_the_classifier_never_reads_an_end_of_text_token": [
-            (
-                "the reward model reads <|endoftext|> as words",
-                "skip_special_tokens=True, clean_up_tokenization_spaces=False)\n    scores",
-                "skip_special_tokens=False, clean_up_tokenization_spaces=False)\n    scores",
-            ),
-        ],
-        "test_reward::test_a_letter_split_between_prompt_and_response_reaches_the_classifier_whole": [
-            (
-                "prompt and response are decoded separately",
-                "tokenizer.batch_decode(sequences, skip_special_tokens=True,",
-                "[a + b for a, b in zip(*map(tokenizer.batch_decode, (prompts, sequences[:, prompt_len:-1])))]; dict(",
             ),
         ],
         "test_ppo::test_clipped_surrogate_is_pessimistic_on_both_sides": [
@@ -141,13 +123,6 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         "test_ppo::test_first_gradient_is_the_vanilla_policy_gradient": [
             ("the ratio is inverted", "log_ratio = logprobs - old_logprobs", "log_ratio = old_logprobs - logprobs"),
         ],
-        "test_ppo::test_approx_kl_is_k3_from_the_old_to_the_new_policy": [
-            (
-                "approx_kl of the other direction",
-                "(ratio - 1 - log_ratio).mean()",
-                "(1 / ratio - 1 + log_ratio).mean()",
-            ),
-        ],
         "test_ppo::test_controller_clips_its_error_at_one_fifth": [
             (
                 "the error of the adaptive KL controller is not clipped",
@@ -155,23 +130,16 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 "error = kl / self.target - 1",
             ),
         ],
-        "test_ppo::test_micro_batch_size_does_not_change_the_step": [
-            (
-                "gradient accumulation takes the mean of the micro-batches' means",
-                "share = mask.sum() / tokens",
-                "share = len(micro) / len(rows)",
-            ),
-        ],
         "test_ppo::test_without_a_step_every_ratio_is_1_in_every_epoch": [
             (
                 "the update computes log-probabilities without the temperature",
-                "policy(batch.sequences[micro], batch.prompt_len, cfg.temperature)",
-                "policy(batch.sequences[micro], batch.prompt_len)",
+                "policy(batch.sequences[micro_batch], batch.prompt_len, cfg.temperature)",
+                "policy(batch.sequences[micro_batch], batch.prompt_len)",
             ),
         ],
-        "test_ppo::test_every_rollout_has_minibatches_of_its_own": [
+        "test_ppo_main::test_sampling_and_minibatches_have_seeds_of_their_own_for_each_step": [
             (
-                "the same minibatches in every rollout",
+                "the minibatches of all rollouts have the same order",
                 'random_generator("cpu", cfg.seed, step)',
                 'random_generator("cpu", cfg.seed)',
             ),
@@ -190,20 +158,37 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 "policy",
             ),
         ],
-        "test_resume::test_ppo_that_broke_in_its_second_pass_over_the_prompts_goes_on_exactly": [
+        "test_reward::test_a_letter_split_between_prompt_and_response_reaches_the_classifier_whole": [
             (
-                "a resumed run starts with the initial KL coefficient",
-                'AdaptiveKL(state["kl_coef"], ',
-                "AdaptiveKL(cfg.kl_coef, ",
+                "prompt and response are decoded separately",
+                "texts = decode(sequences, tokenizer)",
+                "texts = [a + b for a, b in zip(decode(prompts, tokenizer), "
+                "decode(sequences[:, prompt_len:], tokenizer))]",
             ),
         ],
-    },
-    "runtime/optimizer.py": {
-        "test_ppo::test_a_minibatch_leaves_no_gradient_for_the_next": [
-            ("the gradients are not set to zero", "self.model.zero_grad(set_to_none=True)", "pass"),
+        "test_ppo::test_micro_batch_size_does_not_change_the_step": [
+            (
+                "gradient accumulation averages the means of micro-batches",
+                "weight = mask.sum() / tokens",
+                "weight = len(micro_batch) / len(rows)",
+            ),
         ],
-        "test_optimizer::test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted": [
-            ("a step with a gradient of nan", "if math.isfinite(norm):", "if True:"),
+        "test_resume::test_ppo_killed_in_its_second_pass_over_the_prompts_is_resumed_exactly": [
+            ("a resumed run starts with the initial KL coefficient", 'saved = ("coef",)', "saved = ()"),
+        ],
+        "test_distributed::test_an_update_by_two_processes_equals_that_by_one": [
+            (
+                "each process divides its loss by the tokens of all processes, so that gradients are too small",
+                "batch.mask[rows].sum() / ranks.size",
+                "batch.mask[rows].sum()",
+            ),
+        ],
+        "test_distributed::test_processes_divide_the_prompts_and_sample_with_different_seeds": [
+            (
+                "all processes sample with the same random numbers",
+                "random_generator(device, cfg.seed, step, ranks.rank)",
+                "random_generator(device, cfg.seed, step)",
+            ),
         ],
     },
     "model.py": {
@@ -211,18 +196,19 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ("the exact GELU instead of GPT-2's approximation", 'approximate="tanh"', 'approximate="none"'),
         ],
         "test_model::test_a_cached_decode_step_gives_the_logits_of_a_full_forward": [
-            ("a causal mask for a single token with a cache", "causal = cache is None or L > 1", "causal = True"),
+            (
+                "a causal mask is applied to a single token with a cache",
+                "causal = cache is None or L > 1",
+                "causal = True",
+            ),
             ("positions start at 0 in every decoding step", "slice(seen, end)", "slice(end - seen)"),
         ],
         "test_model::test_generate_samples_from_the_distribution_that_the_policy_reports": [
             (
-                "the temperature is used in sampling only",
+                "the temperature is applied in sampling only",
                 "logits = self.gpt2.logits(hidden) / temperature  # (B, T, V)",
                 "logits = self.gpt2.logits(hidden)",
             ),
-        ],
-        "test_self_check::test_the_self_check_refuses_a_temperature_in_the_cached_pass_only": [
-            ("the self-check at temperature 1", "prompts.shape[1], cfg.temperature", "prompts.shape[1], 1.0"),
         ],
         "test_model::test_a_value_is_read_from_the_hidden_state_before_its_token": [
             (
@@ -233,14 +219,14 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         ],
         "test_ppo::test_without_a_step_every_ratio_is_1_in_every_epoch": [
             (
-                "dropout in training mode",
+                "dropout is active in training mode",
                 'return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))',
                 'return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), 0.1, self.training)',
             ),
         ],
         "test_model::test_bf16_rounds_the_trunk_but_not_the_logits": [
             (
-                "logits in bf16",
+                "logits are computed in bf16",
                 "return linear(hidden, weight)",
                 "return linear(hidden.bfloat16(), weight.bfloat16()).to(weight.dtype)",
             ),
@@ -253,16 +239,87 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ),
         ],
         "test_model::test_embedding_rows_without_a_token_have_no_logits_and_are_never_sampled": [
-            ("padding rows of the embedding can be sampled", "weight = weight[: self.n_tokens]", "pass"),
-        ],
-        "test_model::test_a_row_is_padded_with_eos_after_its_first_one_and_no_other_token_changes": [
-            ("responses continue after <|endoftext|>", "new = torch.where(ended, eos_id, new)", "pass"),
+            ("embedding rows without a token can be sampled", "weight = weight[: self.n_tokens]", "pass"),
         ],
         "test_compile::test_nan_values_left_in_the_static_cache_do_not_change_later_responses": [
-            ("what a mask hides is nan, and nan times 0 is nan", "ours[:, :, cache.filled :] = 0", "pass"),
+            ("masked values are nan, and nan times 0 is nan", "ours[:, :, cache.filled :] = 0", "pass"),
         ],
         "test_model::test_values_are_zero_before_training": [
             ("the value head starts with random weights", "nn.init.zeros_(self.value_head.weight)", "pass"),
+        ],
+        "test_model::test_a_row_is_padded_with_eos_after_its_first_one_and_no_other_token_changes": [
+            (
+                "responses continue after <|endoftext|>",
+                "torch.where(ended, eos_id, draw(logits / temperature, generator))",
+                "draw(logits / temperature, generator)",
+            ),
+        ],
+    },
+    "runtime/self_check.py": {
+        "test_self_check::test_the_self_check_refuses_a_temperature_in_the_cached_pass_only": [
+            ("the self-check always uses temperature 1", "prompts.shape[1], cfg.temperature", "prompts.shape[1], 1.0"),
+        ],
+    },
+    "runtime/optimizer.py": {
+        "test_ppo::test_a_minibatch_leaves_no_gradient_for_the_next": [
+            ("gradients are not set to zero after a step", "self.model.zero_grad(set_to_none=True)", "pass"),
+        ],
+        "test_optimizer::test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted": [
+            ("a step is taken with a gradient of nan", "if math.isfinite(norm):", "if True:"),
+        ],
+        "test_distributed::test_an_update_by_two_processes_equals_that_by_one": [
+            ("gradients are not averaged over processes", "self.ranks.average_gradients(self.model)", "pass"),
+        ],
+        "test_resume::test_a_skipped_rollout_is_counted_and_shown_and_a_run_killed_after_it_is_resumed_exactly": [
+            (
+                "a checkpoint does not have the number of skipped steps",
+                'saved = ("skipped", "in_a_row")',
+                'saved = ("in_a_row",)',
+            ),
+        ],
+    },
+    "runtime/monitor.py": {
+        "test_ppo::test_metrics_sum_kl_over_a_response_and_average_over_responses": [
+            (
+                "the KL of a response is logged as a mean over its tokens, not as their sum",
+                "kl = batch.kl.where(mask, 0)",
+                "kl = batch.kl.where(mask, 0) / mask.sum(1, keepdim=True)",
+            ),
+        ],
+    },
+    "runtime/checkpoint.py": {
+        "test_finetune::test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit": [
+            (
+                "the moments of Adam are not restored",
+                'optimizer.load_state_dict({"state": restored,',
+                'dict({"state": restored,',
+            ),
+        ],
+        "test_checkpoint::test_a_save_that_fails_leaves_the_old_files_and_no_temporary_ones": [
+            (
+                "a model is overwritten in place, so that it is lost if the save fails",
+                "with tempfile.TemporaryDirectory(prefix=SAVING, dir=out) as temporary:",
+                "for temporary in [out]:",
+            ),
+        ],
+        "test_checkpoint::test_a_run_is_resumed_with_different_inputs_only_by_force": [
+            (
+                "a run is resumed with other prompts, weights or rewards without an error",
+                "if old.get(name) != new.get(name)]",
+                "if name not in old]",
+            ),
+        ],
+    },
+    "runtime/distributed.py": {
+        "test_distributed::test_a_rollout_by_two_processes_equals_that_by_one": [
+            (
+                "each process uses only its own episodes to whiten advantages",
+                "return torch.cat(parts)",
+                "return torch.cat([part] * self.size)",
+            ),
+        ],
+        "test_distributed::test_an_update_by_two_processes_equals_that_by_one": [
+            ("gradients are summed over processes, not averaged", "flat /= self.size", "pass"),
         ],
     },
     "runtime/hub.py": {
@@ -275,37 +332,9 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         ],
         "test_model::test_all_formats_of_names_and_files_give_the_same_weights": [
             (
-                "the bias of c_attn is dropped, since the causal mask is named attn.bias",
+                "the bias of c_attn is dropped because its name ends like that of the causal mask, attn.bias",
                 'r"h\\.\\d+\\.attn\\.(bias|masked_bias)"',
                 'r"h\\.\\d+\\.attn\\.(c_attn\\.)?(bias|masked_bias)"',
-            ),
-        ],
-    },
-    "runtime/checkpoint.py": {
-        "test_finetune::test_a_run_that_was_killed_and_goes_on_equals_the_unbroken_one_to_the_bit": [
-            (
-                "the moments of Adam are not restored",
-                'optimizer.load_state_dict({"state": found,',
-                'dict({"state": found,',
-            ),
-        ],
-        "test_checkpoint::test_a_save_that_fails_leaves_the_old_files_and_no_temporary_ones": [
-            (
-                "a model is overwritten in place, and lost if the save fails",
-                "    with new_folder(out, tensors) as temporary:\n        yield",
-                "    for temporary in [Path(out)]:\n        yield",
-            ),
-        ],
-    },
-    "runtime/distributed.py": {
-        "test_distributed::test_two_processes_take_the_steps_of_one": [
-            ("gradients are not averaged over processes", "return DistributedDataParallel(model)", "return model"),
-        ],
-        "test_distributed::test_a_rollout_of_two_processes_is_what_one_finds_for_all_its_episodes": [
-            (
-                "each process whitens the advantages of its own episodes",
-                "return torch.cat(parts)",
-                "return torch.cat([part] * self.size)",
             ),
         ],
     },
@@ -322,14 +351,17 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
         ],
         "test_data::test_a_text_that_spells_the_end_of_text_token_is_encoded_as_letters": [
             (
-                "the letters <|endoftext|> in a review become the special token",
+                "the characters <|endoftext|> in a review become the special token",
                 "before, backend.encode_special_tokens = backend.encode_special_tokens, True",
                 "before, backend.encode_special_tokens = backend.encode_special_tokens, False",
             ),
         ],
+        "test_reward::test_the_classifier_never_reads_an_end_of_text_token": [
+            ("the reward model reads <|endoftext|> as text", "skip_special_tokens=True", "skip_special_tokens=False"),
+        ],
     },
     "finetune_gpt2.py": {
-        "test_finetune::test_a_model_of_reviews_of_three_tokens_learns_to_stop_after_three": [
+        "test_finetune::test_a_model_trained_on_reviews_of_three_tokens_stops_after_three": [
             (
                 "<|endoftext|> is ignored as padding in fine-tuning",
                 'ys.flatten(), reduction="sum") / y.numel()',
@@ -339,7 +371,7 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
     },
     "reward.py": {
         "test_reward::test_the_order_of_the_labels_changes_no_score": [
-            ("the reward is the logit of index 1, whatever its label", "return matches[0]", "return 1"),
+            ("the reward is the logit of index 1, whatever its label is", "return matches[0]", "return 1"),
         ],
         "test_reward::test_of_a_long_text_the_end_is_scored": [
             (
@@ -355,40 +387,37 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
                 'self.model(batch["input_ids"]).logits.float()',
             ),
             (
-                "scores in the order of length, not of the texts",
+                "scores are returned in the order of length, not of the texts",
                 "        return scores\n",
                 "        return scores[order]\n",
             ),
         ],
         "test_reward::test_a_teacher_reads_the_texts_that_its_student_reads": [
             (
-                "the teacher reads a whole review and its student a part",
+                "the teacher reads whole reviews, its student only parts",
                 "teacher.log_odds([texts[i] for i in rows])",
                 "teacher.log_odds([reviews.texts[i] for i in rows])",
             ),
         ],
     },
-    "runtime/log.py": {
-        "test_ppo::test_metrics_sum_kl_over_a_response_and_average_over_responses": [
+    "evaluate.py": {
+        "test_evaluate::test_the_prompts_are_from_the_evaluation_split": [
             (
-                "the KL of a response is logged as a mean over its tokens, not as their sum",
-                "kl = batch.kl.where(mask, 0)",
-                "kl = batch.kl.where(mask, 0) / mask.sum(1, keepdim=True)",
+                "the evaluation uses the prompts of PPO",
+                'load_prompts(cfg, "evaluation",',
+                'load_prompts(cfg, "prompts",',
+            ),
+        ],
+        "test_evaluate::test_each_metric_is_of_its_own_model_and_classifier": [
+            (
+                "the responses are judged by the reward that PPO has increased",
+                "measure(responses[name], reward_fn, judge, cfg)",
+                "measure(responses[name], reward_fn, reward_fn, cfg)",
             ),
         ],
     },
-    "evaluate.py": {
-        "test_evaluate::test_the_prompts_are_of_the_evaluation_split_which_no_stage_learns_from": [
-            ("the evaluation takes its prompts from those of PPO", '["evaluation"]', '["prompts"]'),
-        ],
-        "test_evaluate::test_each_number_is_of_its_own_model_and_classifier": [
-            (
-                "the judge of the responses is the reward that PPO has increased",
-                "measure(answers[name], reward_fn, judge, cfg)",
-                "measure(answers[name], reward_fn, reward_fn, cfg)",
-            ),
-        ],
-        "test_evaluate::test_a_policy_that_is_its_own_reference_has_no_kl_and_the_same_seed_gives_the_same_texts": [
+    "analysis/responses.py": {
+        "test_evaluate::test_a_policy_that_is_its_own_reference_has_a_kl_of_0_and_the_same_seed_gives_the_same_texts": [
             (
                 "the models before and after PPO sample with different random numbers",
                 "generator = random_generator(device, cfg.seed, i)",
@@ -396,28 +425,25 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
             ),
         ],
     },
-    "analysis/frontier.py": {
-        "test_frontier::test_a_value_at_a_kl_needs_a_run_near_it_and_none_is_extrapolated": [
-            (
-                "methods are compared at a KL that none of their runs is near",
-                "if near and nats <= kl[-1] else None",
-                "if nats <= kl[-1] else None",
-            ),
-        ],
-    },
     "analysis/metrics.py": {
-        "test_metrics::test_an_interval_is_that_of_95_percent": [
-            ("quantiles of a 90 % interval for one of 95 %", "(0.025, 0.975)", "(0.05, 0.95)"),
-        ],
         "test_metrics::test_perplexity_is_of_all_tokens_together": [
             (
-                "perplexity as the mean of the perplexities of responses",
+                "perplexity is the mean of the perplexities of responses",
                 "return jackknife(*map(np.exp, leave_one_out(nll.sum(), nll, lengths)))",
                 "return np.exp(nll / lengths)",
             ),
         ],
-        "test_metrics::test_the_second_model_reads_each_response_as_transformers_does": [
+        "test_metrics::test_the_second_model_gives_the_loss_of_transformers": [
             ("the perplexity of a response includes its prompt", "end > len(prompt) for", "end > 0 for"),
+        ],
+    },
+    "analysis/frontier.py": {
+        "test_frontier::test_a_value_at_a_kl_needs_a_run_near_it_and_none_is_extrapolated": [
+            (
+                "methods are compared at a KL that none of their runs is close to",
+                "if near and nats <= kl[-1] else None",
+                "if nats <= kl[-1] else None",
+            ),
         ],
     },
 }
@@ -425,34 +451,37 @@ MISTAKES = {  # file: {test that fails: [(the mistake, the right code, the wrong
 
 def main(words):
     chosen = [
-        (mistake, file, test, right, wrong)
+        (description, file, test, right, wrong)
         for file, tests in MISTAKES.items()
         for test, mistakes in tests.items()
-        for mistake, right, wrong in mistakes
-        if not words or any(word in mistake for word in words)
+        for description, right, wrong in mistakes
+        if not words or any(word in description for word in words)
     ]
-    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in MISTAKES}
-    folders = {path.stem: path.parent.relative_to(ROOT) for path in (ROOT / "tests").glob("**/test_*.py")}
-    names = {test: f"{folders[test.split('::')[0]]}/{test.replace('::', '.py::')}" for _, _, test, _, _ in chosen}
-    stale = [(mistake, file) for mistake, file, _, right, _ in chosen if texts[file].count(right) != 1]
-    bad = len(stale)
-    for mistake, file in stale:
-        print(f"stale     {file:<16}  {mistake}")
+    sources = {file: (ROOT / file).read_text(encoding="utf-8") for file in MISTAKES}
+    test_files = {path.stem: path.relative_to(ROOT) for path in (ROOT / "tests").glob("**/test_*.py")}
+    names = {}
+    for _, _, test, _, _ in chosen:
+        stem, name = test.split("::")
+        names[test] = f"{test_files[stem]}::{name}"
+    stale = [(description, file) for description, file, _, right, _ in chosen if sources[file].count(right) != 1]
+    failures = len(stale)
+    for description, file in stale:
+        print(f"stale     {file:<22}  {description}")
     with Forks(2) as forks:
         for _, result in forks.run([("", {}, partial(run_pytest, sorted(names.values())))]):
             if result.verdict != "passed":
                 sys.exit(f"error: without any mistake {result.stored}: {result.verdict}\n{result.output[-4000:]}")
         tasks = (
-            ((mistake, file), {file: texts[file].replace(right, wrong)}, partial(run_pytest, [names[test]]))
-            for mistake, file, test, right, wrong in chosen
-            if (mistake, file) not in stale
+            ((description, file), {file: sources[file].replace(right, wrong)}, partial(run_pytest, [names[test]]))
+            for description, file, test, right, wrong in chosen
+            if (description, file) not in stale
         )
-        for (mistake, file), result in forks.run(tasks):
-            found = {"passed": "survived", "no tests": "stale"}.get(result.verdict, "caught")
-            bad += found != "caught"
-            print(f"{found:<8}  {file:<16}  {mistake}", flush=True)
-    print(f"{len(chosen) - bad} of {len(chosen)} mistakes caught")
-    return int(bad > 0)
+        for (description, file), result in forks.run(tasks):
+            verdict = {"passed": "survived", "no tests": "stale"}.get(result.verdict, "caught")
+            failures += verdict != "caught"
+            print(f"{verdict:<8}  {file:<22}  {description}", flush=True)
+    print(f"{len(chosen) - failures} of {len(chosen)} mistakes caught")
+    return int(failures > 0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Which tests run which lines, and how long each test takes: measured once by coverage.py and stored per test file.
+"""Select the tests of a mutant: coverage.py measures which tests run which lines, and how long each test takes.
 
-Lines that a subprocess runs count for the test that started it, unless the process is killed before it can store them.
-Lines that run while a fixture of a module or session is made count for all tests that use the fixture.
+Lines run by a subprocess count for the test that started it, unless the process is killed before it stores them. Lines
+run during the setup of a fixture of module or session scope count for all tests that use the fixture.
 
-A test file is measured again when it changes. When a source changes, its lines keep their tests; a statement that has
-none then has those of its function.
+A test file is measured again when it changes. If a source changes, unchanged lines keep their tests; a changed
+statement has the tests of its function.
 """
 
 import difflib
@@ -22,23 +22,24 @@ from pathlib import Path
 import pytest
 from forks import ROOT, run_pytest, store
 
-UNMEASURED = ("tests/test_full_size.py", "tests/test_gpu.py")  # too slow for any mutant, or skipped
+UNMEASURED = ("tests/test_full_size.py", "tests/test_gpu.py")  # too slow for mutants, and skipped without a GPU
 STORE = ROOT / ".cache" / "mutation" / "coverage"
 
 
 class Recorder:
-    """A pytest plugin: tell coverage.py which test runs, or which shared fixture is made; store the tests' times."""
+    """A pytest plugin: set the context of coverage.py to the current test or shared fixture, and measure times."""
 
     def __init__(self, coverage):
         self.coverage, self.tests, self.fixtures, self.context = coverage, {}, {}, ""
 
     def enter(self, context):
-        self.context = os.environ["MUTATION_TEST"] = context  # which subprocesses read
+        self.context = os.environ["MUTATION_TEST"] = context  # read by subprocesses
         self.coverage.switch_context(context)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        fixtures = [name for name, found in item._fixtureinfo.name2fixturedefs.items() if found[-1].scope != "function"]
+        defined = item._fixtureinfo.name2fixturedefs.items()
+        fixtures = [name for name, definitions in defined if definitions[-1].scope != "function"]
         self.tests[item.nodeid] = {"seconds": 0.0, "fixtures": fixtures, "failed": False}
         self.enter(item.nodeid)
         return (yield)
@@ -62,7 +63,7 @@ class Recorder:
 
 
 def record(test_file):
-    """Run a test file with coverage.py; store the times of tests and fixtures, and which of them run which lines."""
+    """Run a test file with coverage.py; store the times of tests and fixtures, and the lines that they run."""
     import coverage
 
     tree, settings = Path.cwd(), Path(tempfile.gettempdir(), "coveragerc")
@@ -72,30 +73,30 @@ def record(test_file):
         encoding="utf-8",
     )
     os.environ["COVERAGE_PROCESS_START"] = str(settings)
-    measured = coverage.Coverage(config_file=str(settings))
-    measured.start()
-    recorder = Recorder(measured)
-    run_pytest([test_file], plugins=[recorder], end=False)
-    measured.stop()
-    measured.save()
-    measured.combine([str(settings.parent)])
-    data, lines = measured.get_data(), {}
+    measurement = coverage.Coverage(config_file=str(settings))
+    measurement.start()
+    recorder = Recorder(measurement)
+    run_pytest([test_file], plugins=[recorder], exit_at_failure=False)
+    measurement.stop()
+    measurement.save()
+    measurement.combine([str(settings.parent)])
+    data, lines = measurement.get_data(), {}
     for file in data.measured_files():
-        found = {line: sorted(set(names) - {""}) for line, names in data.contexts_by_lineno(file).items()}
-        lines[str(Path(file).relative_to(tree))] = {line: names for line, names in found.items() if names}
+        contexts = {line: sorted(set(names) - {""}) for line, names in data.contexts_by_lineno(file).items()}
+        lines[str(Path(file).relative_to(tree))] = {line: names for line, names in contexts.items() if names}
     store(json.dumps({"tests": recorder.tests, "fixtures": recorder.fixtures, "lines": lines}))
     return 0
 
 
 class Coverage:
-    """seconds: {test: its time with all fixtures}. lines: {file: {line: tests that run it}}."""
+    """seconds: {test: its time including its fixtures}. lines: {file: {line: tests that run it}}."""
 
     def __init__(self, forks, fresh=False):
         self.seconds, self.lines = {}, defaultdict(lambda: defaultdict(set))
         self.texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in source_files()}
-        measured = [file for file in all_test_files() if file not in UNMEASURED]
-        stored = {file: json.loads(read(STORE / f"{Path(file).stem}.json") or "{}") for file in measured}
-        todo = [file for file, found in stored.items() if fresh or found.get("stamp") != stamp(file)]
+        test_files = [file for file in all_test_files() if file not in UNMEASURED]
+        stored = {file: json.loads(read(STORE / f"{Path(file).stem}.json") or "{}") for file in test_files}
+        todo = [file for file, results in stored.items() if fresh or results.get("stamp") != stamp(file)]
         print(f"measuring which tests run which lines: {len(todo)} of {len(stored)} test files", flush=True)
         for file, result in forks.run((file, {}, partial(record, file)) for file in todo):
             if result.verdict != "passed":
@@ -104,26 +105,26 @@ class Coverage:
             lines = stored[file]["lines"]
             stored[file]["sources"] = {source: keep(text) for source, text in self.texts.items() if source in lines}
             (STORE / f"{Path(file).stem}.json").write_text(json.dumps(stored[file]), encoding="utf-8")
-        for found in stored.values():
-            self.add(**found)
+        for results in stored.values():
+            self.add(**results)
 
     def add(self, tests, fixtures, lines, sources, stamp):
         users = defaultdict(set)
-        for test, about in tests.items():
-            if about["failed"]:
-                print(f"warning: {test} fails without any mutant, so it is not used", flush=True)
+        for test, result in tests.items():
+            if result["failed"]:
+                print(f"warning: {test} fails without a mutant, so it is not used", flush=True)
                 continue
-            self.seconds[test] = about["seconds"] + sum(fixtures.get(name, 0) for name in about["fixtures"])
-            for name in (test, *about["fixtures"]):
+            self.seconds[test] = result["seconds"] + sum(fixtures.get(name, 0) for name in result["fixtures"])
+            for name in (test, *result["fixtures"]):
                 users[name].add(test)
         for file in lines.keys() & self.texts.keys():
-            place = places(sources[file], self.texts[file])
+            numbers = new_line_numbers(sources[file], self.texts[file])
             for line, names in lines[file].items():
-                if int(line) in place:
-                    self.lines[file][place[int(line)]].update(*(users[name] for name in names))
+                if int(line) in numbers:
+                    self.lines[file][numbers[int(line)]].update(*(users[name] for name in names))
 
     def select(self, mutant):
-        """The tests that may catch a mutant."""
+        """Return the tests that may catch a mutant."""
         here = self.lines[mutant.file]
         tests = set().union(*(here[line] for line in mutant.lines))
         if mutant.function and not tests:
@@ -131,16 +132,16 @@ class Coverage:
         if not mutant.function:
             pattern = re.compile(rf"\b({'|'.join(mutant.names) or '(?!)'})\b")
             for file, text in self.texts.items():
-                found = [i for i, line in enumerate(text.splitlines(), 1) if pattern.search(line)]
-                tests.update(*(self.lines[file][line] for line in found))
-            using = set().union(*here.values())
-            tests.update(sorted(using, key=lambda test: (self.seconds[test], test))[:30])
-            tests |= {test for test in using if f"/test_{Path(mutant.file).stem}.py::" in test}
+                numbers = [i for i, line in enumerate(text.splitlines(), 1) if pattern.search(line)]
+                tests.update(*(self.lines[file][number] for number in numbers))
+            users = set().union(*here.values())
+            tests.update(sorted(users, key=lambda test: (self.seconds[test], test))[:30])
+            tests |= {test for test in users if f"/test_{Path(mutant.file).stem}.py::" in test}
         return tests
 
 
 def keep(text):
-    """Store a text under its hash; returns that."""
+    """Store a text under its hash; return the hash."""
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     (STORE / "sources").mkdir(parents=True, exist_ok=True)
     (STORE / "sources" / name).write_text(text, encoding="utf-8")
@@ -148,8 +149,8 @@ def keep(text):
 
 
 @cache
-def places(name, text):
-    """{line of a text stored under this name: the same line's number in a newer text}."""
+def new_line_numbers(name, text):
+    """Return {number of a line in the stored text: number of the same line in a newer text}."""
     old, new = read(STORE / "sources" / name).splitlines(), text.splitlines()
     blocks = difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks()
     return {block.a + i + 1: block.b + i + 1 for block in blocks for i in range(block.size)}
@@ -160,9 +161,8 @@ def read(path):
 
 
 def source_files():
-    found = [path for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern)]
-    found = [path.relative_to(ROOT) for path in found if not path.parent.name.startswith(".")]
-    return sorted(str(path) for path in found if path.parts[0] != "tests")
+    paths = [path.relative_to(ROOT) for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern)]
+    return sorted(str(path) for path in paths if path.parts[0] != "tests" and not path.parts[0].startswith("."))
 
 
 def all_test_files():
@@ -171,7 +171,7 @@ def all_test_files():
 
 @cache
 def stamp(*files):
-    """A hash of these files and of what the tests share."""
+    """Return a hash of these files and of the modules that tests share."""
     shared = [path for path in sorted((ROOT / "tests").glob("*.py")) if not path.match("test_*.py")]
     texts = [path.read_bytes() for path in [*shared, *(ROOT / file for file in files)]]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
