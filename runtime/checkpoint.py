@@ -298,7 +298,7 @@ class Checkpoints:
             raise BadInput(f"{folder} was saved by another version of this project and cannot be resumed")
         old, new = state["inputs"], self.inputs
         if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
-            hashes = ", ".join(f"{name} ({old.get(name, '-')} then, {new.get(name, '-')} now)" for name in changed)
+            hashes = ", ".join(f"{name} ({old.get(name) or '-'} then, {new.get(name) or '-'} now)" for name in changed)
             if not self.cfg.force:
                 raise BadInput(f"{folder} was made with different inputs: {hashes}. --force resumes anyway")
             print(f"warning: resuming with different inputs: {hashes}", file=sys.stderr)

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import re
+import runpy
 import shutil
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, message, reviews_csv, write_bert
+from conftest import ROOT, TEXTS, message, reviews_csv, write_bert
+from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 
 import reward
 from config import EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig
-from data import EOS, encode, load_splits
+from data import EOS, Reviews, encode, load_splits
 from ppo import rollout
 from reward import (
     PROBES,
@@ -26,6 +29,7 @@ from reward import (
     calibration_error,
     check_reward,
     length_batches,
+    load_judge,
     load_reward,
     log_odds,
     open_classifier,
@@ -33,8 +37,11 @@ from reward import (
     tokenize,
     training_texts,
 )
-from runtime.checkpoint import fingerprint
+from runtime import cli
+from runtime.checkpoint import fingerprint, read_json
 from runtime.errors import BadInput
+from runtime.hub import load_tokenizer
+from runtime.optimizer import warm_up_and_decay
 
 PAIR = ["A good film.", "A bad film, and a long one."]
 MIXED = ["Good.", *TEXTS[:4], "A film " * 30, "x", "Bad."]  # lengths in no order
@@ -123,12 +130,28 @@ def test_labels_that_do_not_say_which_is_positive_are_refused(tmp_path, labels, 
 
 @pytest.mark.parametrize("name", ["lvwerra/bert-imdb", "lvwerra/bert-imdb@main"])
 def test_the_label_of_a_known_model_without_label_names_is_known(name):
-    """And a name beats it: a folder of somebody's own that is called so has POSITIVE first."""
+    """It is not needed where a version of the model names its labels."""
     assert reward.positive_index({0: "LABEL_0", 1: "LABEL_1"}, "", name) == 1
-    assert reward.positive_index({0: "POSITIVE", 1: "LABEL_1"}, "", name) == 0
+    assert reward.positive_index({0: "POSITIVE", 1: "NEGATIVE"}, "", name) == 0
     assert reward.positive_index({0: "LABEL_0", 1: "LABEL_1"}, "LABEL_0", name) == 0
     with pytest.raises(BadInput, match="LABEL_0"):
         reward.positive_index({0: "LABEL_0", 1: "LABEL_1"}, "", "someone/bert-imdb")
+
+
+def test_the_refusal_of_labels_says_what_was_looked_for_and_which_flag_names_it():
+    labels = {0: "LABEL_0", 1: "LABEL_1"}
+    with pytest.raises(
+        BadInput, match=r"not exactly one is 'positive' or 'pos': name the positive one by --positive_label$"
+    ):
+        reward.positive_index(labels, "", "m")
+    with pytest.raises(BadInput, match=r"not exactly one is 'good': name the positive one by --judge_positive_label$"):
+        reward.positive_index(labels, "good", "m", "judge_positive_label")
+
+
+def test_a_positive_label_behind_the_last_logit_is_refused():
+    """Numbers from 1 on in config.json: the logits have no column 2."""
+    with pytest.raises(BadInput, match="not exactly one"):
+        reward.positive_index({1: "NEGATIVE", 2: "POSITIVE"}, "", "m")
 
 
 @pytest.mark.parametrize("cls", [PPOConfig, EvaluateConfig, GenerateConfig])
@@ -147,6 +170,16 @@ def test_reward_and_judge_have_a_positive_label_each(cls, tmp_path):
 
 def test_no_judge_is_loaded_where_none_is_named():
     assert reward.load_judge(PPOConfig(judge=""), "cpu") is None
+
+
+@pytest.mark.parametrize(("task", "cls"), [("positive", SentimentReward), ("controlled", ControlledReward)])
+def test_reward_and_judge_are_of_the_task_and_on_the_device_and_only_the_reward_is_of_the_kind(bert_folder, task, cls):
+    cfg = PPOConfig(reward=str(bert_folder), judge=str(bert_folder), task=task, reward_kind="probability")
+    loaded = {load(cfg, "meta"): kind for load, kind in ((load_reward, "probability"), (load_judge, "logit"))}
+    for classifier, kind in loaded.items():
+        assert (type(classifier), classifier.kind) == (cls, kind)
+        assert classifier.model.device == classifier.device == torch.device("meta")
+        assert classifier.batch_tokens > cls.load(str(bert_folder)).batch_tokens  # a CPU's have to fit its cache
 
 
 # ---- a user's function
@@ -170,7 +203,7 @@ def test_an_error_in_a_users_reward_is_one_line_with_its_name_and_place(tmp_path
     ("body", "named"),
     [
         ("import no_such_module\n", "ModuleNotFoundError while importing it, line 1: No module named 'no_such_module'"),
-        ("def f(texts:\n", "SyntaxError while importing it"),
+        ("def f(texts:\n", "SyntaxError while importing it: "),
         ("f = 1\n", "has no function 'f'"),
     ],
 )
@@ -184,8 +217,8 @@ def test_a_users_file_that_cannot_be_imported_is_one_line(tmp_path, body, named)
         ("None", "TypeError"),
         ("[None] * 2", "TypeError"),
         ("['a', 'b']", "ValueError"),
-        ("[[1.0], [2.0]]", "score: 2 texts need shape (2,), found (2, 1)"),
-        ("[1.0]", "found (1,)"),
+        ("[[1.0], [2.0]]", "score: 2 texts need shape (2,), not (2, 1)"),
+        ("[1.0]", "not (1,)"),
     ],
 )
 def test_a_users_reward_that_gives_no_number_for_each_text_is_one_line_with_its_name(tmp_path, value, named):
@@ -286,6 +319,42 @@ def test_a_batch_has_so_many_tokens_with_its_padding_and_texts_of_like_length(cl
     assert [tuple(shape) for shape in shapes] == [(1, 42), (1, 22), (4, 6), (1, 3)]
 
 
+def test_texts_of_one_length_are_read_in_their_order_on_every_cpu(classifier):
+    """numpy's default sort is not stable, and which order it leaves depends on the vector units of the CPU."""
+    read, words = [], ["this", "movie", "it", "was", "from", "start", "to"]
+    classifier.model.register_forward_pre_hook(
+        lambda _, args, inputs: read.extend(ids[ids != 0].tolist() for ids in inputs["input_ids"]), with_kwargs=True
+    )
+    texts = [" ".join([words[i % 7]] * (1 + i % 3)) for i in range(200)]
+    classifier(texts)
+    assert read == sorted(classifier.tokenizer(texts)["input_ids"], key=len, reverse=True)  # Python's sort is stable
+
+
+def test_a_classifier_that_is_not_told_a_kind_or_a_device_gives_logits_on_the_cpu(classifier):
+    for cls in (SentimentReward, ControlledReward):
+        made = cls(classifier.model, classifier.tokenizer, 1)
+        assert torch.equal(made(PAIR), classifier.logits(PAIR)[:, 1]) and made.device.type == "cpu"
+
+
+def test_a_classifier_that_is_stored_in_half_precision_is_read_in_fp32(tmp_path):
+    write_bert(tmp_path).half().save_pretrained(tmp_path)
+    assert SentimentReward.load(str(tmp_path)).model.dtype == torch.float32
+    assert open_classifier(str(tmp_path), dropout=0.0)[0].dtype == torch.float32
+
+
+def test_a_text_between_the_labels_is_not_positive(tmp_path):
+    """As in an argmax of equal logits, which gives NEGATIVE; for all who count positive texts the same."""
+    classifier = SentimentReward(write_bert(tmp_path), load_tokenizer(tmp_path), positive=1)
+    with torch.no_grad():
+        classifier.model.classifier.weight.zero_()
+        classifier.model.classifier.bias.zero_()
+    assert reward.scored(classifier, PAIR)[1].tolist() == [0, 0]
+    found = reward.report(classifier, Reviews(PAIR, np.array([1, 0])), RewardConfig())
+    assert found["reviews"]["accuracy"] == 0.5
+    found = reward.report(classifier, Reviews(PAIR, np.array([0, 0])), RewardConfig())
+    assert found["reviews"]["accuracy"] == found["short_texts"]["accuracy"] == 1
+
+
 def test_scoring_has_no_dropout_no_gradient_and_no_side_effect(tmp_path):
     model = write_bert(tmp_path, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, classifier_dropout=0.5)
     classifier = SentimentReward.load(str(tmp_path))
@@ -328,7 +397,10 @@ def test_a_tokenizer_without_a_limit_is_limited_by_the_positions_of_the_model(tm
     [
         (dict(model_type="bert", max_position_embeddings=512), 128, 128),
         (dict(model_type="bert", max_position_embeddings=512), 1e30, 512),
-        (dict(model_type="roberta", max_position_embeddings=514, pad_token_id=1), 1e30, 512),
+        *(
+            (dict(model_type=name, max_position_embeddings=514, pad_token_id=1), 1e30, 512)
+            for name in ("roberta", "xlm-roberta", "camembert")
+        ),
         (dict(model_type="xlnet"), 1024, 1024),
     ],
 )
@@ -460,8 +532,9 @@ class Stub(SentimentReward):
         return torch.tensor([self.gap / 2 if text in positive else -self.gap / 2 for text in texts])
 
 
-def test_a_classifier_that_tells_the_probe_sentences_apart_passes():
-    assert "5.0 log-odds apart" in check_reward(Stub(5.0))
+@pytest.mark.parametrize("gap", [1.1, 5.0])
+def test_a_classifier_that_tells_the_probe_sentences_apart_passes(gap):
+    assert f"{gap} log-odds apart" in check_reward(Stub(gap))
 
 
 @pytest.mark.parametrize("gap", [-5.0, 0.0, 0.9, float("nan")], ids=["swapped", "constant", "too little", "nan"])
@@ -482,7 +555,7 @@ def test_a_classifier_that_does_not_is_refused(gap):
     ids=["two columns", "one number", "one too few", "nan", "inf"],
 )
 def test_a_function_that_gives_no_finite_number_for_each_text_is_refused(values):
-    with pytest.raises(BadInput, match="score"):
+    with pytest.raises(BadInput, match="^score"):
         check_reward(values)
 
 
@@ -494,11 +567,16 @@ def test_a_function_may_reward_anything_and_return_a_list_or_an_array():
 def test_a_function_is_loaded_from_a_file_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def short(texts):\n    return [-len(t) for t in texts]\n")
     monkeypatch.chdir(tmp_path)
-    for file in ("mine.py", tmp_path / "mine.py"):
+    (tmp_path / "a:b").mkdir()
+    shutil.copy("mine.py", "a:b")
+    for file in ("mine.py", tmp_path / "mine.py", "a:b/mine.py"):
         assert load_reward(PPOConfig(reward=f"{file}:short"), "cpu")(["abc"]).tolist() == [-3]
 
 
-@pytest.mark.parametrize(("name", "named"), [("none.py:f", "no file none.py"), ("mine.py:f", "no function 'f'")])
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("none.py:f", "no file none.py"), ("mine.py:f", "no function 'f'"), ("mine.py:g", "no function 'g'")],
+)
 def test_a_function_that_is_not_there_is_named(tmp_path, monkeypatch, name, named):
     (tmp_path / "mine.py").write_text("f = 3\n")
     monkeypatch.chdir(tmp_path)
@@ -521,6 +599,17 @@ def test_a_crop_is_a_run_of_the_words_of_its_text():
     assert 0.35 < len(pairs) / len(LONG) < 0.6
     assert len({new.split()[0].split(".")[1] for new, _ in pairs}) > 10  # they start anywhere
     assert 0.4 < np.mean([old.startswith(new) for new, old in pairs]) < 0.65  # and half of them where prompts do
+
+
+def test_a_crop_may_start_at_every_word_and_has_no_fewer_words_than_the_shortest():
+    """Six words have two crops of five: the one at the beginning, and the one that ends with the text."""
+    cfg = replace(CFG, crop_share=1.0)
+    assert set(training_texts(["a b c d e f"] * 100, 0, cfg)) == {"a b c d e", "b c d e f"}
+
+
+def test_a_crop_keeps_the_spaces_and_line_breaks_within_it():
+    text = " ".join(f"w{i}\nx{i}  y{i}" for i in range(20))
+    assert all(crop in text for crop in training_texts([text] * 50, 0, replace(CFG, crop_share=1.0)))
 
 
 def test_without_crops_and_for_short_texts_the_texts_stay_as_they_are():
@@ -554,11 +643,292 @@ def test_batches_hold_texts_of_like_length_in_random_order_that_changes_by_epoch
     assert not all(np.array_equal(a, b) for a, b in zip(first, second))
 
 
+def test_texts_of_one_length_are_in_the_same_batches_on_every_cpu():
+    """numpy's default sort is not stable, and which order it leaves depends on the vector units of the CPU."""
+    lengths, key = np.arange(300) % 3, [0, 3, 0]
+    order = np.random.default_rng(key).permutation(300)
+    expected = sorted(order, key=lambda i: lengths[i])  # Python's sort is stable
+    expected = {tuple(expected[i : i + 8]) for i in range(0, 300, 8)}
+    assert {tuple(rows) for rows in length_batches(lengths, 8, key)} == expected
+
+
+def test_batches_of_many_texts_are_of_like_length_and_other_ones_in_each_epoch():
+    """All lengths are different: sorted as a whole, the texts would be in the same batches again and again."""
+    lengths = np.random.default_rng(0).permutation(1500)
+    first, second, again = (length_batches(lengths, 8, [0, 3, epoch]) for epoch in (0, 1, 0))
+    assert np.mean([np.ptp(lengths[rows]) for rows in first]) < 60
+    assert len({frozenset(rows) for rows in first} & {frozenset(rows) for rows in second}) < 10
+    assert all(map(np.array_equal, first, again))
+
+
+def test_errors_of_opposite_sign_cancel_within_one_of_ten_bins_and_not_between_two():
+    """By bins: .31 and .39 are off by .31 and -.61; 0 and 1 are in the first and in the last."""
+    probabilities = np.array([0.0, 0.15, 0.31, 0.39, 0.85, 0.95, 1.0])
+    labels = np.array([1, 0, 0, 1, 1, 1, 0])
+    by_bin = [1.0, 0.15, 0.61 - 0.31, 0.15, 1.0 - 0.05]
+    assert calibration_error(probabilities, labels) == pytest.approx(sum(by_bin) / 7, abs=1e-12)
+
+
+def test_the_report_counts_what_is_right_and_bins_the_log_odds_of_each_label():
+    """Two of four reviews are right; their first two words, which have other log-odds, are all right."""
+    odds = {"a  b c": 2.0, "c\nd e f": 1.0, "g h": -3.0, "i j k": -1.0, "a ": 1.0, "c\nd e": -2.0, "i j": 1.0}
+    classifier = SimpleNamespace(log_odds=lambda texts: torch.tensor([odds[text] for text in texts]))
+    reviews = Reviews(["a  b c", "c\nd e f", "g h", "i j k"], np.array([1, 0, 0, 1]))
+    found = reward.report(classifier, reviews, RewardConfig(short_words=2))
+    assert (found["reviews"]["accuracy"], found["short_texts"]["accuracy"]) == (0.5, 1.0)
+    p = 1 / (1 + np.exp(-np.array([2.0, 1, -3, -1])))
+    errors = [abs(p[0] - 1), p[1], p[2], abs(p[3] - 1)]  # each in a bin of its own
+    assert found["reviews"]["calibration_error"] == pytest.approx(np.mean(errors), abs=1e-6)
+    short = 1 / (1 + np.exp(-np.array([1.0, -2, -3, 1])))
+    edges = found["histogram"]["edges"]  # of the short texts: 1, -2, -3 and 1
+    assert len(edges) == 25 and (edges[0], edges[-1]) == (-3, 1)
+    bins = {name: np.flatnonzero(found["histogram"][name]).tolist() for name in ("negative", "positive")}
+    assert bins == {"negative": [0, 6], "positive": [23]} and sum(found["histogram"]["positive"]) == 2
+    errors = [2 * (1 - short[0]), short[1], short[2]]
+    assert found["short_texts"]["calibration_error"] == pytest.approx(sum(errors) / 4, abs=1e-6)
+
+
 def test_the_calibration_error_weighs_each_bin_by_its_texts():
     """Bin .9-1: three texts at .95 of which two are positive; bin .1-.2: one at .15, negative. 1 falls in the last."""
     error = calibration_error(np.array([0.95, 0.95, 0.95, 0.15]), np.array([1, 1, 0, 0]))
     assert error == pytest.approx(abs(0.95 - 2 / 3) * 3 / 4 + 0.15 / 4)
     assert calibration_error(np.array([1.0, 0.0]), np.array([1, 0])) == 0
+
+
+# ---- training: a few steps of a tiny classifier
+
+
+LABELS = ({0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1})
+
+
+def test_a_small_classifier_has_the_sizes_and_labels_that_are_asked_for():
+    cfg = RewardConfig(vocab_size=90, hidden_size=24, num_layers=3, num_heads=4, max_length=40, dropout=0.3)
+    model, tokenizer = reward.small_classifier(TEXTS, cfg)
+    c = model.config
+    assert (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.intermediate_size) == (24, 3, 4, 96)
+    assert (c.max_position_embeddings, c.hidden_dropout_prob, c.attention_probs_dropout_prob) == (40, 0.3, 0.3)
+    assert c.vocab_size == len(tokenizer) <= 90 and c.pad_token_id == tokenizer.pad_token_id
+    assert (c.id2label, c.label2id) == LABELS
+
+
+def test_an_opened_encoder_has_our_labels_and_the_dropout_that_is_asked_for(tmp_path):
+    write_bert(tmp_path, labels=("a", "b"), hidden_dropout_prob=0.4, attention_probs_dropout_prob=0.5)
+    c = open_classifier(str(tmp_path), dropout=0.3)[0].config
+    assert (c.hidden_dropout_prob, c.attention_probs_dropout_prob, c.id2label, c.label2id) == (0.3, 0.3, *LABELS)
+
+
+BRIEF = RewardConfig(
+    crop_share=0.5, min_crop_words=3, epochs=2.0, batch_size=6, lr=1e-3, save_every=1, save_share=1.0, keep=9,
+    report_to="none", seed=3,
+)  # fmt: skip
+BRIEF_REVIEWS = Reviews([f"{word} {text}" for word in "abcd" for text in TEXTS[:4]], np.arange(16) % 2)
+
+
+class Passes(list):
+    """What a model reads and gives in training, a dict for each of its forward passes."""
+
+    def __init__(self, model):
+        model.register_forward_hook(self.record, with_kwargs=True)
+
+    def record(self, model, args, inputs, outputs):
+        ids, logits = inputs["input_ids"], outputs.logits.detach()
+        self.append({"ids": ids, "logits": logits, "seed": torch.initial_seed(), "training": model.training})
+
+
+def brief_training(folder, out, name="reward", bf16=False, teacher=None, **changes):
+    """Train a classifier for six steps, three an epoch; returns (classifier, its passes, lines of its log)."""
+    classifier = SentimentReward(*open_classifier(str(folder), dropout=0.1), positive=1)
+    passes, cfg = Passes(classifier.model), replace(BRIEF, out=str(out), **changes)
+    reward.train(name, classifier, BRIEF_REVIEWS, cfg, bf16, teacher)
+    return classifier, passes, [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
+
+
+def test_each_line_of_the_log_is_of_the_logits_of_its_step(bert_folder, tmp_path):
+    """Loss and accuracy against the labels of the texts that were read, whole or cropped."""
+    classifier, passes, lines = brief_training(bert_folder, tmp_path)
+    assert [line["step"] for line in lines] == list(range(6)) and len(passes) == 6
+    for epoch in (0, 1):
+        texts = training_texts(BRIEF_REVIEWS.texts, epoch, BRIEF)
+        labels = {classifier.tokenizer.decode(ids): y for ids, y in zip(read_as(classifier, texts), [0, 1] * 8)}
+        for one, line in list(zip(passes, lines))[3 * epoch :][:3]:
+            y = torch.tensor([labels.pop(classifier.tokenizer.decode(ids[ids != 0])) for ids in one["ids"]])
+            assert line["loss"] == pytest.approx(torch.nn.functional.cross_entropy(one["logits"], y).item(), rel=1e-5)
+            assert line["accuracy"] == pytest.approx((one["logits"].argmax(1) == y).float().mean().item())
+        assert not labels  # each text once in an epoch
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * warm_up_and_decay(step, 6) for step in range(6)])
+    assert all(line["grad_norm"] > 0 and line["skipped_steps"] == 0 for line in lines)
+    assert all(one["training"] for one in passes) and not classifier.model.training
+
+
+def read_as(classifier, texts):
+    return tokenize(classifier.tokenizer, texts, classifier.max_length)["input_ids"]
+
+
+def test_a_gradient_that_is_not_finite_is_counted_in_the_log(bert_folder, tmp_path, monkeypatch):
+    norms = iter([1.0, float("nan"), float("nan"), 1.0, 1.0, 1.0])
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
+    lines = brief_training(bert_folder, tmp_path)[2]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 2, 2, 2]
+
+
+def test_reward_and_judge_read_in_another_order_and_have_other_dropout_at_each_step(bert_folder, tmp_path):
+    passes = {name: brief_training(bert_folder, tmp_path, name)[1] for name in ("reward", "judge")}
+    again = brief_training(bert_folder, tmp_path / "again")[1]
+    assert [one["ids"].tolist() for one in again] == [one["ids"].tolist() for one in passes["reward"]]
+    assert [one["ids"].tolist() for one in again] != [one["ids"].tolist() for one in passes["judge"]]
+    assert [one["seed"] for one in again] == [one["seed"] for one in passes["reward"]]
+    assert len({one["seed"] for some in passes.values() for one in some}) == 12
+
+
+def test_training_reads_no_more_tokens_than_the_classifier_and_stores_the_dtype_that_is_asked_for(
+    bert_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(reward, "token_limit", lambda *_: 8)
+    classifier, passes, _ = brief_training(bert_folder, tmp_path, save_dtype="fp16", epochs=1.0)
+    assert max(one["ids"].shape[1] for one in passes) == 8
+    stored, kept = load_file(tmp_path / "reward/model.safetensors"), classifier.model.state_dict()
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert all(torch.equal(kept[name], tensor.float()) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_the_forward_pass_is_in_bf16_only_where_that_is_asked_for(bert_folder, tmp_path, bf16, dtype):
+    passes = brief_training(bert_folder, tmp_path, bf16=bf16, epochs=0.1)[1]
+    assert [one["logits"].dtype for one in passes] == [dtype]
+
+
+def test_a_resumed_training_goes_on_behind_its_log_and_only_with_the_same_texts_tokenizer_and_teacher(
+    bert_folder, judge_folder, tmp_path
+):
+    student, teacher = (SentimentReward.load(str(folder)) for folder in (bert_folder, judge_folder))
+    inputs = {
+        "texts": fingerprint(*BRIEF_REVIEWS.texts),
+        "tokenizer": fingerprint(reward.tokenizer_text(student.tokenizer)),
+        "teacher": reward.reward_fingerprint(teacher),
+    }
+    _, passes, lines = brief_training(bert_folder, tmp_path, teacher=teacher)
+    assert read_json(tmp_path / "reward/checkpoints/00000005/state.json")["inputs"] == inputs
+    teacher = SentimentReward.load(str(judge_folder))  # anew: a tokenizer's text changes when it is first used
+    _, resumed, both = brief_training(bert_folder, tmp_path, teacher=teacher, resume=True)
+    assert len(resumed) == 1 and torch.equal(resumed[0]["logits"], passes[-1]["logits"])
+    untimed = [[{**line, "seconds": 0} for line in some] for some in (lines, both)]
+    assert untimed[0] == untimed[1]
+    with pytest.raises(BadInput, match="made with different inputs: teacher"):
+        brief_training(bert_folder, tmp_path, resume=True)
+
+
+def test_a_main_without_its_training_hands_over_and_writes_what_it_says(
+    bert_folder, judge_folder, tmp_path, monkeypatch, capsys
+):
+    """From an encoder without a head, over a judge of an earlier run; the columns have other names than usual."""
+    from transformers import AutoTokenizer, BertModel
+
+    BertModel.from_pretrained(bert_folder).save_pretrained(tmp_path / "encoder")
+    AutoTokenizer.from_pretrained(bert_folder).save_pretrained(tmp_path / "encoder")
+    rows = reviews_csv(tmp_path / "toy.csv", 200).read_text().replace("text,label", "what,mood", 1)
+    (tmp_path / "toy.csv").write_text(rows)
+    out, earlier = tmp_path / "out", tmp_path / "out/judge/results.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("{}")
+    cfg = RewardConfig(
+        dataset=str(tmp_path / "toy.csv"), text_column="what", label_column="mood", out=str(out), force=True,
+        init_from=str(tmp_path / "encoder"), teacher=str(judge_folder), dropout=0.3, short_words=3, eval_reviews=9,
+        device="cpu",
+    )  # fmt: skip
+    trained, estimates = {}, []
+
+    def train(name, classifier, reviews, cfg, bf16, teacher):
+        assert not (out / name / "results.json").exists() and (name == "judge" or not earlier.exists())
+        trained[name] = (classifier, reviews, teacher)
+        (out / name).mkdir(exist_ok=True)
+        with torch.no_grad():
+            classifier.model.classifier.bias[1] += 9
+        return 1.5
+
+    monkeypatch.setattr(reward, "train", train)
+    monkeypatch.setattr(reward, "time_on_cpu", lambda flops, *rest: estimates.append(rest) or {"time": "short"})
+    reward.main(cfg)
+    printed, splits = capsys.readouterr().out, load_splits(cfg.dataset, "what", "mood")
+    assert estimates == [(cfg, torch.device("cpu"))] * 2
+    assert not torch.equal(*(classifier.model.classifier.weight for classifier, *_ in trained.values()))
+    encoder = fingerprint(BertModel.from_pretrained(bert_folder))
+    assert {fingerprint(classifier.model.bert) for classifier, *_ in trained.values()} == {encoder}
+    for name, (classifier, reviews, teacher) in trained.items():
+        assert reviews.texts == splits[name].texts and classifier.model.config.hidden_dropout_prob == 0.3
+        assert reward.reward_fingerprint(teacher) == reward.reward_fingerprint(SentimentReward.load(cfg.teacher))
+        told = dict(re.findall(r"^  (\w+) +(.+)$", printed.partition(f"training the {name}\n")[2], re.M)[:6])
+        assert told == {
+            "from": cfg.init_from, "teacher": cfg.teacher, "reviews": f"{len(reviews.texts)} for training, 9 held out",
+            "device": "cpu", "config": cli.sources(cfg), "time": "short",
+        }  # fmt: skip
+        results = read_json(out / name / "results.json")
+        held_out = Reviews(splits["evaluation"].texts[:9], splits["evaluation"].labels[:9])
+        share = held_out.labels.mean()  # all are positive after this training
+        after = reward.report(classifier, held_out, cfg)
+        assert after["reviews"]["accuracy"] == after["short_texts"]["accuracy"] == share
+        assert results.pop("before").keys() == {"reviews", "short_texts"}
+        assert results == {
+            "data": fingerprint(*reviews.texts), "parameters": sum(p.numel() for p in classifier.model.parameters()),
+            "seconds": 1.5, "held_out": 9, "after": after,
+        }  # fmt: skip
+        for texts in ("reviews", "first 3 words"):
+            assert re.search(rf"^{name}, 9 held-out {texts}: .* {share:.1%} after; calibration error", printed, re.M)
+
+
+def test_without_a_teacher_the_sheet_says_that_the_labels_are_learned(bert_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reward, "train", lambda *_: sys.exit("no training here"))
+    with pytest.raises(SystemExit):
+        reward.main(
+            RewardConfig(
+                dataset=str(reviews_csv(tmp_path / "toy.csv", 200)), init_from=str(bert_folder), out=str(tmp_path),
+                eval_reviews=4, report_to="none",
+            )
+        )  # fmt: skip
+    assert re.search(r"^  teacher +none: the labels$", capsys.readouterr().out, re.M)
+
+
+def test_a_resumed_run_trains_what_is_not_finished_and_only_on_the_same_texts(
+    bert_folder, tmp_path, monkeypatch, capsys
+):
+    cfg = RewardConfig(
+        dataset=str(reviews_csv(tmp_path / "toy.csv", 200)), init_from=str(bert_folder), out=str(tmp_path / "out"),
+        eval_reviews=4, resume=True, force=True,
+    )  # fmt: skip
+    done, trained = tmp_path / "out/reward/results.json", []
+    done.parent.mkdir(parents=True)
+    (tmp_path / "out/judge").mkdir()
+    monkeypatch.setattr(reward, "train", lambda name, *_: trained.append(name))
+    monkeypatch.setattr(reward, "time_on_cpu", lambda *_: {})
+    done.write_text(json.dumps({"data": "of other texts"}))
+    assert "was trained on other texts" in message(reward.main, cfg)
+    done.write_text(json.dumps({"data": fingerprint(*load_splits(cfg.dataset)["reward"].texts)}))
+    reward.main(cfg)
+    assert trained == ["judge"] and "the reward is already trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["reward", "judge"])
+def test_a_run_of_which_one_half_is_finished_is_unfinished(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "results.json").write_text("{}")
+    cfg = RewardConfig(dataset="nowhere.csv", out=str(tmp_path))
+    (tmp_path / "run_config.json").write_text(json.dumps(vars(cfg)))
+    assert "contains an unfinished run" in message(reward.main, cfg)
+
+
+def test_a_folder_stands_for_the_reward_and_the_judge_in_it_or_twice_for_itself(tmp_path):
+    assert reward.each("bert") == {"reward": "bert", "judge": "bert"} and set(reward.each("").values()) == {""}
+    (tmp_path / "judge").mkdir()
+    assert reward.each(str(tmp_path)) == {name: f"{tmp_path}/{name}" for name in ("reward", "judge")}
+
+
+def test_the_script_runs_its_main_with_its_config(monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "run", lambda main, cls: started.append((main.__module__, main.__name__, cls)))
+    runpy.run_path(str(ROOT / "reward.py"), run_name="__main__")
+    assert started == [("__main__", "main", RewardConfig)]
+
+
+# ---- training: whole runs
 
 
 @pytest.fixture(scope="module")
@@ -587,7 +957,7 @@ def test_training_learns_the_toy_reviews(trained):
         results = json.loads((folder / name / "results.json").read_text())
         assert results["before"]["reviews"]["accuracy"] < 0.8
         assert results["after"]["reviews"]["accuracy"] > 0.9
-        assert results["after"]["short_texts"]["accuracy"] > 0.9
+        assert results["after"]["short_texts"]["accuracy"] > 0.8  # with other crops .875
         assert results["after"]["reviews"]["calibration_error"] < 0.2
         assert results["data"] == fingerprint(*learned[name])
         counts = results["after"]["histogram"]
@@ -725,6 +1095,18 @@ def test_code_beside_a_classifier_is_neither_run_nor_asked_about(bert_folder, tm
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     assert opens(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("opens", [SentimentReward.load, lambda name: open_classifier(name, dropout=0.0)])
+def test_a_classifier_that_needs_code_of_its_own_is_refused_without_asking(bert_folder, tmp_path, opens, monkeypatch):
+    """Where the terminal would answer yes: transformers asks unless it is told not to."""
+    folder = shutil.copytree(bert_folder, tmp_path / "model")
+    names = {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": names}))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    assert "cannot be read" in message(opens, str(folder))
     assert not (tmp_path / "ran").exists()
 
 
