@@ -1,4 +1,4 @@
-"""Fine-tuning: the order of the data, the targets, the learning rate, perplexity, and a run from start to end."""
+"""Fine-tuning: order of the data, targets, learning rate, perplexity, and whole runs."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def tiny(vocab_size=20, n_layer=1, dtype=torch.float64):
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size, n_positions=32, n_embd=32, n_layer=n_layer, n_head=2)).init_weights()
     with torch.no_grad():
-        model.wte.weight.mul_(10)  # so that tokens are not all equally likely
+        model.wte.weight.mul_(10)  # so that tokens are not equally likely
     return model.to(dtype)
 
 
@@ -42,7 +42,7 @@ def tiny(vocab_size=20, n_layer=1, dtype=torch.float64):
 
 
 def test_the_learning_rate_warms_up_linearly_and_ends_at_min_lr():
-    """The numbers of nanoGPT's schedule; wrong ones start at 0, or never reach min_lr."""
+    """As in nanoGPT. Detects schedules that start at 0 or do not reach min_lr."""
     cfg = FinetuneConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
     lr = [learning_rate(step, 100, cfg) for step in range(100)]
     assert lr[0] == pytest.approx(1 / 11)
@@ -53,8 +53,8 @@ def test_the_learning_rate_warms_up_linearly_and_ends_at_min_lr():
     assert learning_rate(0, 1, FinetuneConfig(warmup_steps=0)) == FinetuneConfig().lr  # a run of a single step
 
 
-def test_an_epoch_takes_every_block_once_in_an_order_that_epoch_and_seed_change():
-    """Catches windows drawn with replacement."""
+def test_an_epoch_has_every_block_once_in_an_order_that_depends_on_epoch_and_seed():
+    """Detects sampling with replacement."""
 
     def epochs(seed):
         return np.concatenate([block_order(step, 10, 4, 30, seed) for step in range(8)]).reshape(3, 10).tolist()
@@ -67,12 +67,12 @@ def test_an_epoch_takes_every_block_once_in_an_order_that_epoch_and_seed_change(
 
 
 @pytest.mark.parametrize(("blocks", "sizes"), [(10, [4, 4, 2]), (7, [4, 3]), (12, [4, 4, 4]), (5, [4, 1])])
-def test_the_last_step_holds_the_rest_of_the_epochs(blocks, sizes):
+def test_the_last_step_has_the_remaining_blocks(blocks, sizes):
     assert [len(block_order(step, 10, 4, blocks, seed=0)) for step in range(len(sizes))] == sizes
 
 
-def test_a_target_is_the_next_token_and_the_end_of_text_is_one():
-    """Shifted once, across the edge of a block too; catches pad == eos masking the end away."""
+def test_a_target_is_the_next_token_also_if_that_is_the_end_of_text():
+    """Shifted by one, also from block to block. Detects an end of text that is masked because it is the padding."""
     stream = np.array([5, 6, 0, 7, 8, 0, 9], dtype=np.int32)  # 0 ends a review
     x, y = blocks(stream, np.array([1, 0]), 3)
     assert x.tolist() == [[7, 8, 0], [5, 6, 0]]
@@ -84,19 +84,19 @@ def test_a_target_is_the_next_token_and_the_end_of_text_is_one():
 
 
 class Certain(torch.nn.Module):
-    """Gives token 0 all probability in a block of 18 and 1/e in any other: NLL 0 and 1 a token."""
+    """A model of token 0: probability 1 in a block of 18 and 1/e in other blocks, NLL 0 and 1 per token."""
 
     def __init__(self):
         super().__init__()
-        self.nothing = torch.nn.Parameter(torch.zeros(1))
+        self.unused = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
         p = torch.tensor([1.0, 0.0] if x.shape[1] == 18 else [1 / math.e, 1 - 1 / math.e])
         return p.log().clamp(min=-1e4).expand(*x.shape, 2)
 
 
-def test_perplexity_is_of_all_tokens_together_and_no_mean_of_batches():
-    """18 tokens at NLL 0 and 2 at 1: e^(2/20), where the mean of batches says e^.5. Bits per character likewise."""
+def test_perplexity_is_over_all_tokens_and_not_a_mean_over_batches():
+    """18 tokens with NLL 0 and 2 with NLL 1: e^(2/20); a mean over batches would give e^.5. Bits likewise."""
     perplexity, bits = validate(Certain(), np.zeros(20), 10, 18, 4, eos_id=0)
     assert perplexity == pytest.approx(math.exp(0.1), abs=1e-6)
     assert bits == pytest.approx(2 / LN2 / 10, abs=1e-6)
@@ -105,32 +105,32 @@ def test_perplexity_is_of_all_tokens_together_and_no_mean_of_batches():
 STREAM = np.random.default_rng(0).integers(0, 20, 45)  # five blocks of 8, and 5 tokens
 
 
-def test_validation_is_the_perplexity_worked_out_token_by_token():
-    """A token sees its block only; before the first one stands the end of text; the remainder counts."""
+def test_validation_equals_the_perplexity_computed_token_by_token():
+    """The context of a token is its block; <|endoftext|> precedes the first one; the incomplete block counts."""
     model, context, nll = tiny(), [3, *STREAM[:-1].tolist()], 0.0
     for i, target in enumerate(STREAM.tolist()):
-        seen = torch.tensor([context[i // 8 * 8 : i + 1]])
-        nll -= model(seen)[0, -1].log_softmax(-1)[target].item()
+        block = torch.tensor([context[i // 8 * 8 : i + 1]])
+        nll -= model(block)[0, -1].log_softmax(-1)[target].item()
     perplexity, bits = validate(model, STREAM, 100, 8, 2, eos_id=3)
     assert perplexity == pytest.approx(math.exp(nll / 45), rel=1e-9)
     assert bits == pytest.approx(nll / LN2 / 100, rel=1e-9)
 
 
 @pytest.mark.parametrize("block_size", [8, 9, 32])
-def test_the_batch_size_changes_no_perplexity(block_size):
+def test_the_perplexity_does_not_depend_on_the_batch_size(block_size):
     model = tiny(dtype=torch.float32)
-    found = [validate(model, STREAM, 100, block_size, batch_size, 0)[0] for batch_size in (1, 2, 3, 100)]
-    assert found == pytest.approx([found[0]] * 4, rel=1e-6)
+    perplexities = [validate(model, STREAM, 100, block_size, batch_size, 0)[0] for batch_size in (1, 2, 3, 100)]
+    assert perplexities == pytest.approx([perplexities[0]] * 4, rel=1e-6)
 
 
-def test_validation_leaves_the_model_as_it_was():
+def test_validation_does_not_change_the_model():
     model = tiny()
     before = [parameter.clone() for parameter in model.parameters()]
     assert validate(model, STREAM, 100, 8, 2, 0) == validate(model, STREAM, 100, 8, 2, 0)
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters()))
 
 
-def test_the_validation_stream_is_whole_reviews_up_to_the_wanted_length(tokenizer):
+def test_the_validation_stream_has_as_many_whole_reviews_as_needed(tokenizer):
     texts = ["A good film.", "A bad film.", "A great film.", "x"]
     lengths = [len(ids) + 1 for ids in encode(texts, tokenizer)]
     assert validation_texts(texts, tokenizer, 1) == texts[:1]
@@ -139,7 +139,7 @@ def test_the_validation_stream_is_whole_reviews_up_to_the_wanted_length(tokenize
     assert validation_texts(texts, tokenizer, 10_000) == texts
 
 
-# ---- learning
+# ---- training steps
 
 
 def gradients(micro_batch_size, rows):
@@ -152,14 +152,14 @@ def gradients(micro_batch_size, rows):
 
 @pytest.mark.parametrize("rows", [4, 3])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_the_micro_batch_size_changes_no_gradient(micro_batch_size, rows):
-    """Also in the last step of a run, whose batch has a row less: catches a mean of unequal means."""
-    for one, other in zip(gradients(micro_batch_size, rows), gradients(4, rows)):
-        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+def test_the_gradient_does_not_depend_on_the_micro_batch_size(micro_batch_size, rows):
+    """Also if the batch has a row less, as in the last step of a run: detects a mean of means of unequal parts."""
+    for gradient, expected in zip(gradients(micro_batch_size, rows), gradients(4, rows)):
+        torch.testing.assert_close(gradient, expected, atol=1e-10, rtol=0)
 
 
 def learn(model, x, y, steps):
-    """Full-batch steps of Adam with the project's own train_step; returns the last loss."""
+    """Train on the whole batch with Adam and train_step; return the last loss."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(steps):
         loss = train_step(model, x, y, FinetuneConfig(batch_size=len(x), micro_batch_size=len(x)))
@@ -168,20 +168,20 @@ def learn(model, x, y, steps):
     return loss.item()
 
 
-def test_eight_blocks_can_be_learnt_by_heart():
+def test_a_model_can_memorize_eight_blocks():
     stream = np.random.default_rng(0).integers(0, 20, 8 * 16 + 1)
     assert learn(tiny(n_layer=2, dtype=torch.float32), *blocks(stream, np.arange(8), 16), 120) < 0.1
 
 
-def test_a_model_of_reviews_of_three_tokens_learns_to_stop_after_three(tokenizer):
-    """Catches an end of text that is no target: such a model never stops."""
+def test_a_model_trained_on_reviews_of_three_tokens_stops_after_three(tokenizer):
+    """Detects an end of text that is not a target: such a model never stops."""
     words = [f"{a}{b}{c}" for a in "abc" for b in "def" for c in "ghi"]
     docs = [word for word, ids in zip(words, encode(words, tokenizer)) if len(ids) == 3]
     stream = pack(docs * 10, tokenizer)
     assert len(docs) > 10
     assert len(stream) == len(docs) * 10 * 4
     model = tiny(len(tokenizer), dtype=torch.float32)
-    n_blocks = (len(stream) - 1) // 15  # so that no place in a block is always the end
+    n_blocks = (len(stream) - 1) // 15  # so that the end is not always at the same place in a block
     learn(model, *blocks(stream, np.arange(n_blocks), 15), 100)
     end = tokenizer.eos_token_id
     ids = torch.tensor([[end, *encode([word], tokenizer)[0]] for word in docs])
@@ -195,7 +195,7 @@ def test_a_model_of_reviews_of_three_tokens_learns_to_stop_after_three(tokenizer
 
 @pytest.fixture(scope="module")
 def steppers():
-    """The steppers of the runs of this module that kept them."""
+    """The Stepper of scratch_run, in a list."""
     return []
 
 
@@ -216,7 +216,10 @@ def scratch_run(tmp_path_factory, steppers):
 
 
 def perplexity_of(name, cfg, load):
-    """The perplexity of a folder's model on the validation stream that a run with cfg has, and that stream."""
+    """Return (perplexity, bits per character) of a folder's model on the validation stream of a run with cfg.
+
+    load: a function like load_gpt2.
+    """
     folder, config, tokenizer = open_gpt2(str(name))
     texts = validation_texts(load_splits(cfg.dataset)["prompts"].texts, tokenizer, cfg.eval_tokens)
     stream, end = pack(texts, tokenizer), tokenizer.eos_token_id
@@ -226,19 +229,19 @@ def perplexity_of(name, cfg, load):
 def test_a_run_from_scratch_logs_every_step_and_the_validation_perplexity_falls(scratch_run):
     cfg, lines = scratch_run
     steps = lines[-1]["step"]
-    looks = {line["step"]: line["val_perplexity"] for line in lines if "val_perplexity" in line}
+    perplexities = {line["step"]: line["val_perplexity"] for line in lines if "val_perplexity" in line}
     assert [line["step"] for line in lines] == list(range(steps + 1))
-    assert list(looks) == sorted({*range(0, steps, 20), steps})
+    assert list(perplexities) == sorted({*range(0, steps, 20), steps})
     assert {"seconds", "tokens", "loss", "lr", "grad_norm", "skipped_steps"} <= set(lines[1])
     assert {"val_perplexity", "val_bits_per_character"} <= set(lines[0]) & set(lines[-1])
-    assert looks[0] == pytest.approx(400, rel=0.1)  # random weights: about the size of the vocabulary
-    assert looks[steps] < 0.2 * looks[0]
+    assert perplexities[0] == pytest.approx(400, rel=0.1)  # of random weights: about the size of the vocabulary
+    assert perplexities[steps] < 0.2 * perplexities[0]
     assert lines[3]["tokens"] == 3 * 8 * 32
     assert lines[0]["lr"] == pytest.approx(cfg.lr / 6)
     assert lines[steps - 1]["lr"] == pytest.approx(cfg.min_lr)
 
 
-def test_the_folder_holds_the_best_weights_and_the_config_of_the_run(scratch_run):
+def test_the_folder_has_the_best_weights_and_the_config_of_the_run(scratch_run):
     cfg, lines = scratch_run
     best = min(line["val_perplexity"] for line in lines if "val_perplexity" in line)
     saved = json.loads(open(f"{cfg.out}/run_config.json").read())
@@ -246,25 +249,25 @@ def test_the_folder_holds_the_best_weights_and_the_config_of_the_run(scratch_run
     assert {name: saved[name] for name in vars(cfg)} == json.loads(json.dumps(vars(cfg)))
 
 
-def test_a_run_takes_its_steps_with_the_constants_of_its_config(scratch_run, steppers):
-    """AdamW by itself has betas (.9, .999) and a decay of .01, of biases too; a rate that is only logged stays .01."""
+def test_the_optimizer_has_the_constants_of_the_config(scratch_run, steppers):
+    """AdamW's defaults are betas (.9, .999) and weight decay .01, also of biases. lr must change, not only its log."""
     cfg, _ = scratch_run
     (stepper,) = steppers
-    decayed, spared = stepper.optimizers[0].param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (cfg.weight_decay, 0)
-    assert decayed["betas"] == spared["betas"] == (cfg.beta1, cfg.beta2)
-    assert decayed["lr"] == spared["lr"] == pytest.approx(cfg.min_lr)  # after the last step
+    decayed, others = stepper.optimizers[0].param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (cfg.weight_decay, 0)
+    assert decayed["betas"] == others["betas"] == (cfg.beta1, cfg.beta2)
+    assert decayed["lr"] == others["lr"] == pytest.approx(cfg.min_lr)  # after the last step
     assert stepper.grad_clip == cfg.grad_clip
 
 
-def test_a_run_learns_from_the_reviews_of_the_two_classifiers_alone(scratch_run):
-    """By the hash that it wrote down: of what gives prompts or is held out nothing may be known by heart."""
+def test_a_run_is_trained_only_on_the_reviews_of_the_two_classifiers(scratch_run):
+    """According to the hash in its results: not on reviews that give prompts or are held out."""
     cfg, _ = scratch_run
-    told = json.loads((Path(cfg.out) / "results.json").read_text())
-    assert told["data"] == fingerprint(*language_model_texts(load_splits(cfg.dataset)))
+    results = json.loads((Path(cfg.out) / "results.json").read_text())
+    assert results["data"] == fingerprint(*language_model_texts(load_splits(cfg.dataset)))
 
 
-def test_transformers_opens_the_folder_and_finds_the_same_perplexity(scratch_run):
+def test_transformers_opens_the_folder_and_computes_the_same_perplexity(scratch_run):
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
     def load(folder, *_):
@@ -273,13 +276,13 @@ def test_transformers_opens_the_folder_and_finds_the_same_perplexity(scratch_run
         return model
 
     cfg, _ = scratch_run
-    here, there = (perplexity_of(cfg.out, cfg, loader) for loader in (load_gpt2, load))
-    assert there == pytest.approx(here, rel=1e-5)
+    ours, theirs = (perplexity_of(cfg.out, cfg, loader) for loader in (load_gpt2, load))
+    assert theirs == pytest.approx(ours, rel=1e-5)
     assert AutoTokenizer.from_pretrained(cfg.out).eos_token == "<|endoftext|>"
 
 
 def test_a_run_from_a_folder_starts_at_the_perplexity_of_that_model(gpt2_folder, tmp_path):
-    """Catches weights that were read wrongly, or not at all."""
+    """Detects weights that are read wrongly, or not at all."""
     cfg = FinetuneConfig(
         dataset=str(reviews_csv(tmp_path / "toy.csv")), init_from=str(gpt2_folder), out="out", block_size=40,
         batch_size=4, micro_batch_size=4, epochs=0.05, eval_tokens=500, report_to="none",
@@ -291,23 +294,23 @@ def test_a_run_from_a_folder_starts_at_the_perplexity_of_that_model(gpt2_folder,
     assert first["val_bits_per_character"] == pytest.approx(bits, rel=1e-6)
 
 
-# ---- a run that is stopped goes on
+# ---- resuming
 
 
 class Killed(Exception):
-    """What a test stops a run with, where kill -9 would."""
+    """Raised by a test to end a run as kill -9 would."""
 
 
 def lines_of(out):
-    """log.jsonl without what a clock wrote."""
+    """Return the lines of log.jsonl without the times."""
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
 @pytest.fixture(scope="module", params=["adamw", "muon"])
-def unbroken(tmp_path_factory, request):
-    """(config, folder) of a run of 10 steps over the border of an epoch, with checkpoints, that nothing stopped."""
-    folder = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(tmp_path_factory, request):
+    """(config, folder) of a run of 10 steps, more than an epoch, with checkpoints."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     cfg = FinetuneConfig(
         dataset=str(reviews_csv(folder / "toy.csv", rows=120)), init_from="scratch", out=str(folder / "out"),
         vocab_size=400, n_layer=1, n_head=2, n_embd=32, n_positions=32, block_size=32, batch_size=8,
@@ -321,71 +324,72 @@ def unbroken(tmp_path_factory, request):
 
 
 @pytest.mark.parametrize("killed_in", [4, 7])
-def test_a_run_that_was_killed_and_goes_on_equals_the_unbroken_one_to_the_bit(
-    unbroken, killed_in, monkeypatch, tmp_path
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
+    uninterrupted, killed_in, monkeypatch, tmp_path
 ):
-    """Catches a moment of the optimizer, a counter, the best perplexity or the place in the data left behind."""
-    cfg, folder = unbroken
+    """Detects a moment of the optimizer, a counter, the best perplexity or a place in the data that is not restored."""
+    cfg, folder = uninterrupted
     monkeypatch.chdir(folder)
-    broken, step = replace(cfg, out=str(tmp_path / "out")), finetune_gpt2.train_step
+    resumed, step = replace(cfg, out=str(tmp_path / "out")), finetune_gpt2.train_step
 
-    def dies(*args, taken=[]):  # noqa: B006, the count of calls
-        taken.append(1)
-        if len(taken) > killed_in:
+    def die(*args, calls=[]):  # noqa: B006, counts the calls
+        calls.append(1)
+        if len(calls) > killed_in:
             raise Killed
         return step(*args)
 
-    monkeypatch.setattr(finetune_gpt2, "train_step", dies)
+    monkeypatch.setattr(finetune_gpt2, "train_step", die)
     with pytest.raises(Killed):
-        finetune_gpt2.main(broken)
+        finetune_gpt2.main(resumed)
     monkeypatch.setattr(finetune_gpt2, "train_step", step)
-    assert latest_checkpoint(broken.out).name == f"{killed_in // 3 * 3:08d}"
-    with pytest.raises(BadInput, match="holds an unfinished run: --resume resumes it"):
-        finetune_gpt2.main(broken)
-    finetune_gpt2.main(replace(broken, resume=True))
-    assert lines_of(broken.out) == lines_of(cfg.out) and len(lines_of(cfg.out)) > 8
+    assert latest_checkpoint(resumed.out).name == f"{killed_in // 3 * 3:08d}"
+    with pytest.raises(BadInput, match="unfinished run: --resume resumes it"):
+        finetune_gpt2.main(resumed)
+    finetune_gpt2.main(replace(resumed, resume=True))
+    assert lines_of(resumed.out) == lines_of(cfg.out) and len(lines_of(cfg.out)) > 8
     assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "out/model.safetensors").read_bytes()
-    assert latest_checkpoint(broken.out) is None  # the run is whole: nothing to go on from
+    assert latest_checkpoint(resumed.out) is None  # the run is finished
 
 
-def test_resume_where_there_is_nothing_to_resume_starts_the_run(unbroken, monkeypatch, tmp_path):
-    cfg, folder = unbroken
+def test_resume_without_a_checkpoint_starts_the_run(uninterrupted, monkeypatch, tmp_path):
+    cfg, folder = uninterrupted
     monkeypatch.chdir(folder)
     finetune_gpt2.main(replace(cfg, out=str(tmp_path / "out"), resume=True))
     assert lines_of(tmp_path / "out") == lines_of(cfg.out)
 
 
-def test_a_finished_run_is_not_resumed_and_stays_as_it_is(unbroken, monkeypatch):
-    """A restart loop would train it anew, over the weights that are there."""
-    cfg, folder = unbroken
+def test_a_finished_run_is_not_resumed_and_does_not_change(uninterrupted, monkeypatch):
+    """Otherwise a script that restarts runs would train it again and replace its weights."""
+    cfg, folder = uninterrupted
     monkeypatch.chdir(folder)
     weights = (folder / "out/model.safetensors").read_bytes()
-    with pytest.raises(BadInput, match="holds a finished run"):
+    with pytest.raises(BadInput, match="a finished run"):
         finetune_gpt2.main(replace(cfg, resume=True))
     assert (folder / "out/model.safetensors").read_bytes() == weights
 
 
-def test_a_run_is_not_resumed_on_other_reviews(unbroken, monkeypatch, tmp_path):
-    """Weights would meet other token ids without a word."""
-    cfg, folder = unbroken
+def test_a_run_is_not_resumed_on_other_reviews(uninterrupted, monkeypatch, tmp_path):
+    """Otherwise the meaning of token ids would change without a warning. The vocabularies have the same size."""
     monkeypatch.chdir(tmp_path)
-    cfg, taken = replace(cfg, dataset=str(reviews_csv(tmp_path / "toy.csv", rows=120)), out="out"), []
+    dataset, calls = str(reviews_csv(tmp_path / "toy.csv", rows=120)), []
+    cfg = replace(uninterrupted[0], dataset=dataset, out="out", vocab_size=300)
+    save = checkpoint.save_checkpoint
 
-    def dies(*args):
-        taken.append(args)
+    def save_and_die(*args):
+        save(*args)
+        calls.append(args)
         raise Killed
 
-    save = checkpoint.save_checkpoint
-    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *args: save(*args) or dies(*args))
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_and_die)
     with pytest.raises(Killed):
         finetune_gpt2.main(cfg)
     reviews_csv(tmp_path / "toy.csv", rows=124)
-    with pytest.raises(BadInput, match="00000003 was made with another content of: texts"):
+    with pytest.raises(BadInput, match="00000003 was made with different inputs: texts"):
         finetune_gpt2.main(replace(cfg, resume=True))
-    assert len(taken) == 1
+    assert len(calls) == 1
 
 
-def test_a_new_run_leaves_no_figures_of_the_weights_before(tmp_path):
+def test_a_new_run_deletes_the_figures_of_earlier_weights(tmp_path):
     cfg = FinetuneConfig(out=str(tmp_path), report_to="none")
     results = ("results.json", "viewer.json", "samples.md", "example_results.png", "learning_curves.png", "report.html")
     for name in (*results, "config.json"):
@@ -396,16 +400,16 @@ def test_a_new_run_leaves_no_figures_of_the_weights_before(tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["", "the last line", "everything", "the file"])
-def test_a_log_that_a_crash_left_short_or_torn_goes_on_without_a_step_twice(tmp_path, lost):
-    """The checkpoint is on the disk for certain, the end of the log is not."""
+def test_after_a_crash_the_log_is_continued_without_repeated_steps(tmp_path, lost):
+    """A checkpoint is flushed to the disk, the end of the log may be missing or incomplete."""
     cfg, file = FinetuneConfig(out=str(tmp_path), report_to="none"), tmp_path / "log.jsonl"
     log = RunLog(cfg)
     for step in range(5):
         log.write(step, loss=1.0)
     log.close()
     save_checkpoint(tmp_path, tiny(), [], {"step": 3})
-    whole = file.read_text()
-    kept = {"": whole, "the last line": whole[:-10], "everything": "", "the file": None}[lost]
+    text = file.read_text()
+    kept = {"": text, "the last line": text[:-10], "everything": "", "the file": None}[lost]
     file.unlink() if kept is None else file.write_text(kept)
     log = RunLog(cfg, first_step=3)
     for step in range(3, 6):
@@ -415,50 +419,53 @@ def test_a_log_that_a_crash_left_short_or_torn_goes_on_without_a_step_twice(tmp_
     assert latest_checkpoint(tmp_path).name == "00000003"
 
 
-def test_a_weight_too_large_for_16_bits_is_refused_and_the_old_weights_stay(tokenizer, tmp_path):
+def test_a_weight_too_large_for_16_bits_is_refused_and_the_old_file_is_kept(tokenizer, tmp_path):
     model = tiny()
     save_gpt2(model, tokenizer, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     with torch.no_grad():
         model.ln_f.weight[0] = 7e4
-    with pytest.raises(BadInput, match=r"ln_f\.weight holds a number that is not finite in torch\.float16"):
+    with pytest.raises(BadInput, match=r"ln_f\.weight .* not finite in torch\.float16"):
         save_gpt2(model, tokenizer, tmp_path, dtype=torch.float16)
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-def test_the_latest_two_checkpoints_are_kept_and_one_that_was_cut_short_is_none(tmp_path):
+def test_the_latest_two_checkpoints_are_kept_and_an_incomplete_one_is_ignored(tmp_path):
     model = tiny()
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (3, 6, 9):
-        save_checkpoint(tmp_path, model, [optimizer], {"step": step, "inputs": {"texts": "a"}, "best": [1.5, 2.0]})
+        save_checkpoint(tmp_path, model, [optimizer], {"step": step, "inputs": {"texts": "a"}})
     (tmp_path / "checkpoints/.saving-x/checkpoint").mkdir(parents=True)
     assert [f.name for f in sorted((tmp_path / "checkpoints").glob("[0-9]*"))] == ["00000006", "00000009"]
-    assert load_checkpoint(latest_checkpoint(tmp_path), tiny(), [optimizer], {"texts": "a"})["best"] == [1.5, 2.0]
+    state = load_checkpoint(latest_checkpoint(tmp_path), tiny(), [optimizer])
+    assert state == {"step": 9, "inputs": {"texts": "a"}}
 
 
-def test_weights_stored_in_16_bits_are_the_trained_ones_rounded(unbroken):
-    """The folder says so, half the bytes are there, and the perplexity is that of the run."""
-    cfg, _ = unbroken
+def test_weights_saved_in_16_bits_are_the_rounded_weights_of_the_run(uninterrupted):
+    """config.json has this dtype, the tensors have it, and the perplexity is that of the run."""
+    cfg, _ = uninterrupted
     best = min(line["val_perplexity"] for line in lines_of(cfg.out) if "val_perplexity" in line)
     assert json.loads((Path(cfg.out) / "config.json").read_text())["dtype"] == "float16"
     assert {tensor.dtype for _, tensor in read_tensors(cfg.out)} == {torch.float16}
     assert perplexity_of(cfg.out, cfg, load_gpt2)[0] == pytest.approx(best, rel=1e-3)
 
 
-def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_all_else(unbroken, monkeypatch):
-    cfg, folder = unbroken
+def test_muon_optimizes_the_matrices_of_the_blocks_and_adamw_the_other_parameters(uninterrupted, monkeypatch):
+    cfg, folder = uninterrupted
     monkeypatch.chdir(folder)
-    seen = {}
+    parameters = {}
 
-    def stop(model, optimizers, grad_clip):
+    def stop(model, optimizers, *args):
         names = {id(p): name for name, p in model.named_parameters()}
-        seen.update({type(o).__name__: [names[id(p)] for g in o.param_groups for p in g["params"]] for o in optimizers})
-        seen["all"] = list(names.values())
+        parameters["all"] = list(names.values())
+        for optimizer in optimizers:
+            ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+            parameters[type(optimizer).__name__] = [names[i] for i in ids]
         raise Killed
 
     monkeypatch.setattr(finetune_gpt2, "Stepper", stop)
     with pytest.raises(Killed):
         finetune_gpt2.main(replace(cfg, out="elsewhere"))
     matrices = [f"h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
-    assert seen.get("Muon", []) == (matrices if cfg.optimizer == "muon" else [])
-    assert sorted(seen["AdamW"] + seen.get("Muon", [])) == sorted(seen["all"])
+    assert parameters.get("Muon", []) == (matrices if cfg.optimizer == "muon" else [])
+    assert sorted(parameters["AdamW"] + parameters.get("Muon", [])) == sorted(parameters["all"])
