@@ -91,9 +91,6 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
                 "group_advantages(scores.to(kl.dtype), cfg)",
             ),
         ],
-        "test_ppo::test_no_tensor_of_a_rollout_requires_grad": [
-            ("a compiled rollout keeps its autograd graph", "ranks.gather(x.detach())", "ranks.gather(x)"),
-        ],
         "test_ppo::test_score_clip_applies_to_the_score_and_not_to_the_kl": [
             (
                 "the score clip is applied to the sum of score and KL penalty",
@@ -143,6 +140,9 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
                 'random_generator("cpu", cfg.seed, step)',
                 'random_generator("cpu", cfg.seed)',
             ),
+        ],
+        "test_compile::test_a_compiled_rollout_keeps_the_autograd_graph_of_one_micro_batch_at_a_time": [
+            ("a rollout keeps the autograd graphs of all its episodes", "ranks.gather(x.detach())", "ranks.gather(x)"),
         ],
         "test_compile::test_the_first_ratio_is_1_when_every_graph_rounds_differently": [
             (
