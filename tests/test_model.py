@@ -248,7 +248,7 @@ def test_with_a_non_empty_cache_only_one_token_at_a_time_is_accepted():
 def test_a_row_is_padded_with_eos_after_its_first_one_and_no_other_token_changes():
     """Responses from the same random numbers, once with an eos_id and once without one."""
     gpt2, prompts, eos = small_gpt2(), random_ids(16, 3), 7
-    prompts[:, 1] = eos  # in a prompt it ends nothing
+    prompts[:, 1] = eos  # in the prompt it does not end the response
     padded, unpadded = (
         gpt2.generate(prompts, 20, 1.0, eos_id, generator=random_generator("cpu", 3))[:, 3:] for eos_id in (eos, -1)
     )
@@ -276,7 +276,7 @@ def test_decoding_computes_each_token_once():
 
 
 def test_the_backward_pass_of_token_logprobs_needs_one_tensor_of_the_size_of_the_logits():
-    """Autograd would need five: the zeros of gather, a softmax, products and sums."""
+    """With autograd's own backward pass, there are three such tensors at a time."""
     logits, ids = torch.randn(4, 6, 30, dtype=torch.float64, requires_grad=True), random_ids(4, 6)
     logprobs = token_logprobs(logits, ids)
     with LogitsMemory(30) as backward:
@@ -466,7 +466,7 @@ def test_exact_kl_computes_logits_one_row_at_a_time():
 
 
 def test_bf16_rounds_the_trunk_but_not_the_logits():
-    """GPT-2's logits are near -100, where bf16 has steps of 0.5: rounding them costs 0.1 nats per token."""
+    """GPT-2's logits are near -100, where bf16 has steps of 0.5: rounded, they change log-probabilities by 0.1 nats."""
     exact = small_gpt2(n_embd=64)
     with torch.no_grad():  # one dimension of the hidden state adds -100 to every logit
         exact.wte.weight[:, 0] = -10
