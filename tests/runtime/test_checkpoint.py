@@ -247,7 +247,7 @@ def test_a_new_run_deletes_the_files_of_an_earlier_run_in_its_folder_alone(tmp_p
 
 @pytest.fixture
 def cfg(tmp_path):
-    """A config whose `out` holds a run of it."""
+    """A config whose `out` contains a run with it."""
     cfg = FinetuneConfig(out=str(tmp_path), lr=1e-4)
     (tmp_path / RUN_CONFIG).write_text(json.dumps(asdict(cfg)))
     return cfg
