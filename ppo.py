@@ -57,7 +57,7 @@ def response_mask(responses, eos_id):
 def token_rewards(scores, kl, mask, kl_coef):
     """Distribute R(x, y) of Ziegler et al. 2019, Eq. 2, over the tokens: -kl_coef * kl on each, the score on the last.
 
-    scores: (B,). kl: (B, T), log-probability minus that of the reference, nats (k1). Returns (B, T), 0 outside the mask.
+    scores: (B,). kl: (B, T), log-probability minus that of the reference, nats. Returns (B, T), 0 outside the mask.
     """
     last = mask.sum(1, keepdim=True) - 1  # (B, 1)
     return (-kl_coef * kl).where(mask, 0).scatter_add(1, last, scores[:, None])

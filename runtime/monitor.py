@@ -69,7 +69,7 @@ def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
         "kl_stderr": responses.std(unbiased=False) / len(responses) ** 0.5,
         "kl_k3": ((-kl).exp() - 1 + kl).sum(1).mean(),
         "kl_exact": exact.mean(),
-        "entropy": -batch.logprobs[mask].mean(),  # nats a token, of the policy's own samples: unbiased
+        "entropy": -batch.logprobs[mask].mean(),  # nats per token, of the policy's own samples: unbiased
         "explained_variance": 1
         - (returns - batch.values[mask]).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8),
         "response_length": mask.sum(1).float().mean(),
