@@ -1,4 +1,4 @@
-"""What the tests share: tiny models in Hugging Face's format, written by transformers with random weights."""
+"""Fixtures and helpers: tiny models in Hugging Face's format, written by transformers with random weights."""
 
 import os
 import tempfile
@@ -37,12 +37,12 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A byte-level BPE of 300 tokens at most; its end-of-text token is 0."""
+    """A byte-level BPE of at most 300 tokens; its end-of-text token is 0."""
     return train_bpe(TEXTS, 300)
 
 
 def hf_gpt2(vocab_size, **changes):
-    """transformers' GPT-2 in float64, weights times 3 and random biases, so that no difference hides."""
+    """Return transformers' GPT-2 in float64, with larger weights and random biases, so that differences show."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = dict(vocab_size=vocab_size, n_positions=48, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
@@ -56,7 +56,7 @@ def hf_gpt2(vocab_size, **changes):
 
 @pytest.fixture(scope="session")
 def gpt2_folder(tmp_path_factory, tokenizer):
-    """A folder of a tiny GPT-2 as transformers writes it, float32."""
+    """A folder of a tiny GPT-2 in float32, saved by transformers."""
     folder = tmp_path_factory.mktemp("gpt2")
     hf_gpt2(len(tokenizer)).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -64,7 +64,7 @@ def gpt2_folder(tmp_path_factory, tokenizer):
 
 
 def write_tuned(gpt2_folder, folder, seed=0):
-    """Write a policy into folder that differs from the one in gpt2_folder in a bias, another one for each seed."""
+    """Write a policy that differs from the one in gpt2_folder in a random bias; return its folder."""
     from runtime.hub import load_policy, open_gpt2, save_gpt2
 
     path, config, tokenizer = open_gpt2(str(gpt2_folder))
@@ -77,9 +77,9 @@ def write_tuned(gpt2_folder, folder, seed=0):
 
 
 def write_bert(folder, labels=("NEGATIVE", "POSITIVE"), seed=0, **changes):
-    """Write a tiny BERT classifier with these labels and a WordPiece tokenizer into folder; returns the model.
+    """Write a tiny BERT classifier with these labels and a WordPiece tokenizer; return the model.
 
-    seed: of its weights. A reward and a judge need two, else no test can tell one from the other.
+    seed: of its weights. Tests need different ones for reward and judge to tell them apart.
     """
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -99,7 +99,7 @@ def write_bert(folder, labels=("NEGATIVE", "POSITIVE"), seed=0, **changes):
 
 
 def write_opinion(folder, texts, seed):
-    """Write a tiny classifier that finds half of these texts positive; which half depends on the seed."""
+    """Write a tiny classifier that finds half of the texts positive, another half for each seed; return its folder."""
     from reward import SentimentReward
 
     model = write_bert(folder, seed=seed)
@@ -121,14 +121,14 @@ def bert_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def judge_folder(tmp_path_factory):
-    """A second classifier, of another opinion than the one in bert_folder."""
+    """A second classifier, with other weights than the one in bert_folder."""
     folder = tmp_path_factory.mktemp("judge")
     write_bert(folder, seed=1)
     return folder
 
 
 def reviews_csv(path, rows=400):
-    """A CSV of short labelled reviews, all different, both labels in every split."""
+    """Write a CSV of short labelled reviews, all different, with both labels in every split; return its path."""
     words = ["good", "great", "lovely"], ["bad", "awful", "dull"]
     lines = ["text,label"]
     for i in range(rows):
@@ -141,7 +141,7 @@ def reviews_csv(path, rows=400):
 
 
 class LogitsMemory(TorchDispatchMode):
-    """Numbers in tensors of logits, of a vocabulary's width, inside the block: `largest` of one, `most` at a time."""
+    """Sizes of tensors of logits (..., vocabulary) inside the block: the largest one, and the most at a time."""
 
     def __init__(self, vocabulary):
         super().__init__()
@@ -149,8 +149,8 @@ class LogitsMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        found = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.shape[-1:] == (self.vocabulary,)]
-        self.alive = [ref for ref in self.alive if ref() is not None] + [weakref.ref(tensor) for tensor in found]
+        logits = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.shape[-1:] == (self.vocabulary,)]
+        self.alive = [ref for ref in self.alive if ref() is not None] + [weakref.ref(tensor) for tensor in logits]
         tensors = [tensor for ref in self.alive if (tensor := ref()) is not None]
         storages = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in tensors}
         self.largest = max([self.largest, *storages.values()])
@@ -159,13 +159,13 @@ class LogitsMemory(TorchDispatchMode):
 
 
 def nan_after_the_end(logits, ids, first, eos_id):
-    """What GPT2.forward(ids, first) returns, (B, T, V), with nan where it predicts a token after the first eos_id."""
+    """Return logits (B, T, V) of GPT2.forward(ids, first) with nan for tokens after the first eos_id of a row."""
     ended = (ids[:, first + 1 :] == eos_id).cumsum(1) > 0  # (B, T - 1)
     return logits.masked_fill(F.pad(ended, (1, 0))[..., None], torch.nan)
 
 
 def message(function, *args, **kwargs):
-    """The one line of the BadInput that a call raises."""
+    """Return the message, one line, of the BadInput that a call raises."""
     with pytest.raises(BadInput) as caught:
         function(*args, **kwargs)
     text = str(caught.value)

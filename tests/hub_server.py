@@ -5,13 +5,12 @@
         subprocess.run(command, env=hub.environment(cache))
         hub.sent                      # ["openai-community/gpt2/config.json", ...]
 
-It answers what huggingface_hub 2.4 and datasets 5.2 ask for: repository information, the list of files in pages, HEAD
-and GET of a file with its ETag, commit and ranges. As on the real hub, an old name such as "gpt2" is redirected to
-"openai-community/gpt2", and a large file to another host. Not served: the Xet protocol, which the real hub offers for
-large files besides plain HTTP.
+It serves the requests of huggingface_hub 2.4 and datasets 5.2: repository information, the paged list of files, and
+HEAD and GET of a file with ETag, commit and ranges. As on the real hub, an old name such as "gpt2" is redirected to
+"openai-community/gpt2", and a large file to another host. The Xet protocol for large files is not supported.
 
-The models have the file lists of their pages on the hub in 2024 and 2025; the dataset's is from memory. The files that
-the project reads have tiny weights, the others a few bytes: no script may download those.
+The models have the file lists of their pages on the hub in 2024 and 2025; that of the dataset is from memory. The files
+that the project reads have tiny weights. The others have a few bytes: no script may download them.
 """
 
 import hashlib
@@ -38,7 +37,7 @@ DUMMY = b"a file that no script needs\n"
 class Request(NamedTuple):
     method: str
     path: str
-    status: int  # 0: no answer
+    status: int  # 0: no response
 
 
 class Revision:
@@ -50,7 +49,7 @@ class Revision:
         self.commit = self.commit.hexdigest()
 
     def entry(self, path):
-        """A file as the listing describes it."""
+        """Return the entry of a file in the listing."""
         data = self.files[path]
         entry = {"type": "file", "oid": hashlib.sha1(data).hexdigest(), "size": len(data), "path": path}
         if path.endswith(LARGE):
@@ -66,11 +65,11 @@ class Revision:
 class Hub:
     """The server, running inside a `with` block.
 
-    repositories: {(kind, name): {path: bytes}}, kind "models" or "datasets". requests: the Request of each answer.
-    sent: paths of the files that were sent whole, "owner/name/file", with "datasets/" before a dataset's.
-    failures: {name: failure} by repository, by "owner/name/file" for one file, or "" for everything. A failure is an
-    HTTP status, "close" (the connection ends without an answer) or "hang" (no answer until the server stops).
-    broken: files, by their path inside a repository, whose next download ends half-way, once.
+    repositories: {(kind, name): {path: bytes}}, kind "models" or "datasets". requests: a Request per response.
+    sent: paths of the files that were sent completely, "owner/name/file", for a dataset after "datasets/".
+    failures: {name: failure} for a repository, "owner/name/file" for one file, or "" for everything. A failure is an
+    HTTP status, "close" (the connection is closed without a response) or "hang" (no response until the server stops).
+    broken: paths inside a repository whose next download is interrupted, once.
     """
 
     def __init__(self, repositories):
@@ -95,7 +94,7 @@ class Hub:
         return f"http://127.0.0.1:{self.port}"
 
     def environment(self, home, **changes):
-        """The environment variables of a process that uses this hub, with `home` as its home and cache folder."""
+        """Return the environment of a process that uses this hub, with `home` as its home and cache folder."""
         dropped = ("HF_", "HUGGINGFACE", "TRANSFORMERS_", "XDG_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
         own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
@@ -106,7 +105,7 @@ class Hub:
         self.revisions[kind, name][revision] = Revision(files)
 
     def find(self, kind, name, revision):
-        """The Revision with this branch, tag or commit; None if there is none."""
+        """Return the Revision with this branch, tag or commit, or None."""
         revisions = self.revisions[kind, name]
         return revisions.get(revision) or next((r for r in revisions.values() if r.commit == revision), None)
 
@@ -124,22 +123,22 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
     def do_HEAD(self):
-        self.answer()
+        self.respond()
 
     def do_GET(self):
-        self.answer()
+        self.respond()
 
     def do_POST(self):
-        self.answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+        self.respond(self.rfile.read(int(self.headers.get("Content-Length", 0))))
 
-    def answer(self, body=b""):
+    def respond(self, body=b""):
         path = unquote(urlsplit(self.path).path).strip("/")
         if blob := self.BLOB.fullmatch(path):
             return self.send_file(*blob.groups())
-        found = self.API.fullmatch(path) or self.FILE.fullmatch(path)
-        if not found:
+        match = self.API.fullmatch(path) or self.FILE.fullmatch(path)
+        if not match:
             return self.send(404)
-        kind, name, what, revision, rest = found.groups()
+        kind, name, request, revision, rest = match.groups()
         kind = "datasets" if (kind or "").startswith("datasets") else "models"
         new_name = RENAMED.get(name, name)
         for key in (f"{new_name}/{rest}", new_name, ""):
@@ -148,15 +147,15 @@ class Handler(BaseHTTPRequestHandler):
         if new_name != name:
             return self.send(307, Location=self.path.replace(f"/{name}", f"/{new_name}", 1))
         if (kind, name) not in self.hub.revisions:
-            return self.fail(401)  # as the real hub answers a client without a token
+            return self.fail(401)  # like the real hub to a client without a token
         snapshot = self.hub.find(kind, name, revision or "main")
         if snapshot is None:
             return self.send_error_code(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        if what == "resolve":
+        if request == "resolve":
             return self.resolve(kind, name, snapshot, rest)
-        if what == "tree":
+        if request == "tree":
             return self.tree(snapshot, rest or "")
-        if what == "paths-info":
+        if request == "paths-info":
             paths = json.loads(body)["paths"]
             return self.send_json([snapshot.entry(path) for path in paths if path in snapshot.files])
         facts = {"_id": "0", "id": name, "sha": snapshot.commit, "private": False, "gated": False, "disabled": False}
@@ -164,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.send_json(facts | {"siblings": [{"rfilename": path} for path in sorted(snapshot.files)]})
 
     def tree(self, snapshot, folder):
-        """The files below a folder, PAGE of them, and a link to the next page."""
+        """Send a page of the files in a folder, with a link to the next page."""
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         entries = [e for e in snapshot.listing() if e["path"].startswith(f"{folder}/" if folder else "")]
@@ -178,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json(entries[start:end], **link)
 
     def resolve(self, kind, name, snapshot, path):
-        """A file: a small one itself, for a large one the way to another host (the same server, as "localhost")."""
+        """Send a small file, or redirect to another host for a large one (the same server, as "localhost")."""
         headers = {"X-Repo-Commit": snapshot.commit}
         if path not in snapshot.files:
             return self.send_error_code(404, "EntryNotFound", "Entry not found", **headers)
@@ -190,11 +189,11 @@ class Handler(BaseHTTPRequestHandler):
         return self.send_file(kind, name, snapshot.commit, path, **headers, ETag=f'"{entry["oid"]}"')
 
     def send_file(self, kind, name, commit, path, **headers):
-        """A file, or the range of it that the request names."""
+        """Send a file, or the requested range of it."""
         data = self.hub.find(kind, name, commit).files[path]
         status, size = 200, len(data)
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, end = int(asked[1]), min(int(asked[2] or size), size - 1)
+        if byte_range := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(byte_range[1]), min(int(byte_range[2] or size), size - 1)
             data, status = data[start : end + 1], 206
             headers["Content-Range"] = f"bytes {start}-{end}/{size}"
         end = None
@@ -227,7 +226,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(failure, b"<html>an error page</html>", **{"Content-Type": "text/html"})
 
     def send(self, status, body=b"", end=None, **headers):
-        """Send an answer; with `end` only so many bytes of its body, and then close the connection."""
+        """Send a response; with `end`, only that many bytes of its body, and close the connection."""
         self.hub.requests.append(Request(self.command, self.path, status))
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(body))}).items():
@@ -255,7 +254,7 @@ WORDS = NEUTRAL.split()
 
 
 def review(rng, label, words):
-    """A text of about so many words, a fifth of which say its label (0 negative, 1 positive)."""
+    """Return a text of `words` words, a fifth of which show its label (0 negative, 1 positive)."""
     chosen = [MOODS[label][rng.integers(len(MOODS[label]))] if rng.random() < 0.2 else
               WORDS[rng.integers(len(WORDS))] for _ in range(words)]  # fmt: skip
     chosen[rng.integers(min(12, words))] = MOODS[label][rng.integers(len(MOODS[label]))]
@@ -264,7 +263,7 @@ def review(rng, label, words):
 
 
 def reviews(rng, size, labels=(0, 1)):
-    """(texts, labels) sorted by label as IMDB is; most texts have 20 to 40 words, one in ten up to 200."""
+    """Return (texts, labels) sorted by label, like IMDB; most texts have 20 to 40 words, one in ten up to 200."""
     rows = {}
     while len(rows) < size:
         label = labels[len(rows) * len(labels) // size]
@@ -273,7 +272,7 @@ def reviews(rng, size, labels=(0, 1)):
 
 
 def write_repositories():
-    """{(kind, name): {path: bytes}} of the repositories that preset gpt2 names. Trains classifiers, for seconds."""
+    """Return the repositories of preset gpt2, {(kind, name): {path: bytes}}; trains classifiers for seconds."""
     rng = np.random.default_rng(0)
     texts, labels = reviews(rng, 200)
     return {
@@ -300,7 +299,10 @@ def as_safetensors(state):
 
 
 def gpt2_files():
-    """GPT-2's vocabulary, one block of width 16; tensor names without "transformer.", and a causal mask among them."""
+    """Return a GPT-2 with its real vocabulary and one block of width 16.
+
+    As on the hub, tensor names do not start with "transformer.", and there is a causal mask among them.
+    """
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -350,7 +352,7 @@ BERT = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermed
 
 
 def wordpiece(texts):
-    """A cased WordPiece of these texts."""
+    """Return a cased WordPiece trained on these texts."""
     from tokenizers import BertWordPieceTokenizer
 
     wordpiece = BertWordPieceTokenizer(lowercase=False, strip_accents=False)
@@ -364,7 +366,7 @@ def vocab_txt(wordpiece):
 
 
 def bert_base_files(texts):
-    """A masked language model with the heads of pretraining; the LayerNorms have TensorFlow's names, gamma and beta."""
+    """Return a masked language model with the heads of pretraining; LayerNorms have gamma and beta as in TensorFlow."""
     import torch
     from transformers import BertConfig, BertForPreTraining
 
@@ -403,7 +405,7 @@ def bert_base_files(texts):
 
 
 def bert_imdb_files(texts, labels):
-    """A classifier of 2020: no names of labels, no safetensors, a pickle of torch before 1.6, no tokenizer.json."""
+    """Return a classifier of 2020: labels without names, weights pickled by torch before 1.6, no tokenizer.json."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -444,7 +446,7 @@ def bert_imdb_files(texts, labels):
 
 
 def roberta_files(texts, labels):
-    """A RoBERTa with the labels NEGATIVE and POSITIVE; 514 positions, 512 of them for tokens; no tokenizer.json."""
+    """Return a RoBERTa with the labels NEGATIVE and POSITIVE, 514 positions for 512 tokens, and no tokenizer.json."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import RobertaConfig, RobertaForSequenceClassification
@@ -492,7 +494,7 @@ def roberta_files(texts, labels):
 
 
 def probes():
-    """(texts, labels) of the self-check in reward.py."""
+    """Return (texts, labels) of the self-check in reward.py."""
     from reward import PROBES
 
     return [text for pair in PROBES for text in pair], [1, 0] * len(PROBES)
@@ -521,7 +523,7 @@ def train_sentiment(model, encode, texts, labels, pad, steps=60):
 
 
 def imdb_files(rng):
-    """The three parts as Parquet files with the label a ClassLabel, -1 in the unlabelled part; the card says where."""
+    """Return Parquet files of three parts, with a ClassLabel that is -1 if unlabelled, and their card."""
     parts = {"train": reviews(rng, 1800), "test": reviews(rng, 200), "unsupervised": reviews(rng, 100)}
     parts["unsupervised"] = parts["unsupervised"][0], [-1] * 100
     files = {f"plain_text/{name}-00000-of-00001.parquet": as_parquet(*rows) for name, rows in parts.items()}

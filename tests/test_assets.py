@@ -1,4 +1,4 @@
-"""The models in asset/mini: they load everywhere, are as good as their cards say, and saw no held-out review."""
+"""The models in asset/mini: their size, their cards, their quality, and the reviews that they were trained on."""
 
 import json
 
@@ -14,8 +14,8 @@ from runtime.checkpoint import fingerprint
 from runtime.hub import load_gpt2, open_gpt2, read_tensors
 
 MINI = ROOT / "asset" / "mini"
-MOST = {"gpt2": 20e6, "reward": 8e6, "judge": 8e6}  # bytes of a folder
-every_model = pytest.mark.parametrize("name", MOST)
+LIMITS = {"gpt2": 20e6, "reward": 8e6, "judge": 8e6}  # bytes of a folder
+every_model = pytest.mark.parametrize("name", LIMITS)
 every_classifier = pytest.mark.parametrize("name", ["reward", "judge"])
 
 
@@ -30,40 +30,40 @@ def splits():
 
 @every_model
 def test_a_folder_is_small_and_in_16_bits(name):
-    assert sum(file.stat().st_size for file in (MINI / name).iterdir()) < MOST[name]
+    assert sum(file.stat().st_size for file in (MINI / name).iterdir()) < LIMITS[name]
     assert {tensor.dtype for _, tensor in read_tensors(MINI / name)} == {torch.float16}
 
 
 @every_model
-def test_a_card_tells_the_figures_of_its_results(name):
-    """Catches a card that was not written anew with the model."""
-    card, told = (MINI / name / "README.md").read_text(), results(name)
-    after = told["after"]
-    figures = [told["data"], f"{told['parameters']:,}"]
+def test_a_card_has_the_numbers_of_its_results(name):
+    """Detects a card that was not updated with the model."""
+    card, values = (MINI / name / "README.md").read_text(), results(name)
+    after = values["after"]
+    numbers = [values["data"], f"{values['parameters']:,}"]
     if name == "gpt2":
-        figures += [f"{told['tokens']:,}", f"{after['perplexity']:.1f}", f"{after['bits_per_character']:.3f}"]
+        numbers += [f"{values['tokens']:,}", f"{after['perplexity']:.1f}", f"{after['bits_per_character']:.3f}"]
     else:
-        accuracies = [after[what]["accuracy"] for what in ("reviews", "short_texts")]
-        figures += [f"{100 * accuracy:.1f} %" for accuracy in accuracies]
-    assert [figure for figure in figures if figure not in card] == []
+        accuracies = [after[part]["accuracy"] for part in ("reviews", "short_texts")]
+        numbers += [f"{100 * accuracy:.1f} %" for accuracy in accuracies]
+    assert [number for number in numbers if number not in card] == []
 
 
 def test_no_review_of_the_evaluation_or_of_the_prompts_was_trained_on(splits):
-    """By the hash of the data that each run wrote down, not by what we believe it read."""
-    learned = {
+    """According to the hash of the data in the results of each run."""
+    trained = {
         "gpt2": language_model_texts(splits),
         "reward": splits["reward"].texts,
         "judge": splits["judge"].texts,
     }
     held_out = {key(text) for name in ("evaluation", "prompts") for text in splits[name].texts}
-    for name, texts in learned.items():
+    for name, texts in trained.items():
         assert results(name)["data"] == fingerprint(*texts)
         assert held_out and not held_out & {key(text) for text in texts}
-    assert not {key(text) for text in learned["reward"]} & {key(text) for text in learned["judge"]}
+    assert not {key(text) for text in trained["reward"]} & {key(text) for text in trained["judge"]}
 
 
-def test_the_gpt2_has_the_bits_per_character_of_its_card_and_transformers_finds_the_same(splits):
-    """On the first 20,000 tokens of the validation stream, which are not all of it: within 3 %."""
+def test_gpt2_has_the_bits_per_character_of_its_card_and_the_logits_of_transformers(splits):
+    """On the first 20,000 tokens of the validation stream, within 3 %."""
     from transformers import AutoModelForCausalLM
 
     folder, config, tokenizer = open_gpt2(str(MINI / "gpt2"))
@@ -80,8 +80,8 @@ def test_the_gpt2_has_the_bits_per_character_of_its_card_and_transformers_finds_
 
 
 @every_classifier
-def test_a_classifier_is_as_accurate_as_its_card_says_by_our_code_and_by_transformers(splits, name):
-    """On 400 held-out reviews, whole and short: within three standard errors, 5 and 7 points."""
+def test_a_classifier_has_the_accuracy_of_its_card_and_the_probabilities_of_transformers(splits, name):
+    """On 400 held-out reviews, whole and short, within three standard errors: 5 and 7 percentage points."""
     from transformers import pipeline
 
     classifier = SentimentReward.load(str(MINI / name))
@@ -90,14 +90,14 @@ def test_a_classifier_is_as_accurate_as_its_card_says_by_our_code_and_by_transfo
     short = [" ".join(text.split(" ")[:words]) for text in texts]
     after = results(name)["after"]
     assert after["reviews"]["accuracy"] >= 0.85 and after["short_texts"]["accuracy"] >= 0.74
-    for what, within, asked in (("reviews", 0.05, texts), ("short_texts", 0.07, short)):
-        found = np.mean((classifier.log_odds(asked) > 0).numpy() == labels)
-        assert found == pytest.approx(after[what]["accuracy"], abs=within)
+    for part, tolerance, part_texts in (("reviews", 0.05, texts), ("short_texts", 0.07, short)):
+        accuracy = np.mean((classifier.log_odds(part_texts) > 0).numpy() == labels)
+        assert accuracy == pytest.approx(after[part]["accuracy"], abs=tolerance)
     theirs = pipeline("text-classification", model=str(MINI / name), dtype=torch.float32, device="cpu")
     probabilities = [row["score"] if row["label"] == "POSITIVE" else 1 - row["score"] for row in theirs(short[:20])]
     np.testing.assert_allclose(classifier.log_odds(short[:20]).sigmoid(), probabilities, atol=1e-4)
 
 
 @every_classifier
-def test_a_classifier_passes_the_check_that_ppo_makes_of_it(name):
+def test_a_classifier_passes_the_self_check_of_ppo(name):
     assert "log-odds apart" in check_reward(SentimentReward.load(str(MINI / name)))

@@ -1,4 +1,4 @@
-"""The commands of preset gpt2 with their defaults, with the real hub client against a hub on this machine."""
+"""The commands of preset gpt2 with their defaults, with the real hub client and a hub server on this machine."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from runtime.hub import locate
 
 GPT2, IMDB = "openai-community/gpt2", "stanfordnlp/imdb"
 BERT_IMDB, SIEBERT = "lvwerra/bert-imdb", "siebert/sentiment-roberta-large-english"
-STAGES = {  # in this order; the flags only make a stage short
+STAGES = {  # in this order; the flags only make them shorter
     "finetune_gpt2.py": "--epochs 0.02 --eval_tokens 2000",
     "reward.py": "--epochs 1",
     "ppo.py": "--steps 1",
@@ -43,7 +43,7 @@ def repositories():
 
 
 def run(command, hub, home, folder, stdin="", **environment):
-    """Run a script in a folder with its cache in `home`; returns its subprocess.CompletedProcess, with seconds."""
+    """Run a script in a folder with its cache in `home`; return its CompletedProcess with an attribute `seconds`."""
     script, *flags = command.split()
     start = time.monotonic()
     done = subprocess.run(
@@ -60,7 +60,7 @@ def run(command, hub, home, folder, stdin="", **environment):
 
 
 def error_line(done):
-    """The one line on stderr of a script that refused its input, progress bars aside."""
+    """Return the only line on stderr, besides progress bars, of a script that ended with BadInput."""
     lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and "it/s]" not in line]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
@@ -71,7 +71,7 @@ def error_line(done):
 
 
 class Run:
-    """The five commands, one after the other: their processes, and the files and requests that the hub had by then."""
+    """The five commands in order: their processes, and the files and requests of the hub."""
 
     def __init__(self, hub, home, folder):
         self.hub, self.home, self.folder, self.done, self.requests = hub, home, folder, {}, {}
@@ -82,11 +82,11 @@ class Run:
         self.sent = list(hub.sent)
 
     def revisions(self, out):
-        """The commits of a run folder, {name: commit}."""
+        """Return the commits in the config of a run, {name: commit}."""
         return json.loads((self.folder / out / "run_config.json").read_text())["revisions"]
 
     def commits(self, *names):
-        """What the hub has at these names, {name: commit}."""
+        """Return the commits on the hub, {name: commit}."""
         real = {"gpt2": GPT2, "bert-base-cased": "google-bert/bert-base-cased"}
         kinds = {name: "datasets" if name == IMDB else "models" for name in names}
         return {name: self.hub.find(kind, real.get(name, name), "main").commit for name, kind in kinds.items()}
@@ -104,14 +104,14 @@ def test_a_command_works_with_its_defaults(full_run, script):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_each_file_that_is_needed_is_downloaded_once_and_no_other(full_run):
-    """No TensorFlow, Flax, Rust, TFLite or ONNX file, and one format of the weights."""
+def test_only_the_needed_files_are_downloaded_each_once(full_run):
+    """No TensorFlow, Flax, Rust, TFLite or ONNX files, and only one format of the weights."""
     needed = [f"{name}/{file}" for name, files in NEEDED.items() for file in files.split()]
     assert sorted(full_run.sent) == sorted(needed)
 
 
-def test_models_that_are_in_the_cache_cause_no_request(full_run):
-    """generate.py reads the reward and the judge that earlier stages downloaded."""
+def test_models_in_the_cache_cause_no_requests(full_run):
+    """generate.py loads the reward and the judge that ppo.py downloaded."""
     assert full_run.requests["generate.py"] == []
 
 
@@ -123,7 +123,7 @@ def test_models_that_are_in_the_cache_cause_no_request(full_run):
         ("ppo_checkpoints/gpt2", [BERT_IMDB, SIEBERT, IMDB]),
     ],
 )
-def test_a_run_records_the_commits_of_what_it_read_from_the_hub(full_run, out, names):
+def test_a_run_records_the_commits_of_models_and_dataset_from_the_hub(full_run, out, names):
     assert full_run.revisions(out) == full_run.commits(*names)
 
 
@@ -132,13 +132,13 @@ def test_the_dataset_s_own_test_part_is_the_evaluation_split(full_run):
     assert results["held_out"] == 200
 
 
-def test_reward_and_judge_of_ppo_rank_the_probe_sentences_by_the_labels_found(full_run):
-    """LABEL_1 for lvwerra/bert-imdb, whose labels have no names, and POSITIVE for the judge."""
+def test_the_positive_labels_of_reward_and_judge_are_found(full_run):
+    """LABEL_1 for lvwerra/bert-imdb, whose labels have no names, and POSITIVE for the judge. By the probe sentences."""
     gaps = re.findall(r"probe sentences ([-\d.]+) log-odds apart", full_run.done["ppo.py"].stdout)
     assert len(gaps) == 2 and min(map(float, gaps)) > 1
 
 
-def test_all_scripts_have_the_same_judge_of_a_third_party():
+def test_all_scripts_have_the_same_judge_from_a_third_party():
     assert {PPOConfig().judge, EvaluateConfig().judge, GenerateConfig().judge} == {SIEBERT}
 
 
@@ -150,20 +150,20 @@ def test_generate_shows_a_score_and_the_judge_s_probability_for_both_models(full
 # ---- a full cache and no network
 
 
-def test_generate_gives_the_same_responses_when_it_is_offline(full_run):
+def test_generate_prints_the_same_responses_offline(full_run):
     done = run("generate.py", full_run.hub, full_run.home, full_run.folder, "The film was\n", HF_HUB_OFFLINE="1")
     assert done.stdout == full_run.done["generate.py"].stdout, done.stderr
     assert done.seconds < 30
 
 
-def test_evaluate_reads_dataset_and_models_when_the_hub_cannot_be_reached(full_run):
+def test_evaluate_reads_dataset_and_models_from_the_cache_if_the_hub_cannot_be_reached(full_run):
     flags = f"{STAGES['evaluate.py']} --force"
     done = run(f"evaluate.py {flags}", full_run.hub, full_run.home, full_run.folder, HF_ENDPOINT=NOWHERE)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.seconds < 60
 
 
-def test_ppo_takes_the_classifiers_that_reward_wrote_without_naming_their_labels(full_run):
+def test_ppo_needs_no_labels_for_the_classifiers_of_reward_py(full_run):
     """Without the self-check: a tiny encoder learns nothing in an epoch."""
     command = "ppo.py --reward reward_checkpoints/gpt2/reward --judge reward_checkpoints/gpt2/judge --self_check False"
     short = "--out own --steps 1 --batch_size 16 --minibatch_size 16"
@@ -176,16 +176,15 @@ def test_ppo_takes_the_classifiers_that_reward_wrote_without_naming_their_labels
 
 
 def download_as_transformers(hub, home):
-    """Put into the cache what AutoModel.from_pretrained("gpt2") leaves there: no tokenizer, no list of the files."""
+    """Fill the cache like AutoModel.from_pretrained("gpt2"): no tokenizer, no list of the files."""
     code = "from huggingface_hub import hf_hub_download as get; get('gpt2', 'config.json'); get('gpt2', '{}')"
     subprocess.run(
         [sys.executable, "-c", code.format("model.safetensors")], env=hub.environment(home), check=True, timeout=60
     )
 
 
-def test_a_cache_without_the_tokenizer_is_completed_from_the_hub_and_refused_without_one(repositories, tmp_path):
-    """The error of the first run names the tokenizer's files; that of the second is about a dataset that is not there,
-    which finetune_gpt2.py reads after the model."""
+def test_a_cache_without_the_tokenizer_is_completed_from_the_hub_and_refused_offline(repositories, tmp_path):
+    """The second run downloads the tokenizer, and ends because of its dataset, which is read after the model."""
     with Hub(repositories) as hub:
         download_as_transformers(hub, tmp_path)
         line = error_line(run("finetune_gpt2.py", hub, tmp_path, tmp_path, HF_HUB_OFFLINE="1"))
@@ -196,7 +195,7 @@ def test_a_cache_without_the_tokenizer_is_completed_from_the_hub_and_refused_wit
         assert set(hub.sent) == TOKENIZER and len(hub.sent) == len(TOKENIZER)
 
 
-# ---- a hub that refuses
+# ---- errors of the hub
 
 
 @pytest.mark.parametrize(
@@ -208,7 +207,7 @@ def test_a_cache_without_the_tokenizer_is_completed_from_the_hub_and_refused_wit
         ("reward.py", IMDB, 404, "404"),
     ],
 )
-def test_a_script_ends_within_seconds_and_with_one_line_when_the_hub_refuses(
+def test_a_script_ends_within_seconds_and_with_one_line_if_the_hub_fails(
     repositories, tmp_path, script, name, failure, reason
 ):
     with Hub(repositories) as hub:
@@ -224,7 +223,7 @@ def test_a_script_ends_within_seconds_and_with_one_line_when_the_hub_refuses(
 
 @pytest.fixture
 def client(repositories, tmp_path, monkeypatch):
-    """A hub, and this process as its client with an empty cache."""
+    """A hub server, with this process as its client with an empty cache."""
     monkeypatch.chdir(tmp_path)
     with Hub(repositories) as hub:
         url = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -247,7 +246,7 @@ def client(repositories, tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("load, name", [(locate, "gpt2"), (load_splits, IMDB)], ids=["model", "dataset"])
-def test_a_refusal_is_one_line_with_the_name_and_the_reason(client, load, name, failure, reason):
+def test_an_error_of_the_hub_is_one_line_with_the_name_and_the_reason(client, load, name, failure, reason):
     client.failures[""] = failure
     start = time.monotonic()
     text = message(load, name)
@@ -255,25 +254,25 @@ def test_a_refusal_is_one_line_with_the_name_and_the_reason(client, load, name, 
     assert repr(name) in text and reason in text and "--preset mini" in text
 
 
-def test_a_file_that_needs_accepted_terms_is_refused_with_what_to_do(client):
-    """A gated repository tells everybody its list of files."""
+def test_the_error_for_a_gated_file_tells_how_to_get_access(client):
+    """The list of files of a gated repository is public."""
     client.failures[f"{GPT2}/model.safetensors"] = 403
     text = message(locate, "gpt2")
     assert "'gpt2'" in text and "accept the terms" in text and "hf auth login" in text
 
 
-def test_a_name_that_the_hub_does_not_have_is_refused(client):
+def test_a_name_that_is_not_on_the_hub_is_refused(client):
     assert "'nobody/nothing'" in message(locate, "nobody/nothing")
     assert "'nobody/nothing'" in message(load_splits, "nobody/nothing")
 
 
-def test_a_download_that_breaks_off_is_completed(client, repositories):
+def test_an_interrupted_download_is_completed(client, repositories):
     client.broken.add("model.safetensors")
     weights = locate("gpt2") / "model.safetensors"
     assert weights.read_bytes() == repositories["models", GPT2]["model.safetensors"]
 
 
-def test_a_download_that_failed_half_way_is_completed_by_the_next_run(client):
+def test_a_download_that_failed_is_completed_by_the_next_run(client):
     client.failures[f"{GPT2}/model.safetensors"] = "close"
     assert "Server disconnected" in message(locate, "gpt2")
     client.failures.clear()
@@ -285,8 +284,8 @@ def test_a_download_that_failed_half_way_is_completed_by_the_next_run(client):
     assert client.sent == []
 
 
-def test_a_download_of_the_dataset_that_failed_half_way_is_completed_by_the_next_run(client):
-    """Else the evaluation split would be a part of the training reviews."""
+def test_a_download_of_the_dataset_that_failed_is_completed_by_the_next_run(client):
+    """Otherwise the evaluation split would be a part of the training reviews."""
     client.failures[f"{IMDB}/plain_text/test-00000-of-00001.parquet"] = "close"
     assert "Server disconnected" in message(load_splits, IMDB)
     client.failures.clear()
@@ -294,8 +293,8 @@ def test_a_download_of_the_dataset_that_failed_half_way_is_completed_by_the_next
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["a shard", "no shard"])
-def test_a_sharded_model_of_which_the_cache_has_a_part_is_completed(client, repositories, cached):
-    """Its index alone says which files belong to it."""
+def test_a_sharded_model_that_is_partly_in_the_cache_is_completed(client, repositories, cached):
+    """Only its index lists the files that belong to it."""
     files, shard = dict(repositories["models", GPT2]), "model-00002-of-00002.safetensors"
     weights = load(files.pop("model.safetensors"))
     names = {name: shard if i % 2 else shard.replace("00002-of", "00001-of") for i, name in enumerate(weights)}
@@ -315,11 +314,12 @@ def test_a_dataset_that_cannot_be_read_is_refused_in_one_line(client, repositori
     name = "plain_text/train-00000-of-00001.parquet"
     files = repositories["datasets", IMDB]
     client.add_revision("datasets", IMDB, "main", files | {name: files[name][:1000]})
-    assert f"dataset {IMDB} cannot be read" in message(load_splits, IMDB)
+    text = message(load_splits, IMDB)
+    assert f"dataset {IMDB!r}" in text and "cannot be read" in text
 
 
-def test_a_name_can_carry_a_revision(client, repositories):
-    """A tag, a branch or a commit; without one it is the hub's main branch."""
+def test_a_name_can_end_in_a_revision(client, repositories):
+    """A tag, a branch or a commit; the default is the branch main."""
     files = repositories["models", GPT2]
     client.add_revision("models", GPT2, "v1", files | {"generation_config.json": b"{}"})
     commits = {revision: client.find("models", GPT2, revision).commit for revision in ("main", "v1")}
@@ -329,7 +329,7 @@ def test_a_name_can_carry_a_revision(client, repositories):
     assert "'gpt2@v2'" in message(locate, "gpt2@v2")
 
 
-def test_a_dataset_s_name_can_carry_a_revision(client, repositories):
+def test_the_name_of_a_dataset_can_end_in_a_revision(client, repositories):
     files = dict(repositories["datasets", IMDB])
     parts = [f"plain_text/{part}-00000-of-00001.parquet" for part in ("train", "test")]
     swapped = files | {parts[0]: files[parts[1]], parts[1]: files[parts[0]], "README.md": card_without_sizes(files)}
@@ -339,6 +339,6 @@ def test_a_dataset_s_name_can_carry_a_revision(client, repositories):
 
 
 def card_without_sizes(files):
-    """The dataset card without dataset_info, whose numbers of rows datasets compares."""
+    """Return the dataset card without dataset_info, since datasets compares its numbers of rows."""
     card = files["README.md"].decode()
     return (card[: card.index("dataset_info:")] + card[card.index("configs:") :]).encode()

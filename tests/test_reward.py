@@ -505,7 +505,7 @@ def gpt2_vocabulary():
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=EOS)
 
 
-def test_a_character_that_begins_in_the_prompt_and_ends_in_the_response_is_complete_for_the_classifier(gpt2_vocabulary):
+def test_a_character_split_between_prompt_and_response_is_complete_for_the_classifier(gpt2_vocabulary):
     """Detects decode(prompt) + decode(response), and a clean-up that removes the space before a comma."""
     text = "It isn 't bad , I am 😀"
     ids = encode([text], gpt2_vocabulary)[0]

@@ -158,7 +158,7 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
                 "policy",
             ),
         ],
-        "test_reward::test_a_character_that_begins_in_the_prompt_and_ends_in_the_response_is_complete_for_the_classifier": [
+        "test_reward::test_a_character_split_between_prompt_and_response_is_complete_for_the_classifier": [
             (
                 "prompt and response are decoded separately",
                 "texts = decode(sequences, tokenizer)",
