@@ -12,18 +12,10 @@ from typing import Literal, get_args
 from runtime.errors import BadInput
 
 Preset = Literal["gpt2", "mini"]
-Task = Literal["positive", "controlled"]
-Advantage = Literal["gae", "rloo", "grpo"]
-RewardKind = Literal["logit", "log_odds", "probability"]
-Alarm = Literal["warn", "stop"]
-Reviews = Literal["all", "positive"]
-Weights = Literal["best", "last"]
-Optimizer = Literal["adamw", "muon"]
+PRESETS = get_args(Preset)
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "fp32", "bf16"]
 SaveDtype = Literal["fp32", "fp16"]
-Report = Literal["tensorboard", "wandb", "none"]
-PRESETS = get_args(Preset)
 
 
 def by_preset(gpt2, **others):
@@ -68,20 +60,33 @@ class TrainConfig(DataConfig):
     save_share: float = 0.05  # share of the run's time that checkpoints may take; 1: always save when one is due
     keep: int = 2  # number of checkpoints to keep
     seed: int = 0  # of weights, data order and sampling
-    report_to: Report = "tensorboard"  # where metrics are logged besides log.jsonl
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # where metrics are logged besides log.jsonl
 
 
 @dataclass(frozen=True)
 class ClassifierConfig(Config):
     """The reward and the judge."""
 
-    task: Task = "positive"  # controlled: prompts start with [negative] or [positive], the score rewards agreement
+    task: Literal["positive", "controlled"] = "positive"  # controlled: prompts start with [negative] or [positive]
     reward: str = by_preset("lvwerra/bert-imdb", mini="asset/mini/reward")  # classifier, or function: file.py:name
     positive_label: str = ""  # the reward's positive label; empty: POSITIVE or POS, or the known one of a hub model
-    reward_kind: RewardKind = "logit"  # the score: z_pos, or z_pos - logsumexp of the others, or the softmax
+    reward_kind: Literal["logit", "log_odds", "probability"] = "logit"  # kind of score, see reward.SentimentReward
     # a second classifier, of a third party in preset gpt2, that is not optimized
     judge: str = by_preset("siebert/sentiment-roberta-large-english", mini="asset/mini/judge")  # measures PPO's success
     judge_positive_label: str = ""  # the judge's positive label, like positive_label
+
+
+@dataclass(frozen=True)
+class ComparisonConfig(ClassifierConfig):
+    """The models before and after PPO."""
+
+    before: str = by_preset("finetune_checkpoints/gpt2", mini="asset/mini/gpt2")  # the fine-tuned model: the reference
+    after: str = by_preset("ppo_checkpoints/gpt2", mini="ppo_checkpoints/mini")  # the policy; evaluate.py writes here
+
+    def check(self):
+        super().check()
+        if not self.judge:
+            raise BadInput("judge is empty: give a second classifier, a name on the hub or a folder")
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class PromptConfig(Config):
     temperature: float = 1.0  # of the policy for sampling, log-probabilities and KL
 
     def check(self):
+        super().check()
         if self.min_prompt_len > self.max_prompt_len:
             raise BadInput(f"min_prompt_len {self.min_prompt_len} is over max_prompt_len {self.max_prompt_len}")
 
@@ -110,7 +116,7 @@ class FinetuneConfig(TrainConfig):
     out: str = by_preset(  # output folder
         "finetune_checkpoints/gpt2", mini="finetune_checkpoints/mini", mini_scratch="finetune_checkpoints/scratch"
     )
-    reviews: Reviews = "all"  # positive: train on positive reviews only, a baseline for PPO
+    reviews: Literal["all", "positive"] = "all"  # positive: train on positive reviews only, a baseline for PPO
 
     # the model, if init_from is "scratch"
     vocab_size: int = 8192  # tokens of the byte-level BPE, which is trained on the same reviews
@@ -124,7 +130,7 @@ class FinetuneConfig(TrainConfig):
     batch_size: int = by_preset(32, mini=8, mini_scratch=16)  # blocks per optimizer step
     micro_batch_size: int = 0  # blocks per forward pass, does not change the result; 0: see device.micro_batch_size
     epochs: float = by_preset(1.0, mini=0.0135, mini_scratch=4.0)  # passes over the packed reviews
-    optimizer: Optimizer = by_preset("adamw", mini_scratch="muon")  # muon: for matrices of the blocks, else AdamW
+    optimizer: Literal["adamw", "muon"] = by_preset("adamw", mini_scratch="muon")  # muon: for matrices of the blocks
     lr: float = by_preset(5e-5, mini=1e-4, mini_scratch=5e-3)  # peak learning rate of AdamW, after the warm-up
     min_lr: float = by_preset(5e-6, mini=1e-5, mini_scratch=5e-5)  # learning rate of the last step of the cosine
     muon_lr: float = by_preset(0.02, mini_scratch=0.03)  # peak learning rate of Muon, same schedule
@@ -136,7 +142,7 @@ class FinetuneConfig(TrainConfig):
 
     eval_every: int = by_preset(50, mini=20, mini_scratch=300)  # evaluate every so many optimizer steps
     eval_tokens: int = by_preset(200_000, mini=40_000, mini_scratch=100_000)  # tokens of the validation stream
-    weights: Weights = "best"  # the weights to keep: the best on the validation stream, or the last
+    weights: Literal["best", "last"] = "best"  # the weights to keep: the best on the validation stream, or the last
     save_every: int = by_preset(500, mini_scratch=150)  # optimizer steps between checkpoints
     save_dtype: SaveDtype = by_preset("fp32", mini="fp16")  # dtype of the saved weights
     compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
@@ -216,7 +222,7 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     whiten_rewards: bool = False  # scale token rewards to variance 1, mean kept (Ziegler et al. did; TRL does not)
 
     # advantages and loss
-    advantage: Advantage = "gae"  # gae: from the value head; rloo, grpo: from other responses to the same prompt
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"  # rloo, grpo: without values, from other responses to the prompt
     samples_per_prompt: int = 4  # k, responses per prompt for rloo and grpo; one for gae
     gamma: float = 1.0  # discount of GAE
     lam: float = 0.95  # lambda of GAE (Schulman et al. 2016, Eq. 16)
@@ -236,7 +242,7 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     # alarms
     kl_ceiling: float = 30.0  # alarm above this KL, nats per response; 0: no alarm
     alarm_window: int = by_preset(20, mini=10)  # alarm if score rises and judge falls in as many rollouts; 0: no alarm
-    on_alarm: Alarm = "warn"  # stop: end the run with the best policy so far
+    on_alarm: Literal["warn", "stop"] = "warn"  # stop: end the run with the best policy so far
 
     sample_every: int = by_preset(20, mini=10)  # rollouts between lines of samples.jsonl: responses to the same prompts
     sample_prompts: int = 4  # number of these prompts; 0: no samples
@@ -257,11 +263,9 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(DataConfig, ClassifierConfig, PromptConfig):
+class EvaluateConfig(DataConfig, ComparisonConfig, PromptConfig):
     """Compare the policy before and after PPO on the same held-out prompts."""
 
-    before: str = by_preset("finetune_checkpoints/gpt2", mini="asset/mini/gpt2")  # the fine-tuned model: the reference
-    after: str = by_preset("ppo_checkpoints/gpt2", mini="ppo_checkpoints/mini")  # the policy; results are written here
     force: bool = False  # replace the results of an earlier evaluation in `after`
     second_lm: str = ""  # another language model, hub name or folder, to measure bits per character; empty: none
 
@@ -274,25 +278,15 @@ class EvaluateConfig(DataConfig, ClassifierConfig, PromptConfig):
     self_check: bool = True  # check reward and judge first; False only for random weights
     seed: int = 0  # of prompts, sampling and bootstrap
 
-    def check(self):
-        super().check()
-        needs_judge(self)
-
 
 @dataclass(frozen=True)
-class GenerateConfig(ClassifierConfig):
+class GenerateConfig(ComparisonConfig):
     """Complete a prompt that you type, with the models before and after PPO."""
-
-    before: str = by_preset("finetune_checkpoints/gpt2", mini="asset/mini/gpt2")  # the fine-tuned model
-    after: str = by_preset("ppo_checkpoints/gpt2", mini="ppo_checkpoints/mini")  # the policy after PPO
 
     prompt: str = ""  # complete this prompt and exit; empty: each line of stdin, until an empty one or its end
     response_len: int = by_preset(16, mini=40)  # T, most tokens of a response
     temperature: float = 0.7  # of both models: easier to read than their own distribution, 1
     seed: int = 0  # of sampling: the same prompt always gets the same response
-
-    def check(self):
-        needs_judge(self)
 
 
 @dataclass(frozen=True)
@@ -365,8 +359,3 @@ def divides(cfg, part, whole):
     a, b = getattr(cfg, part), getattr(cfg, whole)
     if a and b % a:
         raise BadInput(f"{part} {a} does not divide {whole} {b}")
-
-
-def needs_judge(cfg):
-    if not cfg.judge:
-        raise BadInput("judge is empty: give a second classifier, a name on the hub or a folder")
