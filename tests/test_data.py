@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from data import (
     encode,
     key,
     language_model_texts,
+    load_prompts,
     load_splits,
     pack,
     prompt_batch,
@@ -27,6 +29,7 @@ from data import (
     train_bpe,
     train_wordpiece,
 )
+from model import GPT2Config
 from runtime.errors import BadInput
 
 ROWS = [(f"Review {i} of a film, {'good' if i % 2 else 'bad'} from start to finish.", i % 2) for i in range(400)]
@@ -549,3 +552,19 @@ def test_a_pool_smaller_than_a_batch_is_refused():
     assert prompt_batch(POOL[:4], 0, CFG).shape[0] == 4
     with pytest.raises(BadInput, match="batch_size 4 needs 4 prompts, the dataset has 3"):
         prompt_batch(POOL[:3], 0, CFG)
+
+
+def test_prompts_are_read_from_the_columns_of_the_dataset_for_the_task_and_checked(tmp_path, bpe):
+    """Catches a control that is left out of the length check."""
+    rows = [f'"{text}",{label}' for text, label in ROWS]
+    (tmp_path / "named.csv").write_text("\n".join(["body,stars", *rows]), encoding="utf-8")
+    columns = dict(dataset=str(tmp_path / "named.csv"), text_column="body", label_column="stars")
+    cfg, shape = PPOConfig(**columns, max_prompt_len=4, response_len=8), GPT2Config(n_positions=12)
+    texts = load_splits(*columns.values())["prompts"].texts
+    pool = load_prompts(cfg, "prompts", shape, bpe, 5)
+    assert pool.tolist() == prompt_pool(texts, bpe, 4, 5).tolist() and len(pool) == 5
+    assert len(load_prompts(cfg, "prompts", shape, bpe)) > 5
+    with pytest.raises(BadInput, match="prompts is 9999, but the reviews of the split 'prompts' give only"):
+        load_prompts(cfg, "prompts", shape, bpe, 9999)
+    with pytest.raises(BadInput, match="a control of .* tokens"):
+        load_prompts(replace(cfg, task="controlled"), "prompts", shape, bpe)

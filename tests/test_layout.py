@@ -1,9 +1,13 @@
 """The layout of the repository: imports go in one direction, and only what people run or read lies on top."""
 
 import ast
+import runpy
 
 import pytest
 from conftest import ROOT
+
+import config
+from runtime import cli
 
 TOP = {"finetune_gpt2", "reward", "ppo", "evaluate", "generate", "config", "data", "model"}
 LAYERS = (  # a module imports only from its own layer and those before it
@@ -86,3 +90,23 @@ def test_processes_take_at_most_a_twentieth_of_the_lines_of_ppo():
     lines = (ROOT / "ppo.py").read_text(encoding="utf-8").splitlines()
     added = [line for line in lines if "ranks." in line or "runtime.distributed" in line or "ranks = " in line]
     assert 0 < len(added) <= len(lines) / 20
+
+
+SCRIPTS = {
+    "finetune_gpt2": config.FinetuneConfig,
+    "reward": config.RewardConfig,
+    "ppo": config.PPOConfig,
+    "evaluate": config.EvaluateConfig,
+    "generate": config.GenerateConfig,
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_runs_its_main_with_its_config(script, monkeypatch):
+    calls = []
+    monkeypatch.setattr("sys.stdin", None)  # generate.py configures it
+    monkeypatch.setattr(cli, "run", lambda main, cls: calls.append((main.__module__, main.__name__, cls)))
+    runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    assert calls == [("__main__", "main", SCRIPTS[script])]
+    runpy.run_path(str(ROOT / f"{script}.py"), run_name="imported")
+    assert len(calls) == 1

@@ -575,6 +575,25 @@ def test_exact_kl_is_the_expectation_of_k1_under_the_policy():
     assert metrics["kl_exact"] == pytest.approx((p * (p / q).log()).sum().item())
 
 
+def test_reward_and_judge_find_texts_positive_and_a_function_has_no_opinion(bert_folder, judge_folder):
+    """On the texts of the rollout, each classifier on its own; the judge changes nothing that is trained on."""
+    reward, judge = (SentimentReward.load(str(folder)) for folder in (bert_folder, judge_folder))
+    torch.set_default_dtype(torch.float32)
+    cfg, policy, ref_policy, tokenizer = config(), tiny_policy(0), tiny_policy(1), FakeTokenizer()
+
+    def rollout_of(reward_fn, judge):
+        rng = torch.Generator().manual_seed(1)
+        return rollout(policy, ref_policy, tokenizer, reward_fn, random_prompts(), cfg.kl_coef, cfg, rng, judge)
+
+    batch, alone = rollout_of(reward, judge), rollout_of(reward, None)
+    for found, classifier in ((batch.positive_by_reward, reward), (batch.positive_by_judge, judge)):
+        assert found.tolist() == (classifier.log_odds(batch.texts) > 0).float().tolist()
+    assert batch.positive_by_reward.tolist() != batch.positive_by_judge.tolist()
+    assert alone.positive_by_judge is None and torch.equal(alone.advantages, batch.advantages)
+    assert rollout_of(count_sevens, judge).positive_by_reward is None
+    assert {"score", "judge", "logprobs", "reference"} <= batch.seconds.keys()
+
+
 # ---- update
 
 

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import runpy
 import shutil
 import sys
 from copy import deepcopy
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEXTS, message, reviews_csv, write_bert
+from conftest import TEXTS, message, reviews_csv, write_bert
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 
@@ -853,10 +852,15 @@ def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
         return 1.5
 
     monkeypatch.setattr(reward, "train", train)
-    monkeypatch.setattr(reward, "time_on_cpu", lambda flops, *rest: estimates.append(rest) or {"time": "short"})
+    monkeypatch.setattr(reward, "time_on_cpu", lambda *args: estimates.append(args) or {"time": "short"})
     reward.main(cfg)
     printed, splits = capsys.readouterr().out, load_splits(cfg.dataset, "what", "mood")
-    assert estimates == [(cfg, torch.device("cpu"))] * 2
+    assert [rest for _, *rest in estimates] == [[cfg, torch.device("cpu")]] * 2
+    for (flops, *_), (name, (classifier, *_)) in zip(estimates, trained.items()):
+        read = reward.tokens_of(reward.training_texts(splits[name].texts, 0, cfg), cfg)
+        evaluated = reward.tokens_of(splits["evaluation"].texts[:9], cfg)
+        tokens = 4 * cfg.epochs * read + 2 * evaluated  # three passes of the student, one of the teacher
+        assert flops == reward.classifier_flops(classifier.model, tokens)
     assert not torch.equal(*(classifier.model.classifier.weight for classifier, *_ in trained.values()))
     encoder = fingerprint(BertModel.from_pretrained(bert_folder))
     assert {fingerprint(classifier.model.bert) for classifier, *_ in trained.values()} == {encoder}
@@ -926,13 +930,6 @@ def test_a_name_is_a_folder_with_a_reward_and_a_judge_or_one_model_for_both(tmp_
     assert reward.each("bert") == {"reward": "bert", "judge": "bert"} and set(reward.each("").values()) == {""}
     (tmp_path / "judge").mkdir()
     assert reward.each(str(tmp_path)) == {name: f"{tmp_path}/{name}" for name in ("reward", "judge")}
-
-
-def test_the_script_runs_its_main_with_its_config(monkeypatch):
-    calls = []
-    monkeypatch.setattr(cli, "run", lambda main, cls: calls.append((main.__module__, main.__name__, cls)))
-    runpy.run_path(str(ROOT / "reward.py"), run_name="__main__")
-    assert calls == [("__main__", "main", RewardConfig)]
 
 
 # ---- training: whole runs
