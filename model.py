@@ -320,7 +320,7 @@ def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
     return torch.stack(kl).where(mask, 0).sum(1)
 
 
-def compile_passes(policy, ref_policy, enabled=True):
+def compile_passes(policy, ref_policy, enabled):
     """torch.compile the forward passes and the decoding step that a rollout and an update call."""
     if not enabled:
         return

@@ -66,7 +66,7 @@ def train(rollouts, seed=0):
     torch.manual_seed(seed)
     policy, rng, log_ratios = Policy(GPT2(SHAPE).init_weights()), np.random.default_rng(seed), []
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
-    compile_passes(policy, ref_policy)
+    compile_passes(policy, ref_policy, True)
     stepper = Stepper(policy, [torch.optim.SGD(policy.parameters(), 0.01)], 1.0)
     for step in range(rollouts):
         prompt_len, response_len = int(rng.integers(2, 9)), int(rng.integers(2, 17))

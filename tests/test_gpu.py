@@ -440,7 +440,7 @@ def test_three_graphs_are_enough_for_rollouts_and_updates_of_all_lengths(counter
     """And the first ratio is 1, since rollout and update share a graph."""
     policy = Policy(small_gpt2(True)).to(DEVICE)
     ref_policy, rng, ratios, seconds = copy.deepcopy(policy).requires_grad_(False), np.random.default_rng(0), [], []
-    compile_passes(policy, ref_policy)
+    compile_passes(policy, ref_policy, True)
     stepper = adam_stepper(policy)
     for step in range(8):
         length, new, start = int(rng.integers(2, 9)), int(rng.integers(4, 17)), time.time()

@@ -218,6 +218,13 @@ def test_a_later_token_changes_no_earlier_logit():
 # ---- the KV cache and sampling
 
 
+@pytest.mark.parametrize("prompt_len", [1, 2, 3])
+def test_a_prompt_of_any_length_is_causal_in_an_empty_cache(prompt_len):
+    """Catches a first token that attends to the second one of a prompt of two."""
+    gpt2, ids = small_gpt2(), random_ids(4, 3)[:, :prompt_len]
+    torch.testing.assert_close(gpt2.trunk(ids, KVCache(gpt2.config, 4, 8)), gpt2.trunk(ids))
+
+
 @pytest.mark.parametrize("prompt_len", [1, 4])
 def test_a_cached_decode_step_gives_the_logits_of_a_full_forward(prompt_len):
     """Fails with a causal mask on a single new token, which would see only the first key, or if positions stay at 0."""

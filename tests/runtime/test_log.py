@@ -1,11 +1,14 @@
 """The log of a run: files, TensorBoard, the lines on the terminal, and tables."""
 
+import importlib.util
 import json
 import math
+import sys
 import types
 
 import pytest
 import torch
+from conftest import message
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import FinetuneConfig, PPOConfig
@@ -14,6 +17,7 @@ from runtime import log, monitor
 from runtime.checkpoint import REVISIONS
 from runtime.log import RunLog, column_width, columns, finetune_sheet, one_line, ppo_sheet, side_by_side
 from runtime.monitor import peak_memory
+from runtime.optimizer import Stepper
 
 SHAPE = GPT2Config(vocab_size=300, n_positions=32, n_embd=8, n_layer=1, n_head=2)
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -141,7 +145,7 @@ def test_a_rollout_with_samples_is_printed_with_them_and_they_are_written(tmp_pa
     run.write_rollout(2, rollout(), [])
     assert run.bar.printed[1] == "step 2 | score +0.50 | kl 1.00 +- 0.25 nats | clip 0.125 | entropy 4.00"
     run.close()
-    assert [line["score"] for line in lines(tmp_path / "log.jsonl")] == [0.5] * 3
+    assert [(line["step"], line["score"]) for line in lines(tmp_path / "log.jsonl")] == [(0, 0.5), (1, 0.5), (2, 0.5)]
 
 
 @pytest.mark.parametrize(("kl", "warned"), [(-1.0, False), (-1.01, True)])
@@ -150,6 +154,29 @@ def test_a_kl_below_minus_1_is_a_warning(kl, warned):
     run.bar = Bar()
     run.write_rollout(0, rollout(kl=kl), None)
     assert [text.startswith(f"warning: KL is {kl:.2f} nats") for text in run.bar.printed] == [True] * warned
+
+
+def test_a_skipped_rollout_is_counted_printed_and_logged_and_the_third_in_a_row_gives_its_reason(tmp_path):
+    run, stepper = RunLog(PPOConfig(out=str(tmp_path), report_to="none")), Stepper(torch.nn.Linear(1, 1), [], 1.0)
+    run.bar = Bar()
+    for step in range(2):
+        run.skip(step, "score of text 0 is nan", stepper)
+    text = message(run.skip, 2, "score of text 1 is nan", stepper)
+    assert text.endswith("the last one because a rollout is not finite: score of text 1 is nan")
+    assert run.bar.printed == [f"step {step} is skipped: score of text 0 is nan" for step in range(2)]
+    run.close()
+    assert [line["skipped_steps"] for line in lines(tmp_path / "log.jsonl")] == [1, 2]
+
+
+def test_a_run_on_wandb_is_named_after_its_folder(tmp_path, monkeypatch):
+    settings = []
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.util.spec_from_loader("wandb", None, origin="here")
+    wandb.util = types.SimpleNamespace(generate_id=lambda: "1")
+    wandb.init = lambda **named: settings.append(named) or types.SimpleNamespace(finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    RunLog(PPOConfig(out=str(tmp_path), report_to="wandb")).close()
+    assert (settings[0]["project"], settings[0]["name"]) == ("mini-rlhf", tmp_path.as_posix())
 
 
 def test_a_text_that_fits_stays_and_a_longer_one_ends_with_an_ellipsis():
