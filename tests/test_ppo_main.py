@@ -125,3 +125,10 @@ def test_the_share_of_truncated_texts_is_that_of_the_reward(cfg, tmp_path, monke
     (line,) = map(json.loads, open(f"{cfg.out}/log.jsonl"))
     assert line["truncated_frac"] > 0.5
     shutil.rmtree(cfg.out)
+
+
+def test_the_learning_rate_decays_linearly_to_lr_end_and_an_update_is_timed(cfg):
+    ppo.main(replace(cfg, lr_end=0.5, sample_prompts=0))
+    lines = [json.loads(line) for line in open(f"{cfg.out}/log.jsonl")]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3, 1e-3 * 5 / 6, 1e-3 * 4 / 6])
+    assert all(0 < line["seconds_update"] < 60 for line in lines)
