@@ -1126,3 +1126,8 @@ def test_the_fingerprint_of_a_classifier_depends_on_its_config_and_its_positive_
     before = reward.reward_fingerprint(classifier)
     classifier.model.config.layer_norm_eps = 0.5
     assert reward.reward_fingerprint(classifier) != before
+
+
+def test_a_function_truncates_no_text(tmp_path):
+    fn = reward.load_reward(user_reward(tmp_path, "def f(texts):\n    return [0.0] * len(texts)\n"), "cpu")
+    assert fn(["a" * 9999]).tolist() == [0.0] and fn.truncated_frac == 0.0

@@ -11,7 +11,6 @@ from torch import nn, tensor
 
 from config import PPOConfig
 from ppo import AdaptiveKL
-from reward import FunctionReward
 from runtime.checkpoint import Checkpoints
 from runtime.distributed import ONE_PROCESS
 from runtime.monitor import Alarms, BestPolicy, rollout_metrics, sample
@@ -112,11 +111,6 @@ def test_an_alarm_of_another_process_stops_this_one_too():
 def test_a_kl_is_compared_with_any_ceiling_above_0():
     assert Alarms(PPOConfig(kl_ceiling=0.5)).check({"kl": 0.75})
     assert not Alarms(PPOConfig(kl_ceiling=0.0)).check({"kl": 99.0})
-
-
-def test_a_function_truncates_no_text(tmp_path):
-    (tmp_path / "mine.py").write_text("def f(texts):\n    return [0.0] * len(texts)\n")
-    assert FunctionReward(str(tmp_path / "mine.py"), "f").truncated_frac == 0.0
 
 
 def test_samples_are_json_also_if_a_score_is_infinite():
