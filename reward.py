@@ -431,6 +431,7 @@ def report(classifier, reviews, cfg):
             "accuracy": float(((probabilities > 0.5) == reviews.labels).mean()),
             "calibration_error": calibration_error(probabilities, reviews.labels),
         }
+    odds = odds.double().numpy()  # in float32, there may be no 24 numbers between odds that are almost equal
     edges = np.histogram_bin_edges(odds, bins=24)
     negative, positive = (np.histogram(odds[reviews.labels == label], edges)[0].tolist() for label in (0, 1))
     return results | {"histogram": {"edges": edges.tolist(), "negative": negative, "positive": positive}}

@@ -1131,3 +1131,12 @@ def test_the_fingerprint_of_a_classifier_depends_on_its_config_and_its_positive_
 def test_a_function_truncates_no_text(tmp_path):
     fn = reward.load_reward(user_reward(tmp_path, "def f(texts):\n    return [0.0] * len(texts)\n"), "cpu")
     assert fn(["a" * 9999]).tolist() == [0.0] and fn.truncated_frac == 0.0
+
+
+def test_the_histogram_of_almost_equal_log_odds_is_made():
+    """A classifier that is not trained gives all texts almost the same log-odds."""
+    odds = torch.tensor([0.1, 0.1, 0.1 + 2e-8, 0.1 + 1e-8])
+    classifier = SimpleNamespace(log_odds=lambda texts: odds)
+    reviews = Reviews(["a"] * 4, np.array([0, 0, 1, 1]))
+    histogram = reward.report(classifier, reviews, RewardConfig())["histogram"]
+    assert sum(histogram["negative"]) == sum(histogram["positive"]) == 2 and len(set(histogram["edges"])) == 25
