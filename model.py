@@ -262,7 +262,7 @@ def draw(logits, generator=None):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """token_logprobs with a backward pass that needs one tensor of the size of the logits; autograd needs five."""
+    """token_logprobs with a backward pass that allocates a single tensor of the size of the logits."""
 
     @staticmethod
     def forward(ctx, logits, ids):

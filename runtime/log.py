@@ -21,7 +21,7 @@ from runtime.device import peak_flops, warn
 from runtime.errors import BadInput, printable
 
 SIDES = ("before PPO", "after PPO")  # titles of two columns
-CPU_SHARE = 0.6  # of the speed of a large product, reached by a training run on a CPU: .5 to .74 in analysis/bench.py
+CPU_SHARE = 0.6  # of the speed of a large product, which a training run on a CPU reaches, see analysis/bench.py
 
 
 class RunLog:

@@ -211,6 +211,7 @@ def test_cached_decoding_gives_the_log_probabilities_of_a_full_forward(opened, b
 def test_the_self_check_accepts_the_mini_policy(opened, bf16):
     policy = load_policy(*opened, bf16).to(DEVICE)
     summary = check_policy(policy, copy.deepcopy(policy), random_prompts(8).to(DEVICE), CFG)
+    assert summary.endswith(" nats")  # not skipped
     show(f"self-check of the mini policy, bf16 {bf16}", summary=summary, bounds=ROUNDING[bf16])
 
 
@@ -225,6 +226,7 @@ def test_the_self_check_accepts_a_policy_of_the_size_of_gpt2(bf16):
             parameter.mul_(2)
     prompts = random_prompts(8, vocabulary=min(8000, shape.vocab_size)).to(DEVICE)
     summary = check_policy(policy, copy.deepcopy(policy), prompts, CFG)
+    assert summary.endswith(" nats")
     show(f"self-check of {shape.n_layer} layers, bf16 {bf16}", summary=summary, bounds=ROUNDING[bf16])
 
 
