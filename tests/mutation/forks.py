@@ -114,7 +114,7 @@ def start(worker, function, write_bytecode=False):
         os.dup2(output, 2)
         own = (ROOT, ROOT / "tests", ROOT / "tests/mutation")
         sys.path[:] = [path for path in sys.path if Path(path).resolve() not in own]
-        sys.modules["__main__"].__file__ = None  # otherwise multiprocessing imports this tool in its processes
+        sys.modules["__main__"].__file__ = __file__  # multiprocessing imports it in its processes
         sys.dont_write_bytecode = not write_bytecode
         os.environ |= {"TMPDIR": temporary, "PYTHONDONTWRITEBYTECODE": "1", "STORED": str(worker / "stored")}
         tempfile.tempdir = None
