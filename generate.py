@@ -63,8 +63,8 @@ def respond(prompt, policies, tokenizer, reward_fn, judge, cfg):
     check_finite("score", scores, texts)
     probabilities, width = judge.log_odds(texts).sigmoid().tolist(), column_width()
     ratings = [f"score {score:+.2f}, judge {p:.2f}" for score, p in zip(scores.tolist(), probabilities)]
-    lines = columns(SIDES, width) + columns(map(printable, responses), width, probabilities)
-    print("\n".join(lines + columns(ratings, width, probabilities)), end="\n\n", flush=True)
+    rows = (SIDES, map(printable, responses), ratings)
+    print("\n".join(line for row in rows for line in columns(row, width)), end="\n\n", flush=True)
 
 
 def prompts(cfg):

@@ -10,15 +10,14 @@ import contextlib
 import csv
 import json
 import sys
+import textwrap
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
 from matplotlib.colors import to_rgba
-from matplotlib.font_manager import FontProperties
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from matplotlib.textpath import text_to_path
 
 matplotlib.use("Agg")  # files only, no screen
 import matplotlib.pyplot as plt
@@ -34,7 +33,7 @@ GREEN, RED = "#007d5a", "#c24e00"  # POSITIVE, NEGATIVE
 
 plt.rcParams.update({
     "text.parse_math": False,  # generated texts may contain $
-    "text.hinting": "none",  # so that wrap measures the width that is drawn
+    "text.hinting": "none",  # with hinting, letters are wider
     "font.family": "DejaVu Sans", "font.size": 11, "text.color": INK, "axes.labelcolor": INK,
     "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL, "legend.frameon": False,
     "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.grid": True, "grid.alpha": 0.3,
@@ -245,29 +244,16 @@ def ppo():
     return figure
 
 
-def wrap(text, width, weight="normal"):
-    """Return a text as lines of at most this width in inches. Too long words are broken, control characters removed."""
-    font, lines = FontProperties(size=SMALL, weight=weight), [""]
-    for c in printable(text):
-        line = lines[-1] + c
-        if text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] <= width * 72:
-            lines[-1:] = [line]
-        else:
-            head, space, rest = line.rpartition(" ")
-            lines[-1:] = [head, rest] if space else [line[:-1], c]
-    return lines
-
-
 def example_results(folder):
     """The first four samples in the results of a folder: prompts, responses, and the judge's probabilities."""
     results = read_results(folder)
     samples, temperature = results["samples"][:4], results["config"]["sample_temperature"]
-    layout = ((0.3, 1.7, "bold", "prompt"), (2.75, 3.1, "normal", "before PPO"), (6.6, 3.1, "normal", "after PPO"))
-    rows = []
+    layout = ((0.3, 20, "bold", "prompt"), (2.75, 37, "normal", "before PPO"), (6.6, 37, "normal", "after PPO"))
+    rows = []  # the lines of each cell: in a monospaced font, all lines of a length are equally wide
     for sample in samples:
         texts = sample["prompt"], sample["before"]["text"], sample["after"]["text"]
-        rows.append([wrap(text, width, weight) for text, (_, width, weight, _) in zip(texts, layout)])
-    heights = [0.3 + LINE * max(map(len, row)) for row in rows]
+        rows.append([textwrap.wrap(printable(text), width) for text, (_, width, _, _) in zip(texts, layout)])
+    heights = [0.3 + LINE * max(1, *map(len, row)) for row in rows]
     y = sum(heights) + 0.4
     figure, axis = canvas(y + 0.5)
     for x, _, _, title in layout:
@@ -276,7 +262,8 @@ def example_results(folder):
         axis.axhline(y, 0.03, 0.97, color=GREY, linewidth=0.6)
         for (x, _, weight, _), lines in zip(layout, row):
             for i, line in enumerate(lines):
-                note(axis, x, y - 0.3 - i * LINE, line, ha="left", va="baseline", weight=weight)
+                style = dict(ha="left", va="baseline", weight=weight, family="DejaVu Sans Mono")
+                note(axis, x, y - 0.3 - i * LINE, line, **style)
         for x, p in ((2.4, sample["before"]["judge"]), (6.25, sample["after"]["judge"])):
             box(axis, x, y - 0.25, 0.5, 0.24, f"{p:.2f}", GREEN if p > 0.5 else RED, solid=True, size=SMALL)
         y -= height

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import textwrap
 import time
 from dataclasses import asdict
@@ -245,26 +244,14 @@ def column_width(width=None):
     return max(20, min(width or shutil.get_terminal_size().columns, 160)) // 2 - 2
 
 
-def columns(texts, column, probabilities=(None, None)):
-    """Return two texts side by side, as lines: each wrapped to `column` characters and in its color, see paint."""
+def columns(texts, column):
+    """Return two texts side by side, as lines, each wrapped to `column` characters."""
     rows = itertools.zip_longest(*(textwrap.wrap(text, column) for text in texts), fillvalue="")
-    cells = ([paint(text, p) + " " * (column - len(text)) for text, p in zip(row, probabilities)] for row in rows)
-    return ["    ".join(row).rstrip() for row in cells]
-
-
-def paint(text, probability):
-    """Return text in green if this probability of POSITIVE is above one half, in red otherwise; None: as it is.
-
-    Colors are used only on a terminal or with FORCE_COLOR, and never with NO_COLOR (no-color.org).
-    """
-    plain = os.environ.get("NO_COLOR") or not (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
-    if plain or not text or probability is None:
-        return text
-    return f"\033[{32 if probability > 0.5 else 31}m{text}\033[0m"
+    return [f"{left:{column}}    {right}".rstrip() for left, right in rows]
 
 
 def side_by_side(samples, width=None):
-    """Return responses before and after PPO in two columns, in the colors of the judge, as text.
+    """Return responses before and after PPO in two columns, as text.
 
     samples: (prompt, [(response, judge's probability of POSITIVE) before, after]) each. width: as in column_width.
     """
@@ -272,6 +259,5 @@ def side_by_side(samples, width=None):
     lines = columns(SIDES, column)
     for prompt, responses in samples:
         lines += ["", one_line(prompt, 2 * column) + " …"]
-        texts = [f"({p:.2f}) {one_line(text, 600)}" for text, p in responses]
-        lines += columns(texts, column, [p for _, p in responses])
+        lines += columns([f"({p:.2f}) {one_line(text, 600)}" for text, p in responses], column)
     return "\n".join(lines)

@@ -65,9 +65,7 @@ class Terminal(io.StringIO):
 def shown(monkeypatch, tokenizer):
     """A function that returns what respond prints for two texts to a terminal of 60 columns, or to a file."""
 
-    def run(*texts, terminal=True, no_color=""):
-        monkeypatch.setenv("NO_COLOR", no_color)
-        monkeypatch.delenv("FORCE_COLOR", raising=False)
+    def run(*texts, terminal=True):
         monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
         monkeypatch.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
         cfg = GenerateConfig(response_len=120)
@@ -75,10 +73,6 @@ def shown(monkeypatch, tokenizer):
         return sys.stdout.getvalue()
 
     return run
-
-
-def without_colors(text):
-    return re.sub(r"\x1b\[\d+m", "", text)
 
 
 def columns_of(lines, column=28):
@@ -139,17 +133,15 @@ RATINGS = " score +87.00, judge 0.27", " score +105.00, judge 0.73"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_responses_are_in_two_columns_and_a_file_has_no_escape_codes(shown, terminal):
-    text = shown(*BOTH, terminal=terminal)
-    lines = without_colors(text).split("\n")
+def test_the_responses_are_in_two_columns(shown, terminal):
+    lines = shown(*BOTH, terminal=terminal).split("\n")
     assert columns_of(lines) == [BOTH[0] + RATINGS[0], BOTH[1] + RATINGS[1]]
     assert all(len(line) <= 60 for line in lines) and lines[-2:] == ["", ""]
-    assert ("\x1b" in text) == terminal
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_generated_text_cannot_control_the_terminal(shown, terminal):
-    lines = without_colors(shown(ESCAPES, "fine", terminal=terminal)).split("\n")
+    lines = shown(ESCAPES, "fine", terminal=terminal).split("\n")
     assert all(line.isprintable() for line in lines)
     before, after = columns_of(lines)
     assert before.startswith(PRINTABLE + " score ") and after.startswith("fine score ")
@@ -158,13 +150,6 @@ def test_generated_text_cannot_control_the_terminal(shown, terminal):
 def test_a_character_of_several_tokens_is_printed(shown, tokenizer):
     assert len(encode(["🙂"], tokenizer)[0]) == 4
     assert "a café 🙂 日本" in shown("a café 🙂 日本", "")
-
-
-@pytest.mark.parametrize("no_color", ["", "1"])
-def test_positive_responses_are_green_and_negative_ones_red(shown, no_color):
-    text = shown("dull", "great", no_color=no_color)
-    assert ("\x1b[31mdull\x1b[0m " in text and "\x1b[32mgreat\x1b[0m\n" in text) == (not no_color)
-    assert ("\x1b" in text) == (not no_color)
 
 
 # ---- wrong prompts
@@ -220,7 +205,7 @@ def command(tmp_path_factory, tokenizer, bert_folder):
 
 
 def environment():
-    return {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")} | {
+    return {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | {
         "TERM": "xterm",
         "OMP_NUM_THREADS": "1",
     }
@@ -268,7 +253,7 @@ def test_a_terminal_shows_prompts_and_responses_until_ctrl_c(command):
     status = end_of(pid)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == 130
-    lines = without_colors(output.decode()).replace("\x1b[?2004h", "").replace("\x1b[?2004l", "").splitlines()
+    lines = output.decode().replace("\x1b[?2004h", "").replace("\x1b[?2004l", "").splitlines()
     start = next(i for i, line in enumerate(lines) if line.endswith(f"> {PROMPT}"))
     assert "an empty line ends" in lines[start - 1]
     first = next(i for i, line in enumerate(lines) if line.startswith("before PPO"))

@@ -15,7 +15,7 @@ from conftest import ROOT
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, StepPatch
 
 from analysis import plot
-from analysis.plot import FIGURES, PANELS, curves, example_results, finetune_model, frontier, main, reward_model, wrap
+from analysis.plot import FIGURES, PANELS, curves, example_results, finetune_model, frontier, main, reward_model
 
 SOURCES = ["log.jsonl", "mini/gpt2/log.jsonl", "mini/reward/results.json", "results.json"]
 SHARES = ("positive_by_reward", "positive_by_judge")
@@ -251,14 +251,11 @@ def test_any_text_stays_in_its_column_and_row(asset, text):
     assert not any(extent.y0 < y < extent.y1 for _, extent in texts for y in rules)
 
 
-def test_wrapping_breaks_at_spaces_and_drops_nothing():
-    words = "a very long sentence about a film " * 10 + "W" * 100
-    lines = wrap(words, 3.1)
-    assert "".join(lines).replace(" ", "") == words.replace(" ", "")
-    assert set(" ".join(lines[:-5]).split()) <= set(words.split())
-    assert len(lines) > 5
-    assert wrap("", 3.1) == [""]
-    assert wrap("WWW", 0.01)[-1] == "W"
+def test_a_response_is_broken_at_spaces_and_drawn_completely(asset):
+    words = "one film about a dog " * 12
+    write_samples(asset, "prompt", words)
+    lines = [text for text, _ in texts_of(example_results(asset).axes[0]) if "film" in text or "dog" in text]
+    assert " ".join(lines).split() == 4 * words.split() and 32 < max(map(len, lines)) <= 37
 
 
 # ---- the command

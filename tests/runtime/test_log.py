@@ -187,19 +187,15 @@ def test_two_columns_fill_the_width_within_bounds():
     assert [column_width(width) for width in (1, 20, 22, 100, 160, 161, 999)] == [8, 8, 9, 48, 78, 78, 78]
 
 
-def test_responses_are_side_by_side_in_the_colors_of_the_judge(monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("FORCE_COLOR", "1")
+def test_responses_are_side_by_side_with_the_probabilities_of_the_judge():
     text = side_by_side([("The", [("film was bad", 0.5), ("film was good", 0.51)])], width=60)
-    red, green, end = "\033[31m", "\033[32m", "\033[0m"
     assert text.splitlines() == [
         "before PPO" + " " * 22 + "after PPO",
         "",
         "The …",
-        f"{red}(0.50) film was bad{end}{' ' * 13}{green}(0.51) film was good{end}",
+        f"(0.50) film was bad{' ' * 13}(0.51) film was good",
     ]
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert columns(["a b", "c"], 1, (0.9, 0.1)) == ["a    c", "b"]
+    assert columns(["a b", "c"], 1) == ["a    c", "b"]
 
 
 def classifier(weights):
