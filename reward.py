@@ -38,7 +38,7 @@ from runtime.checkpoint import (
     replacing,
     write_text,
 )
-from runtime.cli import run, sources
+from runtime.cli import run
 from runtime.device import pick_device, seed_of, to_device
 from runtime.errors import BadInput, NotFinite, first_line
 from runtime.hub import SAVE_DTYPES, load_tokenizer, locate, tokenizer_text
@@ -53,9 +53,7 @@ PROBES = (  # (positive, negative): any sentiment classifier can tell them apart
 )
 POSITIVE_NAMES = ("positive", "pos")
 KNOWN_LABELS = {"lvwerra/bert-imdb": ("LABEL_1",)}  # positive labels of hub models whose labels have no names
-LABELS = dict(
-    id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1}
-)  # of models trained here
+LABELS = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})  # of our models
 
 
 class SentimentReward:
@@ -480,7 +478,6 @@ def main(cfg):
             "teacher": teachers[name] or "none: the labels",
             "reviews": f"{len(reviews.texts):,} for training, {len(held_out.texts):,} held out",
             "device": device,
-            "config": sources(cfg),
             **time_on_cpu(flops, cfg, device),
         }
         print(sheet(f"training the {name}", rows), flush=True)

@@ -69,16 +69,6 @@ def comment(cls, name):
     raise KeyError(name)
 
 
-def sources(cfg):
-    """Return which of the fields that change results were set by the preset, and which by flags, as text."""
-    default = defaults(type(cfg), cfg.preset, getattr(cfg, "init_from", ""))
-    plain = {f.name: f.default for f in fields(cfg) if f.name not in SAME_RESULT}
-    flags = [name for name in plain if getattr(cfg, name) != getattr(default, name)]
-    overrides = [name for name in plain if name not in (*flags, "preset") and getattr(default, name) != plain[name]]
-    parts = {f"preset {cfg.preset} sets": overrides, "flags set": flags}
-    return "; ".join(f"{source} {', '.join(names)}" for source, names in parts.items() if names) or "all defaults"
-
-
 def differing(cfg, other):
     """Return the fields that change results and differ in `other`, a dict from JSON, as ["name old -> new"].
 

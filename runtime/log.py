@@ -15,7 +15,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime.checkpoint import REVISIONS, RUN_CONFIG, delete_earlier_files, remove_leftovers, write_text
-from runtime.cli import sources
 from runtime.device import peak_flops, warn
 from runtime.errors import BadInput, printable
 
@@ -210,7 +209,6 @@ def ppo_sheet(cfg, policy, reward_fn, judge, n_prompts, device):
         "forward passes": f"{cfg.micro_batch_size} episodes each",
         "device": f"{device}, {'bf16' if policy.gpt2.bf16 else 'fp32'}",
         **time_on_cpu(ppo_flops(cfg, policy.gpt2, [reward_fn, judge]), cfg, device),
-        "config": sources(cfg),
         "output": cfg.out,
     }
     return sheet("PPO", rows)
@@ -227,7 +225,6 @@ def finetune_sheet(cfg, model, steps, n_reviews, n_tokens, n_held_out, n_validat
         "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
         "device": f"{device}, {'bf16' if model.bf16 else 'fp32'}",
         **time_on_cpu(flops, cfg, device),
-        "config": sources(cfg),
         "output": cfg.out,
     }
     return sheet(f"fine-tuning {cfg.init_from} on {cfg.dataset}", rows)

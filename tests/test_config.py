@@ -18,7 +18,7 @@ from config import (
     defaults,
     fields,
 )
-from runtime.cli import comment, differing, parse, sources
+from runtime.cli import comment, differing, parse
 from runtime.errors import BadInput
 
 CLASSES = (
@@ -188,16 +188,3 @@ def test_differing_names_what_changed_and_only_what_changes_the_result():
 def test_a_boolean_flag_needs_no_value(argv, expected):
     cfg = parse(PPOConfig, argv)
     assert (cfg.resume, cfg.force, cfg.self_check) == expected
-
-
-def test_sources_names_the_fields_that_the_preset_and_the_flags_set():
-    """Someone who edits a default sees why preset mini does not follow."""
-    text = sources(parse(PPOConfig, ["--preset", "mini", "--gamma", "0.9", "--steps", "3", "--resume"]))
-    preset, flags = text.split("; ")
-    overridden = {f.name for f in fields(PPOConfig) if "mini" in f.metadata}
-    shown = overridden - {"out", "sample_every", "steps"}  # those that change results, each once
-    assert preset.startswith("preset mini sets ") and set(preset[17:].split(", ")) == shown
-    assert set(flags.removeprefix("flags set ").split(", ")) == {"steps", "gamma"}  # --resume changes no result
-    scratch = sources(parse(FinetuneConfig, ["--preset", "mini", "--init_from", "scratch"]))
-    assert "muon_lr" in scratch and "flags set init_from" in scratch
-    assert sources(PPOConfig()) == "all defaults"

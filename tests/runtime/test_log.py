@@ -218,7 +218,6 @@ def test_the_table_of_ppo_shows_models_sizes_device_and_where_values_come_from(m
         "  forward passes   4 episodes each",
         "  device           cuda:0, bf16",
         "  time             soon",
-        "  config           flags set minibatch_size, lr",
         "  output           ppo_checkpoints/gpt2",
     ]
     assert calls == [(log.ppo_flops(cfg, policy.gpt2, [reward, judge]), cfg, GPU)]
