@@ -3,12 +3,14 @@
 # test: run the linter and all tests. A test that hangs for 15 minutes ends the run with a traceback of where it hangs.
 # mutants: run the tests against known mistakes and a sample of generated mutants. Each must make a test fail.
 # mutation: run the tests against all generated mutants, which takes more than an hour. Writes tests/mutation/report.md.
+# docs: redraw the figures, execute the tutorial, fill README.md and docs/ from the committed results, check all links.
+# results: run the commands of the README from a clean clone of HEAD, and keep their results in asset/ for docs.
 # soak: kill a save 50 times and a run 50 times at random moments, which takes minutes.
 # clean: delete .venv and all caches.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test mutants mutation soak clean
+.PHONY: demo test mutants mutation docs results soak clean
 
 demo: .venv/installed
 	$(BIN)/python ppo.py --preset mini --force
@@ -25,6 +27,12 @@ mutants: .venv/installed
 
 mutation: .venv/installed
 	$(BIN)/python tests/mutation/mutation.py
+
+docs: .venv/installed
+	$(BIN)/python -m docs.build
+
+results: .venv/installed
+	$(BIN)/python -m docs.record
 
 soak: .venv/installed
 	$(BIN)/python tests/soak.py

@@ -1,0 +1,212 @@
+"""Fill README.md and docs/ from the committed results: `make docs`. A second call changes nothing.
+
+    python -m docs.build
+
+Draws the figures, executes the tutorial, and fills these places of the pages:
+
+    0.93<!-- results/after/positive_by_judge -->          a number: the comment names its source, see sources()
+    <!-- begin: results --> ... <!-- end -->              a table or an output, see blocks()
+
+A number keeps its decimals. It may be followed by its interval, [low, high] or ± half-width, and by " %".
+"""
+
+import csv
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from analysis import frontier, plot
+from analysis.card import quote
+from analysis.tables import markdown, number, table_text
+from docs import build_tutorial
+from runtime.errors import BadInput, print_error
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NUMBER = re.compile(r"(-?\d[\d,]*(?:\.(\d+))?)( ± [\d.]+| \[[-\d., ]+\])?( %)?<!-- ([^:>]+) -->")
+BLOCK = re.compile(r"(<!-- begin: ([^>]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+def read(path):
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def read_rows(path):
+    """Return the rows of a CSV of the frontier, with numbers as floats."""
+    with open(ROOT / path, newline="", encoding="utf-8") as file:
+        texts = ("method", "setting", "seed")
+        rows = [{k: v if k in texts else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    return [row | {"seed": int(row["seed"])} for row in rows]
+
+
+def mean(values):
+    """Return {"value", "half"}: the mean over seeds, and the half-width of its 95 % interval."""
+    half = frontier.STUDENT_T[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+    return {"value": statistics.mean(values), "half": half}
+
+
+def sources():
+    """Return the numbers that pages may name, as nested dicts."""
+    rows, ablation = read_rows("asset/frontier/frontier.csv"), read_rows("asset/frontier/ablation.csv")
+    base = {row["seed"]: row for row in ablation if row["setting"] == frontier.PRESET}
+    data = {
+        "results": read("asset/results.json"),
+        "gpt2": read("asset/mini/gpt2/results.json"),
+        "reward": read("asset/mini/reward/results.json"),
+        "judge": read("asset/mini/judge/results.json"),
+        "performance": read("asset/performance.json"),
+        "minutes": {name: run["seconds"] / 60 for name, run in read("asset/recorded.json")["runs"].items()},
+        "frontier": {},
+        "ablation": {},
+        "mutation": mutation(),
+    }
+    for name in dict.fromkeys(f"{row['method']}, {row['setting']}" for row in rows):
+        runs = [row for row in rows if f"{row['method']}, {row['setting']}" == name]
+        data["frontier"][name] = {m: mean([row[m] for row in runs]) for m in frontier.MEASURES}
+    for name in dict.fromkeys(row["setting"] for row in ablation):
+        runs = [row for row in ablation if row["setting"] == name]
+        data["ablation"][name] = {
+            m: mean([row[m] - (base[row["seed"]][m] if name != frontier.PRESET else 0) for row in runs])
+            for m in frontier.MEASURES
+        }
+    return data
+
+
+def mutation():
+    """Return the last row of tests/mutation/report.md: numbers of mutants, and the share that is caught."""
+    lines = (ROOT / "tests/mutation/report.md").read_text(encoding="utf-8").splitlines()
+    header, last = ([cell.strip() for cell in line.strip("| ").split("|")] for line in (
+        next(line for line in lines if line.startswith("| file")), next(line for line in lines if line.startswith("| all"))
+    ))  # fmt: skip
+    values = {name: float(cell.rstrip("%")) for name, cell in zip(header[1:], last[1:])}
+    return values | {"score": values["score"] / 100, "tested": values["generated"] - values["equivalent"]}
+
+
+def value_of(data, path):
+    for name in path.split("/"):
+        if not isinstance(data, dict) or name not in data:
+            raise BadInput(f"no number {path!r}: {name!r} is not one of {', '.join(map(str, data))[:300]}")
+        data = data[name]
+    return data
+
+
+def fill_numbers(text, data):
+    """Return a text with the numbers that its comments name."""
+
+    def fill(match):
+        old, decimals, interval, percent, path = match.groups()
+        entry = value_of(data, path)
+        entry = entry if isinstance(entry, dict) else {"value": entry}
+        scale = 100 if percent else 1
+        comma, digits = "," if entry["value"] * scale >= 1000 else "", len(decimals or "")
+
+        def shown(name, digits=digits):
+            return f"{entry[name] * scale:z{comma}.{digits}f}"
+
+        if interval:
+            interval = f" ± {shown('half')}" if "±" in interval else f" [{shown('low')}, {shown('high')}]"
+        return f"{shown('value')}{interval or ''}{percent or ''}<!-- {path} -->"
+
+    return NUMBER.sub(fill, text)
+
+
+# ---- blocks
+
+
+def blocks():
+    """Return {name: text} of the tables and outputs that pages may have."""
+    results, recorded = read("asset/results.json"), read("asset/recorded.json")
+    rows, ablation = read_rows("asset/frontier/frontier.csv"), read_rows("asset/frontier/ablation.csv")
+    names = {
+        "score": "score of the reward",
+        "positive_by_judge": "share positive by the judge",
+        "kl": "KL from the fine-tuned model, nats",
+        "perplexity": "perplexity under the fine-tuned model",
+        "distinct_2": "distinct-2",
+        "response_length": "length, tokens",
+    }
+    header = ["", "before PPO", "after PPO"]
+    sides = [results["before"], results["after"]]
+    table = markdown([header, *([label, *(number(side[name]) for side in sides)] for name, label in names.items())])
+    rises = sorted(results["samples"], key=lambda sample: sample["after"]["judge"] - sample["before"]["judge"])
+    sample = rises[len(rises) // 2]
+    example = [f"> **{quote(sample['prompt'])}** …", ">"]
+    for side in ("before", "after"):
+        example += [f"> *{side} PPO:* … {quote(sample[side]['text'])}", ">"]
+    return {
+        "results": f"{table}\n\nMeasured {recorded['date']} on {recorded['machine']}, commit {recorded['commit']}.",
+        "demo": table_text(results),
+        "example": "\n".join(example[:-1]),
+        "runs": frontier.runs_table(rows),
+        **{name: frontier.methods_table(rows, name) for name in ("score", "positive_by_judge", "perplexity")},
+        "ablation": frontier.ablation_table(rows, ablation),
+    } | performance(read("asset/performance.json"))
+
+
+def fill_blocks(text, known, recorded):
+    """Return a text with its blocks. A block "output NAME 0:3 -2:" has these lines of the recorded output of a run."""
+
+    def fill(match):
+        begin, name, end = match.groups()
+        kind, *words = name.split()
+        if kind != "output":
+            return begin + value_of(known, name) + end
+        lines, parts = value_of(recorded["runs"], words[0])["output"].splitlines(), []
+        for part in words[1:]:
+            parts.append("\n".join(lines[slice(*(int(x) if x else None for x in part.split(":")))]))
+        return f"{begin}```text\n" + "\n...\n".join(parts) + f"\n```{end}"
+
+    return BLOCK.sub(fill, text)
+
+
+# ---- links
+
+
+def broken_links():
+    """Return "page: link" for every link into the repository that leads to no file or to no heading."""
+    broken = []
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)
+        for link in links:
+            if not link.startswith(("http://", "https://", "../../actions/")):  # the last one is GitHub's own page
+                name, _, anchor = link.partition("#")
+                target = (page.parent / name).resolve() if name else page
+                if not target.exists() or anchor and anchor not in anchors(target):
+                    broken.append(f"{page.relative_to(ROOT)}: {link}")
+    return broken
+
+
+def anchors(page):
+    """Return the anchors that GitHub gives the headings of a page: lower case, spaces as hyphens, no punctuation."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def fill(text, data, known, recorded):
+    return fill_numbers(fill_blocks(text, known, recorded), data)
+
+
+def main():
+    try:
+        if plot.main([]):
+            return 2
+        build_tutorial.main()
+        data, known, recorded = sources(), blocks(), read("asset/recorded.json")
+        for page in PAGES:
+            text = page.read_text(encoding="utf-8")
+            filled = fill(text, data, known, recorded)
+            if filled != text:
+                page.write_text(filled, encoding="utf-8")
+                print(f"filled: {page.relative_to(ROOT)}")
+        if broken := broken_links():
+            raise BadInput("broken links: " + ", ".join(broken))
+        return 0
+    except BadInput as error:
+        return print_error(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

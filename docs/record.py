@@ -1,0 +1,71 @@
+"""Run the commands of the README on this machine, from a clean clone of HEAD, and keep their results: `make results`.
+
+    python -m docs.record
+
+Writes asset/recorded.json, with the output and the duration of each command, and copies the demo's results, log and
+config to asset/. It takes about eight minutes on two CPU cores. `make docs` then fills README.md and docs/.
+"""
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from runtime.checkpoint import write_text
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {  # the first word of a README block: command
+    "finetune": "finetune_gpt2.py --preset mini",
+    "reward": "reward.py --preset mini",
+    "ppo": "ppo.py --preset mini",
+    "evaluate": "evaluate.py --preset mini",
+    "generate": "generate.py --preset mini --prompt",
+    "bench": "-m analysis.bench --preset mini",
+}
+PROMPT = "This movie was"  # of generate.py
+RESULTS = ("results.json", "log.jsonl", "run_config.json", "samples.md")
+
+
+def git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def machine():
+    """Return the machine in words."""
+    model = platform.processor() or platform.machine()
+    cpu = Path("/proc/cpuinfo")
+    if cpu.is_file():
+        names = [line.partition(": ")[2] for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{len(os.sched_getaffinity(0))} CPU cores ({model})"
+
+
+def main():
+    runs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["git", "clone", "-q", str(ROOT), folder], check=True)
+        for name, command in tqdm(COMMANDS.items(), "record"):
+            words = [*command.split(), *([PROMPT] if name == "generate" else [])]
+            environment, start = os.environ | {"COLUMNS": "110"}, time.monotonic()
+            done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                sys.exit(f"{command} failed with exit status {done.returncode}")
+            runs[name] = {"command": command, "seconds": round(time.monotonic() - start, 1), "output": done.stdout}
+        for name in RESULTS:
+            shutil.copy(Path(folder, "ppo_checkpoints", "mini", name), ROOT / "asset" / name)
+    runs["demo"] = {"seconds": runs["ppo"]["seconds"] + runs["evaluate"]["seconds"]}
+    today = datetime.date.today().strftime("%d %B %Y").lstrip("0")
+    recorded = {"date": today, "commit": git("rev-parse", "--short", "HEAD"), "machine": machine(), "runs": runs}
+    write_text(ROOT / "asset" / "recorded.json", json.dumps(recorded, indent=1))
+
+
+if __name__ == "__main__":
+    main()
