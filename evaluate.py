@@ -40,8 +40,8 @@ from runtime.log import side_by_side
 def sample_responses(policies, tokenizer, judge, groups, cfg, device):
     """Sample responses for display, at cfg.sample_temperature, to cfg.samples random prompts of the groups.
 
-    policies: {"before", "after"}. Returns a list of (prompt, [(response, judge's probability of POSITIVE), ...]) with
-    the responses before and after PPO.
+    policies: {"before": Policy, "after": Policy}. Returns a list of (prompt, [before, after]), each of the two a
+    (response, judge's probability of POSITIVE).
     """
     prompts = [prompt[None] for group in groups for prompt in group]  # (1, P) each
     chosen = sorted(np.random.default_rng([cfg.seed, 4]).permutation(len(prompts))[: cfg.samples].tolist())
@@ -58,11 +58,11 @@ def sample_responses(policies, tokenizer, judge, groups, cfg, device):
 
 @torch.no_grad()
 def token_metrics(policies, sequences, prompt_len, scores, ppo, temperature, eos_id):
-    """Return ({name: (B, T)}, mask) of some responses for the policy after PPO.
+    """Return ({name: (B, T)}, mask): metrics of the response tokens for the policy after PPO.
 
-    kl: its log-probability minus that of the policy before PPO, nats; ratio: e^kl. If ppo, the config of its run, uses
-    GAE: value, of the value head; advantage, from the rewards of PPO with the initial kl_coef, not whitened. RLOO and
-    GRPO train no value head, and their advantages need the other responses of a group.
+    kl: its log-probability minus that of the policy before PPO, nats; ratio: e^kl. If it was trained with GAE (ppo is
+    the config of its run), also its value, and the advantage from PPO's rewards with the initial kl_coef, not whitened.
+    RLOO and GRPO train no value head, and their advantages need the other responses of a group.
     """
     responses = sequences[:, prompt_len:]
     mask = response_mask(responses, eos_id)
@@ -97,10 +97,10 @@ def by_token(policies, tokenizer, prompts, tokens, values, ppo, cfg):
 
 
 def viewer(policies, tokenizer, groups, responses, values, ppo, cfg, device):
-    """Return viewer.json: responses token by token to cfg.viewer_samples evenly spaced prompts.
+    """Return the content of viewer.json: responses token by token to cfg.viewer_samples evenly spaced prompts.
 
-    responses, values: {"before", "after"}, of respond and measure, for all prompts. ppo: the config of the run that
-    trained the policy, or None.
+    responses, values: {"before", "after"}, returned by respond and measure, for all prompts. ppo: the config of the run
+    that trained the policy, or None.
     """
     chosen = np.linspace(0, cfg.prompts - 1, min(cfg.viewer_samples, cfg.prompts)).astype(int)
     samples, start = {i: {"prompt": responses["before"]["prompts"][i]} for i in chosen}, 0
@@ -121,7 +121,7 @@ def viewer(policies, tokenizer, groups, responses, values, ppo, cfg, device):
 
 
 def check_results(cfg):
-    """Raise BadInput if cfg.after has an unfinished run, results of another script, or results and no cfg.force."""
+    """Raise BadInput if cfg.after has an unfinished run, results of another script or, without cfg.force, results."""
     check_finished(cfg.after)
     results = Path(cfg.after, RESULTS)
     if results.is_file() and "difference" not in read_json(results):
@@ -136,7 +136,7 @@ def check_results(cfg):
 
 
 def write(out, results, samples, tokens, card):
-    """Write everything to the folder of the policy; return the paths. samples, card: Markdown. tokens: of viewer."""
+    """Write everything to the folder of the policy; return the paths. samples, card: Markdown. tokens: from viewer."""
     write_text(out / RESULTS, json.dumps(results, indent=1))
     write_text(out / "samples.md", samples)
     write_text(out / VIEWER, json.dumps(tokens))

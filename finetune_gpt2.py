@@ -37,7 +37,7 @@ from runtime.optimizer import Stepper, make_optimizers
 def plan(n_tokens, cfg, processes=1):
     """Return the numbers of blocks in a stream of n_tokens, of blocks in all epochs, and of optimizer steps.
 
-    Each process has an equal share of every step; a remainder is not used. Raises BadInput if there is no step.
+    Each process has an equal share of every step; leftover blocks are not used. Raises BadInput if there is no step.
     """
     n_blocks = (n_tokens - 1) // cfg.block_size  # the last token of a block has a target too
     trained_blocks = int(cfg.epochs * n_blocks) // processes * processes
@@ -50,7 +50,7 @@ def plan(n_tokens, cfg, processes=1):
 
 
 def blocks(stream, numbers, block_size):
-    """Return inputs and targets, (len(numbers), block_size) each: the next tokens, with <|endoftext|> among them."""
+    """Return inputs and targets, (len(numbers), block_size) each; targets are the next tokens, also <|endoftext|>."""
     indices = numbers[:, None] * block_size + np.arange(block_size)
     return torch.from_numpy(stream[indices]).long(), torch.from_numpy(stream[indices + 1]).long()
 
@@ -67,7 +67,7 @@ def learning_rate(step, steps, cfg):
 def validate(model, stream, characters, block_size, batch_size, eos_id):
     """Return perplexity (per token) and bits per character of a fixed stream; each token is predicted exactly once.
 
-    stream: (N,) ids of whole reviews with <|endoftext|> after each; characters: the length of these reviews. A token's
+    stream: (N,) ids of whole reviews with <|endoftext|> after each; characters: their total length. A token's
     context is what precedes it in its block of block_size; for the first token of the stream, <|endoftext|>. The sum of
     all negative log-likelihoods is divided once, so that the batch size does not change the result.
     """
@@ -94,7 +94,7 @@ def validation_texts(texts, tokenizer, n_tokens):
 def train_step(model, x, y, cfg, ranks=ONE_PROCESS):
     """Accumulate the gradients of the mean loss over a batch (B, block_size) in micro-batches. Return the loss.
 
-    x, y: this process's share of the batch. The shares are equal: the mean of their losses is that of the batch.
+    x, y: this process's share of the batch. Shares are equal, so the mean of their losses is the loss of the batch.
     """
     loss, size = 0.0, cfg.micro_batch_size // ranks.size
     for xs, ys in zip(x.split(size), y.split(size)):
@@ -117,7 +117,7 @@ def initial_model(cfg, opened, texts, bf16):
 
 
 class BestModel(BestWeights):
-    """The weights with the lowest validation perplexity, or the last ones; start, best: the first and best result."""
+    """The weights with the lowest validation perplexity, or the last ones. start, best: first and best validation."""
 
     saved = ("start", "best")
 
@@ -126,7 +126,7 @@ class BestModel(BestWeights):
         self.tokenizer, self.cfg, self.start, self.best = tokenizer, cfg, None, None
 
     def update(self, validation):
-        """Compare the current weights, with this (perplexity, bits per character), with the best ones."""
+        """Keep the current weights if `validation`, (perplexity, bits per character), is best, or weights "last"."""
         self.start = self.start or validation
         if self.best is None or validation[0] < self.best[0] or self.cfg.weights == "last":
             self.best = validation

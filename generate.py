@@ -2,11 +2,11 @@
 
     python generate.py
     python generate.py --preset mini
-    python generate.py --preset mini --prompt "The first half hour"    # complete this one and exit
+    python generate.py --preset mini --prompt "The first half hour"    # complete this prompt and exit
     python generate.py --preset mini < prompts.txt                     # complete each line
 
-An empty line or the end of the input (Ctrl-D) ends it. Below each response are its score and the judge's probability of
-POSITIVE.
+An empty line or the end of the input (Ctrl-D) ends the program. Below each response are its score and the judge's
+probability of POSITIVE.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def prompt_ids(prompt, tokenizer, config, cfg):
 
 
 def complete(ids, policies, tokenizer, cfg):
-    """Return a response of each policy to a prompt with these ids, as texts, with the same random numbers for all."""
+    """Return the response texts of the policies to the prompt `ids`, sampled with the same random numbers."""
     device, eos_id = policies[0].gpt2.wte.weight.device, tokenizer.eos_token_id
     prompt, texts = torch.tensor([ids], device=device), []
     for policy in policies:
@@ -68,7 +68,7 @@ def respond(prompt, policies, tokenizer, reward_fn, judge, cfg):
 
 
 def prompts(cfg):
-    """Yield cfg.prompt or, if it is empty, the lines of stdin up to an empty one. Print those that are not typed."""
+    """Yield cfg.prompt or, if it is empty, the lines of stdin up to an empty one. Print prompts that are not typed."""
     typed = not cfg.prompt and sys.stdin.isatty() and sys.stdout.isatty()
     if typed:
         print("Type the beginning of a review; an empty line ends.")

@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019) with a value head: the network, generation, log-probabilities and values.
 
 Laid out as in nanoGPT, from parts to whole. Parameter names are Hugging Face's without the prefix `transformer.`.
-The LM head uses the token embedding (`wte`) itself, so the two cannot come untied.
+The LM head uses the token embedding (`wte`) itself, so the two are always tied.
 
 Shapes: B sequences, L tokens of a sequence, P tokens of its prompt, T tokens of its response, V vocabulary,
 C width, H attention heads.
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from runtime.linear import Linear, linear
 
-STOP_CHECK = 8  # check every so many tokens whether all rows have ended: the check makes the host wait for the GPU
+STOP_CHECK = 8  # tokens between checks whether all rows have ended: a check makes the host wait for the GPU
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class KVCache:
 class StaticKVCache(nn.Module):
     """A KV cache of fixed shape for decoding steps of one token, so that torch.compile can capture a CUDA graph.
 
-    The position to write to is a tensor, and a step attends to all places, with a mask over the empty ones. Each layer
-    has one buffer for keys and one for values: of a single buffer, Inductor would copy the whole at each layer.
+    The position to write to is a tensor, and a step attends to all positions, the empty ones masked. Each layer has one
+    buffer for keys and one for values: Inductor would copy a single buffer as a whole at each layer.
     """
 
     def __init__(self, cache, length):
@@ -105,8 +105,8 @@ class Attention(nn.Module):
         )  # (B, H, L, C/H) each
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        # A single new token attends to every key: SDPA aligns its causal mask to the top left, so it would see only the
-        # first one. Without a cache this must not depend on L: torch.compile makes L > 1 a symbol, which SDPA refuses.
+        # A single new token attends to every key: SDPA's causal mask, aligned top left, would leave only the first.
+        # Without a cache, is_causal must not depend on L: torch.compile makes L > 1 symbolic, which SDPA refuses.
         causal = cache is None or L > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask if cache else None, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, L, C))
@@ -136,24 +136,24 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model. It has no dropout: PPO computes the same log-probabilities twice.
+    """The language model. It has no dropout, since PPO computes the same log-probabilities twice.
 
-    n_tokens: size of the tokenizer. If the embedding has more rows (50,304 for 50,257 tokens, for example), these have
-    no logits, so they are never sampled and get no probability. bf16: run the transformer under autocast; weights,
+    n_tokens: size of the tokenizer. If the embedding has more rows (such as 50,304 for 50,257 tokens), the extra ones
+    have no logits, so they are never sampled and get no probability. bf16: run the transformer under autocast; weights,
     logits and values stay in float32.
     """
 
     def __init__(self, config, n_tokens=None, bf16=False):
         super().__init__()
         self.config, self.n_tokens, self.bf16 = config, n_tokens or config.vocab_size, bf16
-        self.static_caches = None  # by size, after compile_decoding
+        self.static_caches = None  # {size: StaticKVCache} after compile_decoding
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def init_weights(self):
-        """Initialize as GPT-2: N(0, 0.02), projections into the residual stream divided by sqrt(2 n_layer)."""
+        """Initialize like GPT-2: N(0, 0.02), projections into the residual stream divided by sqrt(2 n_layer)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -163,7 +163,7 @@ class GPT2(nn.Module):
         return self
 
     def trunk(self, ids, cache=None):
-        """Return the final hidden states of ids (B, L) after the tokens of the cache: (B, L, C)."""
+        """Return the final hidden states (B, L, C) of ids (B, L), which continue the tokens of the cache."""
         seen = cache.filled if cache else 0
         end = seen + ids.shape[1]
         if end > self.config.n_positions:
@@ -178,7 +178,7 @@ class GPT2(nn.Module):
     def hidden(self, ids, positions, cache):
         """Run the transformer on ids (B, L) at positions, a slice or a tensor (L,): (B, L, C).
 
-        The result has the dtype of the weights, also under autocast: residual stream and layer norms stay in it.
+        The result has the dtype of the weights, also under autocast: residual stream and layer norms keep it.
         """
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.wte(ids) + self.wpe.weight[positions]
@@ -189,7 +189,7 @@ class GPT2(nn.Module):
     def logits(self, hidden):
         """(..., C) -> (..., n_tokens), never in bf16: GPT-2's logits are near -100, where bf16 has steps of 0.5."""
         weight = self.wte.weight
-        if self.n_tokens < len(weight):  # a slice of all rows would copy the whole gradient
+        if self.n_tokens < len(weight):  # slicing all rows would copy the whole gradient
             weight = weight[: self.n_tokens]
         return linear(hidden, weight)
 
@@ -198,7 +198,7 @@ class GPT2(nn.Module):
         return self.logits(self.trunk(ids)[:, first:])
 
     def flops(self, tokens, predicted):
-        """Return the FLOPs of a forward pass: 2 per weight and token, with the LM head for `predicted` tokens."""
+        """Return the FLOPs of a forward pass: 2 per weight and token, the LM head only for `predicted` ones."""
         blocks = sum(p.numel() for p in self.h.parameters())
         return 2 * (tokens * blocks + predicted * self.n_tokens * self.config.n_embd)
 
@@ -239,14 +239,14 @@ class GPT2(nn.Module):
         return self.logits(self.hidden(new, cache.position, cache)).squeeze(1)
 
     def static_cache(self, cache):
-        """Return a StaticKVCache filled from a KVCache, one for up to 64 lengths, since each has its own graph."""
+        """Return a StaticKVCache filled from a KVCache, its length a multiple of 64: each length needs a CUDA graph."""
         size = cache.shape[2], -(-cache.shape[4] // 64) * 64
         if size not in self.static_caches:
             self.static_caches[size] = StaticKVCache(cache, size[1])
         return self.static_caches[size].fill(cache)
 
     def compile_decoding(self):
-        """Make a decoding step on a GPU one CUDA graph instead of hundreds of kernel launches."""
+        """Run a decoding step on a GPU as one CUDA graph instead of hundreds of kernel launches."""
         self.static_step, self.static_caches = torch.compile(self.static_step, mode="reduce-overhead"), {}
 
 
@@ -254,7 +254,7 @@ def draw(logits, generator=None):
     """Sample from softmax(logits) by inversion of the cumulative distribution: (B, V) -> (B,) ids.
 
     torch.multinomial draws V exponential numbers per row, which takes as long as one or two layers, and makes the host
-    wait for the GPU. In float64, since in float32 tokens with a probability below 6e-8 would never be drawn.
+    wait for the GPU. Sums are in float64 except on MPS: in float32, tokens of probability below 6e-8 are never drawn.
     """
     cumulated = logits.softmax(-1).cumsum(-1, dtype=torch.float32 if logits.device.type == "mps" else torch.float64)
     u = torch.rand(len(logits), 1, dtype=cumulated.dtype, device=logits.device, generator=generator)
@@ -296,8 +296,8 @@ class Policy(nn.Module):
     def forward(self, sequences, prompt_len, temperature=1.0):
         """Return log-probabilities (nats) and values of the response tokens: sequences (B, P + T) -> (B, T) each.
 
-        The only shift by one: the hidden state before a token gives its logits and its value. Only these T states are
-        multiplied by the embedding.
+        This is the only shift by one: the hidden state before a token gives its logits and its value. Only these T
+        states are multiplied by the embedding.
         """
         hidden = self.gpt2.trunk(sequences[:, :-1])[:, prompt_len - 1 :]  # (B, T, C)
         logits = self.gpt2.logits(hidden) / temperature  # (B, T, V)
@@ -324,6 +324,6 @@ def compile_passes(policy, ref_policy, enabled):
     """torch.compile the forward passes and the decoding step that a rollout and an update call."""
     if not enabled:
         return
-    policy.compile(dynamic=True)  # every rollout has another length of prompts and of responses
+    policy.compile(dynamic=True)  # the lengths of prompts and responses differ between rollouts
     ref_policy.compile(dynamic=True)
     policy.gpt2.compile_decoding()

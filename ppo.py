@@ -16,12 +16,12 @@ The details that matter, in the order of the code:
     whiten         mean and variance are those of all real tokens of a rollout, not of a minibatch or a response
     gae            the value after the last real token is 0, also if the response was cut at T
     ppo_loss       both losses are pessimistic: the larger one of clipped and unclipped
-    AdaptiveKL     kl_coef follows the KL once per rollout, by a clipped error
-    rollout        prompts of one length, so no padding; samples from the full softmax, so that it is what is scored;
-                   log-probabilities from the forward pass of update, so the first ratio is 1; advantages are whitened,
-                   returns are not, so the value head learns the scale of the rewards
+    AdaptiveKL     kl_coef is adapted once per rollout, in proportion to the clipped error of the KL
+    rollout        prompts have one length, so no padding; sampling uses the full softmax, as log-probabilities do;
+                   these come from the forward pass of update, so the first ratio is 1; advantages are whitened, returns
+                   are not, so the value head learns the scale of the rewards
     update         losses are means over the real tokens of a minibatch, whatever the micro-batch size
-    model.Policy   the state before a token gives its logits and its value; the value head starts at 0; no dropout
+    model.Policy   the hidden state before a token gives its logits and value; the value head starts at 0; no dropout
 """
 
 import copy
@@ -45,7 +45,7 @@ from runtime.monitor import Alarms, BestPolicy, Rollout, Stopwatch, average, rol
 from runtime.optimizer import Stepper
 from runtime.self_check import check_policy
 
-# ---- the arithmetic: tensors in, tensors out. Masks are applied by where: nan times False is nan
+# ---- the arithmetic: tensors in, tensors out. Masks are applied with `where`, since nan times False is nan
 
 
 def response_mask(responses, eos_id):
@@ -93,14 +93,14 @@ def group_advantages(rewards, cfg):
     """Compare the k responses to a prompt: (B,) rewards of responses -> (B,) advantages.
 
     rloo: the reward minus the mean of the other k - 1 (Ahmadian et al. 2024, arXiv:2402.14740). grpo: minus the mean of
-    all k, over their standard deviation (Shao et al. 2024, arXiv:2402.03300; the KL stays in the reward here).
+    all k, divided by their standard deviation (Shao et al. 2024, arXiv:2402.03300; the KL stays in the reward here).
     """
     groups = rewards.view(-1, cfg.samples_per_prompt)  # the k rows of a prompt are adjacent
     advantages = groups - groups.mean(1, keepdim=True)
     if cfg.advantage == "grpo":
         advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
     else:
-        advantages = advantages * cfg.samples_per_prompt / (cfg.samples_per_prompt - 1)  # equals leaving itself out
+        advantages = advantages * cfg.samples_per_prompt / (cfg.samples_per_prompt - 1)  # now minus the others' mean
     return advantages.flatten()
 
 
@@ -134,7 +134,7 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, cf
 class AdaptiveKL:
     """Proportional controller of kl_coef (Ziegler et al. 2019, section 2.2): up if the KL is over target, else down."""
 
-    saved = ("coef",)
+    saved = ("coef",)  # the attributes that a checkpoint stores
 
     def __init__(self, cfg):
         self.coef, self.target, self.horizon = cfg.kl_coef, cfg.kl_target, cfg.kl_horizon
@@ -153,8 +153,8 @@ class AdaptiveKL:
 def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng=None, judge=None, ranks=ONE_PROCESS):
     """Generate a response to each prompt, score it, and compute the advantage of each token: a Rollout.
 
-    prompts: (B, P) ids. reward_fn, judge: list of B texts -> (B,) scores; the judge is only logged. ranks: each process
-    computes for its share of the rows, and gets the whole rollout.
+    prompts: (B, P) ids. reward_fn, judge: list of B texts -> (B,) scores; the judge is only logged. ranks: the
+    processes of the run; each computes its share of the rows and gets the whole rollout.
     """
     watch, prompt_len, eos_id = Stopwatch(), prompts.shape[1], tokenizer.eos_token_id
 
@@ -166,7 +166,7 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
     sequences, mask = sequences[:, : prompt_len + longest], mask[:, :longest]  # (B, P + T), (B, T)
     watch.lap("generate")
 
-    # 2. score whole texts, decoded at once: a character can begin in the prompt and end in the response
+    # 2. score prompt and response, decoded together: a character can begin in one and end in the other
     texts = decode(sequences, tokenizer)
     scores, positive_by_reward = score(reward_fn, texts, mask.device, ranks)  # (B,) each
     check_finite("score", scores, texts)
@@ -205,15 +205,15 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
 
 
 def score(reward_fn, texts, device, ranks):
-    """Return (scores, 1 if the text is positive else 0, or None without a classifier), (B,) each, on the device."""
+    """Return (scores, positive) of all texts, (B,) each, on the device; see reward.scored."""
     scores, positive = ranks.attempt(scored, reward_fn, ranks.share(texts))
     return tuple(x if x is None else ranks.gather(x.to(device)) for x in (scores, positive))
 
 
 def logprobs_and_values(policy, sequences, prompt_len, cfg, ranks):
-    """Return log-probabilities and values of the response tokens, (B, T) each, by the forward pass of update.
+    """Return log-probabilities and values of the response tokens, (B, T) each, with the forward pass of update.
 
-    Under torch.compile, a pass without gradients or on a view would be another graph, which rounds differently.
+    Under torch.compile, a pass without gradients or on a view would have another graph, which rounds differently.
     """
     parts = []
     with torch.set_grad_enabled(cfg.compile):
@@ -281,7 +281,7 @@ def main(cfg):
         except NotFinite as problem:
             log.skip(step, problem, stepper)
             continue
-        except BadInput as error:  # of the user's reward: this step has not changed the policy yet
+        except BadInput as error:  # raised by the user's reward, before this step changes the policy
             raise checkpoints.save_before(error) from error
         metrics = rollout_metrics(batch, policy, ref_policy, reward_fn.truncated_frac, cfg) | {"kl_coef": kl_coef}
         best.update(metrics, kl_coef)

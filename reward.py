@@ -10,8 +10,8 @@ The teacher is an earlier run with a pretrained encoder (one command):
     --epochs 2 --batch_size 32 --lr 1e-4 --crop_share 0.85
 
 Reward and judge are trained on disjoint reviews. PPO maximizes the reward. It does not optimize the judge, so that
-evaluate.py --judge can tell whether responses became positive or only exploit the reward. Each is written as a Hugging
-Face folder with the labels NEGATIVE and POSITIVE, log.jsonl and results.json in reward_checkpoints/<preset>/.
+evaluate.py can tell by it whether responses became positive or only exploit the reward. Each is written to a folder in
+reward_checkpoints/<preset>/: a Hugging Face model with the labels NEGATIVE and POSITIVE, log.jsonl and results.json.
 """
 
 import importlib.util
@@ -59,15 +59,15 @@ LABELS = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, 
 class SentimentReward:
     """Score texts by any Hugging Face sequence classifier, in eval mode and without gradients.
 
-    kind: "logit", z_pos, as in the published runs; "log_odds", z_pos - logsumexp of the others; "probability", the
-    softmax, which saturates: .99 and .999 are almost the same reward. For two classes the log-odds are about twice the
-    logit, so that the same kl_coef weighs half as much against them.
+    kind: "logit", z_pos, of the positive label, as in the published runs; "log_odds", z_pos - logsumexp of the others;
+    "probability", the softmax, which saturates: .99 and .999 are almost the same reward. For two classes the log-odds
+    are about twice the logit, so that the same kl_coef weighs half as much against them.
     """
 
     def __init__(self, model, tokenizer, positive, kind="logit", device="cpu"):
         self.model, self.tokenizer, self.positive, self.kind = model.eval().to(device), tokenizer, positive, kind
         self.device = torch.device(device)
-        # tokens per batch, with padding; larger batches do not fit into a CPU's cache and were half as slow again
+        # tokens per batch, with padding; larger batches do not fit into a CPU's cache and took 1.5 times as long
         self.batch_tokens = 2048 if self.device.type == "cpu" else 16384
         self.max_length = token_limit(model.config, tokenizer)
         self.truncated_frac = 0.0  # share of texts in the last call that were too long
@@ -79,7 +79,7 @@ class SentimentReward:
     def load(cls, name, positive_label="", kind="logit", device="cpu", flag="positive_label"):
         """Open a folder or hub name. Raises BadInput if its labels do not say which one is positive.
 
-        flag: the one that sets positive_label, for the error message.
+        flag: name of the flag that sets positive_label, for the error message.
         """
         model, tokenizer = open_classifier(name)
         return cls(model, tokenizer, positive_index(model.config.id2label, positive_label, name, flag), kind, device)
@@ -91,14 +91,14 @@ class SentimentReward:
         ids = tokenize(tokenizer, texts, self.max_length)
         lengths = np.array([len(row) for row in ids["input_ids"]])
         self.truncated_frac = sum(bool(encoding.overflowing) for encoding in ids.encodings or []) / len(texts)
-        scores = torch.empty(len(texts), self.model.config.num_labels)
+        logits = torch.empty(len(texts), self.model.config.num_labels)
         order = np.argsort(-lengths, kind="stable")
         while len(order):
             rows, order = np.split(order, [max(1, self.batch_tokens // lengths[order[0]])])
             batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
             batch = {name: to_device(tensor, self.device) for name, tensor in batch.items()}
-            scores[torch.from_numpy(rows)] = self.model(**batch).logits.float().cpu()
-        return scores
+            logits[torch.from_numpy(rows)] = self.model(**batch).logits.float().cpu()
+        return logits
 
     def log_odds(self, texts):
         """Return log(p / (1 - p)) of the positive label, (len(texts),)."""
@@ -119,8 +119,8 @@ class SentimentReward:
 class ControlledReward(SentimentReward):
     """Score how well texts agree with their control: after [negative], the two labels are swapped.
 
-    A control is not read by the classifier; texts without one are scored as after [positive]. Raises BadInput unless
-    the classifier has two labels.
+    The classifier does not read the control. Texts without one are scored like those with [positive]. Raises BadInput
+    unless the classifier has two labels.
     """
 
     def __init__(self, model, tokenizer, positive, kind="logit", device="cpu"):
@@ -141,7 +141,7 @@ CLASSIFIERS = {"positive": SentimentReward, "controlled": ControlledReward}  # b
 def open_classifier(name, dropout=None):
     """Return (classifier, tokenizer) of a folder or hub name.
 
-    dropout: to train it, with the labels NEGATIVE and POSITIVE; an encoder without a head gets a new one.
+    dropout: set for training; the model then has the labels NEGATIVE and POSITIVE, and a new head if it lacks one.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, logging
 
@@ -178,7 +178,7 @@ def positive_index(id2label, positive_label, name, flag="positive_label"):
         return matches[0]
     hint = "it needs at least two labels" if len(id2label) < 2 else f"name the positive one by --{flag}"
     raise BadInput(
-        f"classifier {name} has the labels {dict(id2label)}: not exactly one is {' or '.join(map(repr, names))}: {hint}"
+        f"classifier {name} has labels {dict(id2label)}: exactly one must be {' or '.join(map(repr, names))}; {hint}"
     )
 
 
@@ -224,7 +224,7 @@ def load_rewards(cfg, device):
 
 
 class FunctionReward:
-    """A function of a user as the reward: list of B texts -> B scores. If it raises, that is a BadInput."""
+    """A function of a user as the reward: list of B texts -> B scores. Its exceptions become BadInput."""
 
     truncated_frac = 0.0  # see SentimentReward
 
@@ -249,7 +249,7 @@ class FunctionReward:
         """Turn exceptions of the user's code into BadInput with their type, message and line in the user's file."""
         try:
             yield
-        except BadInput as error:  # of as_scores
+        except BadInput as error:  # raised by as_scores
             raise BadInput(f"reward {self.name}: {error}") from None
         except Exception as error:
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
@@ -393,7 +393,7 @@ def train(name, classifier, reviews, cfg, bf16, teacher=None):
     with replacing(out, model.state_dict()) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    model.float()  # report the accuracy of the saved precision
+    model.float()  # so that report measures the saved precision
     return log.close()
 
 
@@ -401,7 +401,7 @@ def length_batches(lengths, batch_size, key):
     """Return batches of similar length (little padding) in random order: a list of index arrays, each text once."""
     rng = np.random.default_rng(key)
     order = rng.permutation(len(lengths))
-    pool = 50 * batch_size  # sorted within pools only, so that batches differ between epochs
+    pool = 50 * batch_size  # sort within pools only, so that batches differ between epochs
     pools, lengths = np.split(order, range(pool, len(order), pool)), np.array(lengths)
     order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools])
     batches = np.split(order, range(batch_size, len(order), batch_size))
@@ -418,7 +418,7 @@ def calibration_error(probabilities, labels, bins=10):
 def report(classifier, reviews, cfg):
     """Return accuracy and calibration error on whole reviews and on texts as short as PPO's.
 
-    Also a histogram of the log-odds of short texts, for negative and for positive ones.
+    Also return a histogram of the log-odds of short texts, for negative and for positive ones.
     """
     results = {}
     short_texts = [" ".join(text.split(" ")[: cfg.short_words]) for text in reviews.texts]
@@ -429,14 +429,14 @@ def report(classifier, reviews, cfg):
             "accuracy": float(((probabilities > 0.5) == reviews.labels).mean()),
             "calibration_error": calibration_error(probabilities, reviews.labels),
         }
-    odds = odds.double().numpy()  # in float32, there may be no 24 numbers between odds that are almost equal
+    odds = odds.double().numpy()  # in float32, odds that are almost equal cannot be divided into 24 bins
     edges = np.histogram_bin_edges(odds, bins=24)
     negative, positive = (np.histogram(odds[reviews.labels == label], edges)[0].tolist() for label in (0, 1))
     return results | {"histogram": {"edges": edges.tolist(), "negative": negative, "positive": positive}}
 
 
 def tokens_of(texts, cfg):
-    """Return about how many tokens a classifier reads of texts: one per 4 characters."""
+    """Return about how many tokens of these texts a classifier reads: one per 4 characters."""
     return sum(min(cfg.max_length, len(text) / 4) for text in texts)
 
 
@@ -464,14 +464,14 @@ def main(cfg):
         if cfg.resume and (out / RESULTS).is_file():
             if read_json(out / RESULTS).get("data") != data:
                 raise BadInput(f"{out} was trained on other texts: --force without --resume replaces the run")
-            delete_checkpoints(out)  # of a run that was killed before this
+            delete_checkpoints(out)  # left by a run that was killed before it deleted them
             print(f"the {name} is already trained")
             continue
         torch.manual_seed(seed)  # of new weights
         opened = small_classifier(reviews.texts, cfg) if start == "scratch" else open_classifier(start, cfg.dropout)
         model, tokenizer = opened
         trained, evaluated = tokens_of(training_texts(reviews.texts, 0, cfg), cfg), tokens_of(held_out.texts, cfg)
-        passes = 4 if cfg.teacher else 3  # a backward pass takes twice a forward pass
+        passes = 4 if cfg.teacher else 3  # a backward pass takes twice as long as a forward pass
         flops = classifier_flops(model, passes * cfg.epochs * trained + 2 * evaluated)
         rows = {
             "from": start,
@@ -481,7 +481,7 @@ def main(cfg):
             **time_on_cpu(flops, cfg, device),
         }
         print(sheet(f"training the {name}", rows), flush=True)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)  # no longer text in training
+        tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)  # longer texts are truncated
         classifier = SentimentReward(model, tokenizer, positive=1, device=device)
         teacher = SentimentReward.load(teachers[name], device=device) if cfg.teacher else None
         before = report(classifier, held_out, cfg)

@@ -43,7 +43,7 @@ REVISIONS = {}  # {name: commit} of what this process read from the Hugging Face
 
 
 def read_json(path):
-    """Return the object in a JSON file. BadInput with its path if it is missing, damaged, or not an object."""
+    """Return the object in a JSON file. Raise BadInput with its path if it is missing, damaged, or not an object."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -54,10 +54,10 @@ def read_json(path):
 
 
 def read_file(file):
-    """Yield (name, tensor) of a weight file. BadInput with its path if it is damaged.
+    """Yield (name, tensor) of a weight file. Raise BadInput with its path if it is damaged.
 
-    A safetensors file is mapped into memory again for each tensor, the largest first, so that filling a model from it
-    never needs much more memory than the model.
+    A safetensors file is mapped into memory anew for each tensor, in order of decreasing size, so that filling a model
+    from it never needs much more memory than the model.
     """
     try:
         if file.suffix == ".safetensors":
@@ -79,7 +79,7 @@ def read_file(file):
 
 
 def match(tensors, expected, source):
-    """Raise BadInput unless `tensors` has exactly the names and shapes of `expected`: {name: tensor} both."""
+    """Raise BadInput unless `tensors` has exactly the names and shapes of `expected`, both {name: tensor}."""
     shapes, needed = ({name: tuple(t.shape) for name, t in group.items()} for group in (tensors, expected))
     problems = [f"missing {name} {needed[name]}" for name in needed if name not in shapes]
     problems += [f"unexpected {name} {shapes[name]}" for name in shapes if name not in needed]
@@ -97,8 +97,8 @@ def match(tensors, expected, source):
 def replacing(out, tensors):
     """Yield a temporary folder inside `out`; after the block, its files and folders replace those of `out`.
 
-    If the block fails, `out` is left unchanged. tensors: {name: tensor} to be written. BadInput if one of them is not
-    finite, or if the disk is full.
+    If the block fails, `out` is left unchanged. tensors: {name: tensor} to be written. Raises BadInput if one of
+    them is not finite, or if the disk is full.
     """
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -116,13 +116,13 @@ def replacing(out, tensors):
                 os.replace(path, Path(out) / path.name)
             flush(out)
     except Exception as error:
-        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:  # the last one of tokenizers
+        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:  # tokenizers raises Exception
             raise BadInput(f"{out} was not written, its old files are kept: {first_line(error)}") from None
         raise
 
 
 def flush(path):
-    """Write a file or the names in a folder from the cache to the disk: a power cut undoes what is only cached."""
+    """Write a file or the names in a folder from the cache to the disk, so that a power cut does not undo it."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -141,7 +141,7 @@ def write_text(path, text):
 def check_run(cfg, *results):
     """Raise BadInput if cfg.out has files that a run of cfg would replace, or if there is nothing to resume.
 
-    cfg.force allows to replace them. results: the files in cfg.out that a finished run has. Nothing is written here:
+    cfg.force allows replacing them. results: the files in cfg.out that a finished run has. Nothing is written here:
     RunLog prepares the folder.
     """
     out, other = Path(cfg.out), "--out names another folder"
@@ -154,10 +154,10 @@ def check_run(cfg, *results):
                 changes = ", ".join(changed[:5])
                 raise BadInput(f"{out} contains a run of another config ({changes}): --force {effect}, {other}")
         elif paths := [path for part in parts for path in earlier_files(part)]:
-            raise BadInput(f"{paths[0]} is of no known run (no {RUN_CONFIG}): --force replaces it, {other}")
+            raise BadInput(f"{paths[0]} belongs to no known run (no {RUN_CONFIG}): --force replaces it, {other}")
         if not cfg.resume and (any(map(latest_checkpoint, parts)) or any(done) and not all(done)):
             raise BadInput(f"{out} contains an unfinished run: --resume resumes it, --force replaces it, {other}")
-    started = any((part / CHECKPOINTS).is_dir() for part in parts)  # over a finished run, by --force
+    started = any((part / CHECKPOINTS).is_dir() for part in parts)  # with --force, over a finished run
     if all(done) and not started and (cfg.resume or not cfg.force):
         effect = "there is nothing to resume; without --resume, " if cfg.resume else ""
         raise BadInput(f"{out} contains a finished run: {effect}--force replaces it, {other}")
@@ -171,7 +171,7 @@ def earlier_files(out):
 
 
 def delete_earlier_files(out):
-    """Delete the files of an earlier run in a folder. The checkpoints go first: a kill here cannot mix two runs."""
+    """Delete the files of an earlier run in a folder, checkpoints first, so that a kill here cannot mix two runs."""
     delete_checkpoints(out)
     (out / CHECKPOINTS).mkdir()
     for path in earlier_files(out):
@@ -273,11 +273,11 @@ def load_checkpoint(folder, model, optimizers):
 class Checkpoints:
     """The steps of a training loop, with a checkpoint every cfg.save_every steps and one if a signal ends the run.
 
-    A checkpoint is skipped if this run's checkpoints, including it, would take more than cfg.save_share of its time. It
-    is assumed to take as long as the previous one; the first one is assumed to be written at DISK_SPEED.
+    A checkpoint is skipped if saving, this one included, would exceed cfg.save_share of the run's time. It is assumed
+    to take as long as the previous one, and the first one to be written at DISK_SPEED.
 
     inputs: {name: hash} of what the run depends on besides its config. parts: {name: object}; a checkpoint has the
-    attributes of each object that object.saved names. With cfg.resume, weights, moments and attributes are those of the
+    attributes of each object named in object.saved. With cfg.resume, weights, moments and attributes are those of the
     latest checkpoint. before_save: called before each checkpoint.
     """
 
@@ -309,7 +309,7 @@ class Checkpoints:
         return state["step"]
 
     def steps(self, end):
-        """Yield first_step to end - 1. After Ctrl-C or SIGTERM, finish the step, save it and raise Stopped."""
+        """Yield first_step to end - 1. After Ctrl-C or SIGTERM, finish the step, save and raise Stopped."""
         before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         self.start = time.monotonic()
         try:
@@ -356,10 +356,10 @@ class Checkpoints:
 
 
 class BestWeights:
-    """The best weights of a model so far, copied to memory and written together with the next checkpoint.
+    """The best weights of a model so far, copied to memory and written just before the next checkpoint.
 
-    If the process is killed between the two, the weights on the disk are newer than the checkpoint: the resumed run
-    finds them again. save: called with the state dict.
+    If the process is killed between the two, the weights on the disk are newer than the latest checkpoint; the resumed
+    run computes the same ones again. save: called with the state dict.
     """
 
     def __init__(self, model, save):

@@ -79,7 +79,7 @@ def differing(cfg, other):
 
 
 def run(main, cls):
-    """Parse the flags and call main(cfg). BadInput, a full disk and signals end with one line and an exit status."""
+    """Parse the flags and call main(cfg). Report BadInput, a full disk and signals in one line, with an exit status."""
     try:
         main(parse(cls))
     except BadInput as error:

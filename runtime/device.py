@@ -18,7 +18,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def pick_device(cfg):
     """Return (torch.device, bf16): where to compute, and whether the transformer runs in bf16.
 
-    BadInput if the device or the dtype is not available. fp32 products are computed in fp32: TF32 is turned off, also
+    Raises BadInput if device or dtype is not available. fp32 products are computed in fp32: TF32 is turned off, also
     if an environment variable turned it on. If `auto` picks the CPU of a machine with an NVIDIA GPU, warn and say why.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -40,7 +40,7 @@ def pick_device(cfg):
     if name == "cpu":
         keep_freed_memory()
         # MKL detects the processor in the first exp or log of a process. If several threads do so at once, some results
-        # are off by 1e-4, this once (in 1 of 500 processes). A single number is computed by one thread.
+        # of that call are off by 1e-4 (in 1 of 500 processes). A single number is computed by one thread.
         torch.zeros(1).exp()
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process of a machine
@@ -61,7 +61,7 @@ def unused_gpu():
 
 
 def warn(message):
-    """Print a warning on stderr, of several processes only in the first one."""
+    """Print a warning on stderr, in the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
@@ -88,10 +88,10 @@ def peak_flops(device, dtype=torch.float32, n=None, seconds=0.5):
 
 
 def micro_batch_size(cfg, rows, tokens, gpt2, copies, device, ranks):
-    """Return the rows of all processes in a forward and backward pass: cfg's, or if that is 0 the largest that fits.
+    """Return the micro-batch size, in rows of all processes: cfg's, or if that is 0 the largest that fits.
 
-    It is a divisor of `rows`. tokens: per row. copies: of the weights that are not allocated yet, such as gradients,
-    moments and reference.
+    It is a divisor of `rows`. tokens: per row. copies: number of copies of the weights that are not allocated yet, such
+    as gradients, moments and reference.
     """
     if cfg.micro_batch_size:
         return cfg.micro_batch_size
@@ -103,14 +103,14 @@ def micro_batch_size(cfg, rows, tokens, gpt2, copies, device, ranks):
 
 
 def rows_that_fit(tokens, width, layers, vocabulary, device, reserved=0):
-    """Return how many rows of so many tokens fit into a forward and backward pass of a language model; 0 if none does.
+    """Return how many rows of `tokens` tokens fit into memory in a training pass of a language model; 0 if none does.
 
-    On CUDA: into the free memory, minus `reserved` numbers. Elsewhere: rows of 2,048 tokens, since more are not faster.
+    On CUDA: the free memory minus `reserved` float32 numbers. Elsewhere: 2,048 tokens in total, more are not faster.
     """
     if device.type != "cuda":
         return 2048 // tokens
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, free for tensors
-    numbers = 16 * width * layers + 2 * vocabulary  # kept per token for the backward pass
+    numbers = 16 * width * layers + 2 * vocabulary  # float32, kept per token for the backward pass
     return int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached) - 4 * reserved) // (4 * tokens * numbers)
 
 

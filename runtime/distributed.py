@@ -32,7 +32,7 @@ class OneProcess:
         return part
 
     def mean(self, metrics):
-        """Average the metrics (floats by name) of all processes; for a maximum, max_..., take the largest."""
+        """Average the metrics (floats by name) over all processes, but take the largest of those named max_..."""
         return metrics
 
     def any(self, flag):
@@ -102,7 +102,7 @@ class Processes(OneProcess):
     def call(self, collective, *args):
         try:
             collective(*args)
-        except RuntimeError as error:  # of Gloo; NCCL waits until torchrun ends this process too
+        except RuntimeError as error:  # raised by Gloo; NCCL waits until torchrun ends this process too
             raise BadInput(f"another process ended, see its message: {first_line(error)}") from None
 
 
@@ -112,7 +112,7 @@ ONE_PROCESS = OneProcess()
 def join(device, cfg, sizes):
     """Return the processes of this run, a OneProcess or Processes.
 
-    sizes: names of the fields of cfg that count rows of all processes. BadInput if their number does not divide these.
+    sizes: fields of cfg that count rows of all processes. Raises BadInput unless the number of processes divides them.
     """
     if "WORLD_SIZE" not in os.environ:
         return ONE_PROCESS

@@ -13,7 +13,7 @@ class NotFinite(BadInput):
 
 
 class Stopped(Exception):
-    """A signal ended the run after a checkpoint. The argument is its number, the exit status 128 plus that number."""
+    """A signal ended the run after a checkpoint. The argument is the signal's number; the exit status is 128 more."""
 
 
 def first_line(error):

@@ -48,8 +48,8 @@ SUPPORTED = {
 def locate(name):
     """Return the local folder of a model: `name` itself if it is a folder, otherwise the copy in the hub's cache.
 
-    A hub name may end in a revision (branch, tag or commit): gpt2@main. What is missing in the cache is downloaded, for
-    PyTorch only. BadInput, with a hint for folders of this project, if config.json, weights or tokenizer are missing.
+    A hub name may end in a revision (branch, tag or commit): gpt2@main. Files missing in the cache are downloaded, with
+    weights for PyTorch only. Raises BadInput, if possible with a hint, if config.json, weights or tokenizer is missing.
     """
     folder = Path(name)
     hint = HINTS.get(folder.parts[0], "") if folder.parts else ""
@@ -64,7 +64,7 @@ def locate(name):
 
 def _from_hub(name):
     repo, _, revision = name.partition("@")
-    problems = {True: "no copy", False: ""}  # of the cache and of the hub
+    problems = {True: "no copy", False: ""}  # {local: problem}: of the cache, of the hub
     for local in (True, False):  # the cache first: no network if nothing is missing
         for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
             patterns = [*SMALL_FILES, "*.model", weights]
@@ -131,7 +131,7 @@ def weight_file(folder):
 
 
 def read_tensors(folder):
-    """Yield (name, tensor) of a model folder, single or sharded, on the CPU."""
+    """Yield (name, tensor) of a model folder, whose weights may be sharded, on the CPU."""
     first = weight_file(Path(folder))
     for name in shards(first) if first.suffix == ".json" else [first.name]:
         yield from read_file(first.parent / name)
@@ -149,7 +149,7 @@ def shards(index):
 
 
 def read_config(folder):
-    """Return the GPT2Config of a folder. BadInput if its config.json needs arithmetic that model.py does not have."""
+    """Return the GPT2Config of a folder. Raise BadInput if its config.json needs what model.py does not do."""
     file = Path(folder) / "config.json"
     values = read_json(file)
     for name, supported in SUPPORTED.items():
@@ -168,9 +168,9 @@ def read_config(folder):
 
 
 def load_tokenizer(folder, config=None):
-    """Return the tokenizer of a folder. BadInput if it cannot encode a sentence.
+    """Return the tokenizer of a folder. Raise BadInput if it cannot encode a sentence.
 
-    With config, for the tokenizer of a GPT-2: BadInput also if the decoded sentence differs, if there is no end-of-text
+    With the config of a GPT-2, raise it also if the decoded sentence differs, if there is no end-of-text
     token, or if there are more ids than config.vocab_size.
     """
     from transformers import AutoTokenizer  # takes seconds to import
@@ -192,7 +192,7 @@ def load_tokenizer(folder, config=None):
 
 
 def tokenizer_text(tokenizer):
-    """Return all that defines a tokenizer as text, for fingerprints; of one written in Python, its vocabulary."""
+    """Return all that defines a tokenizer as text, for fingerprints; if it is written in Python, its vocabulary."""
     if tokenizer.is_fast:
         return tokenizer.backend_tokenizer.to_str()
     return json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -211,20 +211,20 @@ def open_gpt2(name):
 
 
 def open_pair(before, after):
-    """Return {"before", "after"}: what open_gpt2 returns for two names. BadInput unless they share one vocabulary."""
+    """Return {"before", "after"}: what open_gpt2 returns for each. Raise BadInput unless they have one vocabulary."""
     opened = {"before": open_gpt2(before), "after": open_gpt2(after)}
     (_, config, tokenizer), (_, after_config, after_tokenizer) = opened.values()
     for field in ("vocab_size", "n_positions"):
         a, b = getattr(config, field), getattr(after_config, field)
         if a != b:
-            raise BadInput(f"{field} differs: {a} in {before}, {b} in {after}: the comparison needs one vocabulary")
+            raise BadInput(f"{field} differs: {a} in {before}, {b} in {after}: the comparison needs equal sizes")
     if tokenizer.get_vocab() != after_tokenizer.get_vocab():
         raise BadInput(f"{before} and {after} have different tokenizers: the comparison needs one vocabulary")
     return opened
 
 
 def load_gpt2(folder, config, n_tokens=None, bf16=False):
-    """Return the GPT2 of a folder. BadInput unless the weights have exactly the names and shapes of the model.
+    """Return the GPT2 of a folder. Raise BadInput unless the weights have exactly the names and shapes of the model.
 
     The model is built without values and filled tensor by tensor, in float32 whatever the stored dtype.
     """
@@ -243,7 +243,7 @@ def load_gpt2(folder, config, n_tokens=None, bf16=False):
             tensors[name] = tensor.to("meta")
     match(tensors, state, folder)
     if lm_head is not None and not torch.equal(lm_head.float(), state["wte.weight"]):
-        raise BadInput(f"{folder}: lm_head.weight differs from wte.weight, and GPT-2 ties them")
+        raise BadInput(f"{folder}: lm_head.weight differs from wte.weight, but GPT-2 ties them")
     return model
 
 
@@ -260,7 +260,7 @@ def load_policy(folder, config, tokenizer, bf16=False):
 def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32, weights=None):
     """Write a Hugging Face GPT-2 folder to `out`: weights, config, tokenizer, and the value head in a file of its own.
 
-    dtype: of the stored weights, without the value head. weights: a state dict to write instead of the model's.
+    dtype: of the stored weights except the value head. weights: a state dict to write instead of the model's.
     """
     state, head = {}, value_head.state_dict() if value_head else {}
     for name, tensor in (weights or model.state_dict()).items():

@@ -19,7 +19,7 @@ from runtime.device import peak_flops, warn
 from runtime.errors import BadInput, printable
 
 SIDES = ("before PPO", "after PPO")  # titles of two columns
-CPU_SHARE = 0.6  # of the speed of a large product, which a training run on a CPU reaches, see analysis/bench.py
+CPU_SHARE = 0.6  # a training run on a CPU reaches this share of the speed of a large product, see analysis/bench.py
 
 
 class RunLog:
@@ -27,7 +27,7 @@ class RunLog:
 
     The constructor prepares the folder: it writes the config, with the commits of what was read from the hub. A new run
     deletes the files of an earlier one; a run that is resumed at first_step keeps its checkpoints and the log before
-    that step. BadInput if the folder cannot be written. Only rank 0 writes.
+    that step. Raises BadInput if the folder cannot be written. Only rank 0 writes.
     """
 
     def __init__(self, cfg, part="", first_step=0, rank=0):
@@ -36,7 +36,7 @@ class RunLog:
         if rank:
             return
         wandb = importlib.util.find_spec("wandb")
-        if cfg.report_to == "wandb" and not (wandb and wandb.origin):  # without an origin: a folder of W&B's own files
+        if cfg.report_to == "wandb" and not (wandb and wandb.origin):  # no origin: only W&B's folder of runs
             raise BadInput("report_to is wandb, which is not installed: pip install wandb, or --report_to tensorboard")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class RunLog:
         score, kl = metrics["score"], metrics["kl"]
         shown = dict(score=f"{score:+.2f}", kl=f"{kl:.2f}", tok_s=f"{metrics['tokens_per_second']:.0f}")
         self.bar.set_postfix(shown, refresh=False)
-        if kl < -1:  # by chance, k1 is only a little below 0
+        if kl < -1:  # chance makes k1 only slightly negative
             self.print(f"warning: KL is {kl:.2f} nats: is the distribution that was sampled the one that was scored?")
         if samples is None:
             return
@@ -237,7 +237,7 @@ def one_line(text, width):
 
 
 def column_width(width=None):
-    """Return the characters in each of two columns that fill width (None: that of the terminal)."""
+    """Return the width of each of two columns, in characters, that fill `width` (None: the terminal)."""
     return max(20, min(width or shutil.get_terminal_size().columns, 160)) // 2 - 2
 
 
@@ -250,7 +250,7 @@ def columns(texts, column):
 def side_by_side(samples, width=None):
     """Return responses before and after PPO in two columns, as text.
 
-    samples: (prompt, [(response, judge's probability of POSITIVE) before, after]) each. width: as in column_width.
+    samples: (prompt, [before, after]) each, both (response, judge's probability of POSITIVE). width: see column_width.
     """
     column = column_width(width)
     lines = columns(SIDES, column)

@@ -40,7 +40,7 @@ class Rollout:
 
 
 class Stopwatch:
-    """seconds: {name: time between this lap and the one before}."""
+    """Measure the phases of a rollout. seconds: {name: time since the previous lap}."""
 
     def __init__(self):
         self.seconds, self.last = {}, time.time()
@@ -54,19 +54,19 @@ class Stopwatch:
 def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
     """Return the metrics of a Rollout as floats; README.md says which values are healthy.
 
-    kl is the KL of the penalty (k1, summed over a response, mean over responses) with its standard error. kl_k3 is
-    never negative; kl_exact sums over the vocabulary at each token, of 8 episodes.
+    kl is the KL of the penalty (k1, summed over a response, mean over responses), kl_stderr its standard error.
+    kl_k3 is never negative; kl_exact sums over the vocabulary at each token, for 8 episodes.
     """
     mask, few = batch.mask, slice(8)
     kl = batch.kl.where(mask, 0)  # (B, T)
     exact = exact_kl(policy, ref_policy, batch.sequences[few], mask[few], batch.prompt_len, cfg.temperature)
-    responses, returns = kl.sum(1), batch.returns[mask]
+    response_kl, returns = kl.sum(1), batch.returns[mask]
     metrics = {
         "score": batch.scores.mean(),
         "score_std": batch.scores.std(unbiased=False),
         "objective": batch.objective.mean(),
-        "kl": responses.mean(),
-        "kl_stderr": responses.std(unbiased=False) / len(responses) ** 0.5,
+        "kl": response_kl.mean(),
+        "kl_stderr": response_kl.std(unbiased=False) / len(response_kl) ** 0.5,
         "kl_k3": ((-kl).exp() - 1 + kl).sum(1).mean(),
         "kl_exact": exact.mean(),
         "entropy": -batch.logprobs[mask].mean(),  # nats per token, of the policy's own samples: unbiased
@@ -85,7 +85,7 @@ def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
 
 
 def average(parts, shares):
-    """Average dicts of metrics with the same names, weighted by shares; of a maximum, max_..., take the largest."""
+    """Average dicts of metrics with the same names, weighted by shares, but take the largest of those named max_..."""
     return {
         name: max(part[name] for part in parts)
         if name.startswith("max_")
@@ -102,7 +102,7 @@ def peak_memory(device):
 
 
 def sample(policy, tokenizer, reward_fn, pool, step, cfg):
-    """Respond to the first prompts of the pool (M, P), every cfg.sample_every steps and in the last one.
+    """Generate responses to the first prompts of the pool (M, P), every cfg.sample_every steps and in the last one.
 
     Returns a list of dicts for samples.jsonl, or None in other steps. The random numbers are the same in each call.
     """
@@ -122,9 +122,9 @@ def sample(policy, tokenizer, reward_fn, pool, step, cfg):
 class Alarms:
     """Alarms of a run: the KL is above its ceiling, or the judge's share of positive texts falls as the score rises.
 
-    The second is overoptimization (Gao et al. 2022, arXiv:2210.10760): the policy exploits the reward model. Score and
-    judge of the last cfg.alarm_window rollouts are compared half by half; a change counts if it exceeds twice its
-    standard error. history: [score, share positive by the judge] of those rollouts.
+    The second is overoptimization (Gao et al. 2022, arXiv:2210.10760): the policy exploits the reward model. The last
+    cfg.alarm_window rollouts are compared, the second half with the first; a change counts if it exceeds twice its
+    standard error. history: [score, share positive by the judge] of each of them.
     """
 
     saved = ("history",)
@@ -144,7 +144,7 @@ class Alarms:
     def check(self, metrics):
         """Return the alarm for the metrics of the next rollout as text, or an empty text."""
         before, self.above = self.above, 0 < self.ceiling < metrics["kl"]
-        if self.above and not before:  # once each time that the KL crosses the ceiling
+        if self.above and not before:  # report each crossing once
             kl = f"{metrics['kl']:.1f} nats per response"
             return f"KL is {kl}, above kl_ceiling {self.ceiling}: raise kl_coef or lower lr"
         if not self.window or "positive_by_judge" not in metrics:
@@ -170,9 +170,9 @@ def change(values):
 
 
 class BestPolicy(BestWeights):
-    """The policy with the highest objective, by means over cfg.save_every rollouts; until then the initial one.
+    """The policy with the highest mean objective over a window of cfg.save_every rollouts, at first the initial policy.
 
-    Scores and KLs are compared at one KL coefficient, the latest. best, rollouts: [score, KL] of windows and rollouts.
+    Windows are compared at the latest KL coefficient. best: means of the best; rollouts: [score, KL] of the current.
     """
 
     saved = ("best", "rollouts")

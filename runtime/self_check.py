@@ -1,4 +1,4 @@
-"""Checks of a policy before training: what a wrong mask, position, temperature or mode would change."""
+"""Checks of a policy before training, which fail for a wrong mask, position, temperature or mode."""
 
 import torch
 
@@ -8,7 +8,7 @@ from runtime.errors import BadInput
 
 # The largest and the mean rounding error to expect, nats per token, by whether the transformer runs in bf16. Measured:
 # up to 2e-5 and 1.6e-6 in fp32, .10 and .008 in bf16 on the mini model; 4e-5 and 1e-5, .27 and .04 on 124M random
-# weights times 3. A temperature 5 % off, or a position off by one, causes at least .38 and .09 on the mini model.
+# weights, scaled by 3. A temperature 5 % off, or a position off by one, causes at least .38 and .09 on the mini model.
 ROUNDING = {False: (1e-3, 1e-4), True: (1.0, 0.05)}
 
 

@@ -139,16 +139,16 @@ def test_the_label_of_a_known_model_without_label_names_is_known(name):
 def test_the_error_about_labels_has_the_names_that_were_searched_and_the_flag():
     labels = {0: "LABEL_0", 1: "LABEL_1"}
     with pytest.raises(
-        BadInput, match=r"not exactly one is 'positive' or 'pos': name the positive one by --positive_label$"
+        BadInput, match=r"exactly one must be 'positive' or 'pos'; name the positive one by --positive_label$"
     ):
         reward.positive_index(labels, "", "m")
-    with pytest.raises(BadInput, match=r"not exactly one is 'good': name the positive one by --judge_positive_label$"):
+    with pytest.raises(BadInput, match=r"exactly one must be 'good'; name the positive one by --judge_positive_label$"):
         reward.positive_index(labels, "good", "m", "judge_positive_label")
 
 
 def test_an_index_of_the_positive_label_after_the_last_logit_is_refused():
     """The indices in config.json start at 1, but the logits have no column 2."""
-    with pytest.raises(BadInput, match="not exactly one"):
+    with pytest.raises(BadInput, match="exactly one must be"):
         reward.positive_index({1: "NEGATIVE", 2: "POSITIVE"}, "", "m")
 
 
@@ -1114,7 +1114,7 @@ def test_a_classifier_that_needs_its_own_code_is_refused_without_a_question(bert
 
 
 def test_a_classifier_with_one_label_is_refused():
-    with pytest.raises(BadInput, match=": it needs at least two labels$"):
+    with pytest.raises(BadInput, match="; it needs at least two labels$"):
         reward.positive_index({0: "POSITIVE"}, "", "m")
 
 

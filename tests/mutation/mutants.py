@@ -388,8 +388,8 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
             ),
             (
                 "scores are returned in the order of length, not of the texts",
-                "        return scores\n",
-                "        return scores[order]\n",
+                "        return logits\n",
+                "        return logits[order]\n",
             ),
         ],
         "test_reward::test_a_teacher_reads_the_texts_that_its_student_reads": [

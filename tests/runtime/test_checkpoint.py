@@ -320,7 +320,7 @@ def test_files_of_no_known_run_are_replaced_only_by_force(tmp_path, name, resume
     file, cfg = tmp_path / name, FinetuneConfig(out=str(tmp_path), resume=resume)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("mine")
-    assert f"is of no known run (no {RUN_CONFIG}): --force replaces it" in message(check_run, cfg, "weights")
+    assert f"belongs to no known run (no {RUN_CONFIG}): --force replaces it" in message(check_run, cfg, "weights")
     assert check_run(replace(cfg, force=True), "weights") is None
     (tmp_path / RUN_CONFIG).write_text(json.dumps(asdict(cfg)))
     if "checkpoints" not in name:
