@@ -6,7 +6,7 @@
 
 Times ppo.rollout and ppo.update as ppo.main calls them. FLOPs are counted in separate calls, by
 torch.utils.flop_counter. The peak is the speed of a large matrix product, measured after each step, because the speed
-of a machine changes from minute to minute. Logits and rewards are in fp32 even if the transformer is in bf16, so the
+of a machine changes from minute to minute. If the transformer is in bf16, logits and rewards are still in fp32, and the
 peak is that of the faster dtype.
 """
 
@@ -32,7 +32,7 @@ from runtime.monitor import peak_memory
 from runtime.optimizer import Stepper
 
 MINI = defaults(PPOConfig, "mini")
-WORKS = {  # preset: the PPO config to time; all prompts have one length, so that every step has as many tokens
+WORKS = {  # preset: the PPO config to time; prompts have one length, so that each step has the same number of tokens
     "gpt2": PPOConfig(
         batch_size=32, minibatch_size=8, micro_batch_size=8, min_prompt_len=8, max_prompt_len=8, response_len=24
     ),
@@ -41,9 +41,9 @@ WORKS = {  # preset: the PPO config to time; all prompts have one length, so tha
 
 
 class Folded:
-    """The tokenizer of preset mini for a model with more ids, which it takes modulo its size.
+    """The tokenizer of preset mini for a model with a larger vocabulary: it decodes an id modulo its own size.
 
-    No id ends a response, so that every step has as many tokens.
+    No id ends a response, so that each step has the same number of tokens.
     """
 
     eos_token_id = -1
@@ -76,9 +76,9 @@ def flops(function, *args):
 
 
 def measure(ppo, model, texts, cfg):
-    """Return {phase: {"seconds": [one per step], "flops": n}} of the steps of a PPOConfig, and data of the machine.
+    """Return {phase: {"seconds": [one per step], "flops": n}} of steps with the config ppo, and a dict of machine data.
 
-    The data: "device", "dtypes" of the products, "peak_flops" (FLOP/s, one per step), "peak_memory_gb". model: "mini"
+    The dict: "device", "dtypes" of the products, "peak_flops" (FLOP/s, one per step), "peak_memory_gb". model: "mini"
     or "gpt2", see load. texts: the prompts are their beginnings.
     """
     device, bf16 = pick_device(cfg)

@@ -84,7 +84,7 @@ def command(script, cfg):
 
 
 def on_hub(name):
-    """Return the name without its revision if it can be one on the Hugging Face hub and is no local path, else None."""
+    """Return the name without its revision if it is a valid name on the hub and not a local path, otherwise None."""
     if name in NOT_ON_HUB or Path(name).exists() or Path(name).parts[0] in HINTS:
         return None
     name = name.partition("@")[0]
@@ -96,7 +96,7 @@ def on_hub(name):
 
 
 def base_model(policy):
-    """Return the name on the hub of the initial policy, or of the model it was fine-tuned from; None without one."""
+    """Return the hub name of the initial policy, or of the model that it was fine-tuned from; None if there is none."""
     file = Path(policy, RUN_CONFIG)
     return on_hub(str(read_json(file).get("init_from", ""))) if file.is_file() else on_hub(policy)
 
@@ -149,7 +149,7 @@ def training(run, log, revisions):
 
 
 def card_text(results, samples, cfg, run, log):
-    """Return the whole card. results, samples: of evaluate.py. run, log: of ppo_run."""
+    """Return the whole card. results, samples: from evaluate.py. run, log: from ppo_run."""
     commands = ([command("ppo.py", run)] if run else []) + [command("evaluate.py", cfg)]
     return f"""---
 {metadata(results, cfg, run)}
@@ -188,7 +188,7 @@ Random prompts, responses at temperature {cfg.sample_temperature}, and the judge
 {samples_markdown(samples)}
 ## Use
 
-Replace USER/NAME by the name on the hub or by this folder:
+Replace USER/NAME with the name on the hub or the path of this folder:
 
 ```python
 from transformers import pipeline

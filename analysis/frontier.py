@@ -56,13 +56,13 @@ ABLATIONS = {  # detail: the flags, or the patch in asset/ablations/, that chang
     "Adam's epsilon 1e-8": "--adam_eps 1e-8",
     "learning rate constant": "--lr_end 1",
 }
-# A value at a KL needs a run within this share of that KL. With 1/4, GRPO's value at 8 nats would be interpolated from
-# 6.5 to 38 nats and be 0.1 too low, because the curve bends in between.
+# A value at a KL needs a run within this share of that KL. With 1/4, GRPO's value at 8 nats would be interpolated
+# between runs at 6.5 and 38 nats and be 0.1 too low, because the curve bends in between.
 NEAR = 1 / 8
 MEASURES = (
     "score", "positive_by_reward", "positive_by_judge", "kl", "kl_exact", "perplexity", "distinct_2", "response_length",
 )  # fmt: skip
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 95 %, by seeds
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # {seeds: t} for 95 %
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def source_of(patch, parent):
         target = copy / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
-    # without GIT_CEILING_DIRECTORIES, git takes the copy for a part of a repository around it and skips the patch
+    # without GIT_CEILING_DIRECTORIES, git treats the copy as a part of an enclosing repository and skips the patch
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path(parent).resolve())}
     patch = (ROOT / "asset" / "ablations" / patch).resolve()
     subprocess.run(["git", "apply", str(patch)], cwd=copy, env=environment, check=True)
@@ -219,7 +219,7 @@ def write_csv(path, rows):
 def value_at(rows, method, seed, measure, nats):
     """Return a measure at a KL, interpolated linearly between the runs of a method and seed and the fine-tuned model.
 
-    None unless the KL of one of these runs is within NEAR of this one, and beyond the last run.
+    None if no run has a KL within NEAR of this one, or if this one is above the KL of every run.
     """
     runs = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
     points = sorted((row["kl_exact"], row[measure]) for row in [*runs, *(r for r in rows if r["method"] == START)])
@@ -267,10 +267,10 @@ def methods_table(frontier, measure, nats=(1, 2, 4, 8, 16)):
 
 
 def ablation_table(frontier, ablation):
-    """Return the table of the preset's runs, and of the difference of each change from them, seed by seed.
+    """Return a table with the means of the preset's runs, and each change's differences from them, seed by seed.
 
     The last column is the score minus that of PPO's frontier at the KL of the run, because most changes move the KL
-    too. It is empty unless every run, with and without the change, has a value of the frontier; see value_at.
+    too. It is "-" unless value_at returns a value for every run, with and without the change.
     """
     names = ("score", "positive_by_judge", "kl_exact", "perplexity", "distinct_2", "above")
     for row in ablation:

@@ -21,7 +21,7 @@ from runtime.device import rows_that_fit
 from runtime.errors import BadInput, first_line
 from runtime.hub import load_tokenizer, locate
 
-# ---- of single responses
+# ---- metrics of single responses
 
 
 def kl_three_ways(logits, ref_logits, ids, mask):
@@ -51,25 +51,25 @@ def repetition(responses, n=4):
     return np.array([1 - len(set(row)) / len(row) if row else 0.0 for row in grams])
 
 
-# ---- of all responses together, as values per response
+# ---- metrics of all responses together, as one value per response
 
 
 def jackknife(whole, without):
-    """Return a statistic of all responses as (M,) values with this mean: the influence of each response.
+    """Return (M,) values, one per response, whose mean is a statistic of all responses.
 
-    whole: the statistic. without: (M,), the statistic without each response. These are Tukey's pseudo-values, shifted
-    so that their mean is `whole` (Efron and Tibshirani 1993, chapter 11).
+    whole: the statistic. without: (M,), the statistic without each response. The values are Tukey's pseudo-values,
+    shifted so that their mean is `whole` (Efron and Tibshirani 1993, chapter 11).
     """
     return whole + (len(without) - 1) * (without.mean() - without)
 
 
 def leave_one_out(total, parts, sizes):
-    """Return total / sum of sizes, and the same without each response, (M,): total decreases by its part."""
+    """Return total / sum of sizes, and the same without each response, (M,), where total decreases by its part."""
     return total / max(1, sizes.sum()), (total - parts) / np.maximum(1, sizes.sum() - sizes)
 
 
 def perplexity(nll, lengths):
-    """Return e^(nats of all responses / tokens of all), as (M,). A mean over responses would weigh short ones more."""
+    """Return e^(nats / tokens) of all responses together, (M,). A mean over responses would weigh short ones more."""
     return jackknife(*map(np.exp, leave_one_out(nll.sum(), nll, lengths)))
 
 
@@ -172,7 +172,7 @@ def open_second_lm(name, device):
         tokenizer = load_tokenizer(folder)
     except BadInput:
         raise
-    except Exception as error:  # transformers raises whatever its readers raise
+    except Exception as error:  # transformers raises exceptions of many types
         raise BadInput(f"second_lm {name} cannot be read: {first_line(error)}") from None
     if not tokenizer.is_fast or (tokenizer.bos_token_id is None and tokenizer.eos_token_id is None):
         raise BadInput(f"second_lm {name}: its tokenizer must be a fast one, with offsets, and have a bos or eos token")
@@ -181,9 +181,9 @@ def open_second_lm(name, device):
 
 @torch.no_grad()
 def second_nll(model, tokenizer, responses, cfg):
-    """Return the nats of each response under a second language model, given its prompt: a list of M.
+    """Return the nats of each response under a second language model, given its prompt: a list of M numbers.
 
-    Prompt and response are tokenized as one text, after a bos token; a token counts if it ends in the response.
+    Prompt and response are tokenized as one text, after a bos token; a token counts if its end is in the response.
     <|endoftext|> is not part of the text and does not count.
     """
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

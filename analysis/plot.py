@@ -1,4 +1,4 @@
-"""The figures of the README, from the files of committed runs. No torch here: figures can be redrawn anywhere.
+"""The figures of the README, drawn from the files of committed runs, without torch.
 
     python -m analysis.plot                        # all of them, from asset/ into asset/images/
     python -m analysis.plot ppo_checkpoints/mini   # the learning curves of one run, into its folder
@@ -93,7 +93,7 @@ def kl_target(folder):
 
 
 def curves(folder):
-    """PANELS over the rollouts in the log of a folder. Without shares of positive texts, the score is drawn."""
+    """Draw PANELS over the rollouts in the log of a folder; the score if the log has no share of positive texts."""
     lines = read_jsonl(Path(folder) / "log.jsonl")
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.5), layout="constrained", sharex=True)
     for axis, (names, label) in zip(axes.flat, PANELS):
@@ -153,7 +153,7 @@ def chart(figure, xlabel, ylabel):
 
 
 def note(axis, x, y, text, **style):
-    y += 0.02  # capitals and digits look centred
+    y += 0.02  # so that capitals and digits look centred
     axis.text(x, y, text, **{"size": SMALL, "ha": "center", "va": "center_baseline", "linespacing": 1.3} | style)
 
 
@@ -174,7 +174,7 @@ def arrow(axis, *points):
 
 
 def finetune_model(folder):
-    """Fine-tuning: each token predicts the next one; and the validation loss in the log of a folder."""
+    """Draw fine-tuning: each token predicts the next one; and the validation loss in the log of a folder."""
     tokens, bits = columns(read_jsonl(Path(folder) / "log.jsonl"), "tokens", "val_bits_per_character")
     figure, axis = canvas(3.6, "1. Fine-tuning")
     gpt2 = box(axis, 3.88, 1.75, 4.76, 0.6, "GPT-2", BLUE)
@@ -194,7 +194,7 @@ def finetune_model(folder):
 
 
 def reward_model(folder):
-    """Reward: the score of a text; and the log-odds of held-out short texts in the results of a folder."""
+    """Draw the reward: the score of a text; and the log-odds of held-out short texts in the results of a folder."""
     histogram = read_results(folder)["after"]["histogram"]
     figure, axis = canvas(3.6, "2. Reward")
     bert = box(axis, 3.3, 2.1, 1.3, 1.3, "BERT", AMBER)
@@ -215,7 +215,7 @@ def reward_model(folder):
 
 
 def ppo():
-    """PPO: from a prompt to the new weights of the policy."""
+    """Draw PPO: from a prompt to the new weights of the policy."""
     figure, axis = canvas(4.7, "3. PPO")
     prompt = box(axis, 0.9, 3.05, 1.2, 0.6, "prompt")
     policy = box(axis, 2.8, 3.05, 1.8, 1.0, "policy GPT-2,\nwith value head", BLUE)
@@ -245,7 +245,7 @@ def ppo():
 
 
 def example_results(folder):
-    """The first four samples in the results of a folder: prompts, responses, and the judge's probabilities."""
+    """Draw the first four samples in the results of a folder: prompts, responses, and the judge's probabilities."""
     results = read_results(folder)
     samples, temperature = results["samples"][:4], results["config"]["sample_temperature"]
     layout = ((0.3, 20, "bold", "prompt"), (2.75, 37, "normal", "before PPO"), (6.6, 37, "normal", "after PPO"))
@@ -280,7 +280,7 @@ METHODS = {  # method in frontier.csv: (colour, marker)
 
 
 def frontier(folder):
-    """Score and judge against KL in frontier.csv of a folder: a marker per run, without lines between them."""
+    """Draw score and judge against KL in frontier.csv of a folder: a marker per run, without lines between them."""
     with open(Path(folder) / "frontier.csv", newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     start = next(row["method"] for row in rows if row["method"] not in METHODS)

@@ -53,7 +53,7 @@ def check_side(side, measures):
 def scale(values, centre):
     """Return the range of the colours, [low, centre, high]: symmetric, and wide enough for 98 % of the values.
 
-    That of a ratio does not extend below 0. Values outside have the colour of the end.
+    The range of a ratio does not extend below 0. Values outside the range have the colour of its end.
     """
     spread = float(np.quantile(np.abs(np.array(values) - centre), 0.98)) if values else 0
     spread = round(min(spread, centre or spread), 4) or 1.0

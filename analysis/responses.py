@@ -27,7 +27,7 @@ def respond(policy, ref_policy, tokenizer, groups, cfg, device, name):
 
     prompts, texts: str. tokens: ids up to and including <|endoftext|>. kl, kl_k3, kl_exact: nats, see
     metrics.kl_three_ways. ref_nll: nats of the response under the reference, at temperature 1. The random numbers
-    depend only on cfg.seed and the batch, so that two models get the same ones.
+    depend only on cfg.seed and the index of the batch, so that two models get the same ones.
     """
     out = {name: [] for name in ("prompts", "texts", "tokens", "kl", "kl_k3", "kl_exact", "ref_nll")}
     eos_id = tokenizer.eos_token_id
@@ -79,7 +79,7 @@ def pieces(tokenizer, prompt, tokens):
     start, *texts = decode([[*prompt, *words[:n]] for n in range(len(words) + 1)], tokenizer)
     length, added = len(start), []
     for i, text in enumerate(texts):
-        complete = i == len(texts) - 1 or not text.endswith("\ufffd")  # an incomplete character
+        complete = i == len(texts) - 1 or not text.endswith("\ufffd")  # U+FFFD: the text ends inside a character
         added.append(text[length:] if complete else "")
         length = len(text) if complete else length
     return added + [tokenizer.eos_token] * (len(tokens) - len(words))

@@ -1,4 +1,4 @@
-"""Tables of results as Markdown, and the captions of the metrics. No torch here: pages can be written anywhere."""
+"""Tables of results as Markdown, and the captions of the metrics, without torch."""
 
 CAPTIONS = {  # metrics of evaluate.py, in the order of the rows
     "score": "score",
@@ -48,7 +48,7 @@ def results_rows(results):
     """
     sides = results["before"], results["after"], results.get("difference", {})
     names = [name for name in CAPTIONS if name in sides[0]] + [name for name in sides[0] if name not in CAPTIONS]
-    controlled = results.get("config", {}).get("task") == "controlled"  # the judge's label is then that of the control
+    controlled = results.get("config", {}).get("task") == "controlled"  # the judge then scores agreement
     rows = [["", "before PPO", "after PPO", "difference"]]
     for name in names:
         caption = CAPTIONS.get(name, name)

@@ -72,9 +72,10 @@ def comment(cls, name):
 def differing(cfg, other):
     """Return the fields that change results and differ in `other`, a dict from JSON, as ["name old -> new"].
 
-    A field that `other` does not have, since an earlier version wrote it, counts as the default.
+    A field that `other` does not have, since an earlier version wrote it, counts as the default of the preset.
     """
-    changes = [(f.name, other.get(f.name, f.default), getattr(cfg, f.name)) for f in fields(cfg)]
+    default = vars(defaults(type(cfg), cfg.preset, getattr(cfg, "init_from", "")))
+    changes = [(name, other.get(name, default[name]), value) for name, value in vars(cfg).items()]
     return [f"{name} {old!r} -> {new!r}" for name, old, new in changes if name not in SAME_RESULT and old != new]
 
 

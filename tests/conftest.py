@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import train_bpe, train_wordpiece  # noqa: E402
+from runtime.checkpoint import REVISIONS  # noqa: E402
 from runtime.errors import BadInput  # noqa: E402
 
 TEXTS = [
@@ -33,6 +34,13 @@ TEXTS = [
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA GPU, and is skipped without one")
+
+
+@pytest.fixture(autouse=True)
+def no_revisions():
+    """Forget what a test read from the hub, so that no other test finds it in its run_config.json."""
+    yield
+    REVISIONS.clear()
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +87,7 @@ def write_tuned(gpt2_folder, folder, seed=0):
 def write_bert(folder, labels=("NEGATIVE", "POSITIVE"), seed=0, **changes):
     """Write a tiny BERT classifier with these labels and a WordPiece tokenizer; return the model.
 
-    seed: of its weights. Tests need different ones for reward and judge to tell them apart.
+    seed: of its weights. Reward and judge need different ones, so that tests can tell them apart.
     """
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -98,8 +106,8 @@ def write_bert(folder, labels=("NEGATIVE", "POSITIVE"), seed=0, **changes):
     return model.eval()
 
 
-def write_opinion(folder, texts, seed):
-    """Write a tiny classifier that finds half of the texts positive, another half for each seed; return its folder."""
+def write_balanced_bert(folder, texts, seed):
+    """Write a tiny BERT that finds half of the texts positive, a different half for each seed; return its folder."""
     from reward import SentimentReward
 
     model = write_bert(folder, seed=seed)
@@ -141,7 +149,7 @@ def reviews_csv(path, rows=400):
 
 
 class LogitsMemory(TorchDispatchMode):
-    """Sizes of tensors of logits (..., vocabulary) inside the block: the largest one, and the most at a time."""
+    """Numbers of elements of logits (..., vocabulary) in the block: largest, of one tensor; most, of all at a time."""
 
     def __init__(self, vocabulary):
         super().__init__()

@@ -9,7 +9,7 @@ It serves the requests of huggingface_hub 2.4 and datasets 5.2: repository infor
 HEAD and GET of a file with ETag, commit and ranges. As on the real hub, an old name such as "gpt2" is redirected to
 "openai-community/gpt2", and a large file to another host. The Xet protocol for large files is not supported.
 
-The models have the file lists of their pages on the hub in 2024 and 2025; that of the dataset is from memory. The files
+The models have the file lists of their pages on the hub in 2024 and 2025; the dataset's list is from memory. The files
 that the project reads have tiny weights. The others have a few bytes: no script may download them.
 """
 

@@ -143,7 +143,7 @@ def hf_gpt2(size):
 
 
 def trl0_step(size):
-    """Time the PPOTrainer of TRL 0.11.4, the last release with an example of GPT-2 on IMDB, as called there."""
+    """Time the PPOTrainer of TRL 0.11.4, the last release with an example of GPT-2 on IMDB, as in that example."""
     import torch
     from transformers import AutoModelForSequenceClassification
     from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer

@@ -1,9 +1,9 @@
 """Kill -9 at random moments, many times: what is saved must be complete, and the result equal to an uninterrupted run.
 
-    python tests/soak.py [N]    # N kills of saves and N of a run of ppo.py, 50 by default; exit status 1 on harm
+    python tests/soak.py [N]    # N kills of saves and N of a run of ppo.py, 50 by default; exit status 1 on a failure
 
-test_resume.py does the same with a few kills. A run is a process forked from a server that has imported all that is
-slow and computed nothing, so that it starts in a tenth of the time.
+test_resume.py does the same with a few kills. A run is forked from a server process that has imported the
+slow modules and computed nothing, so that it starts in a tenth of the time.
 """
 
 import importlib
@@ -79,7 +79,7 @@ def _script(script, flags, output, pause, limit):
 
 
 def wait_for(process, condition):
-    """Wait until condition() holds; fail if the process ends before."""
+    """Wait until condition() holds; fail if the process ends earlier."""
     while not condition():
         assert process.is_alive(), f"the process ended with status {process.exitcode} before it could be stopped"
         time.sleep(0.005)
@@ -97,7 +97,7 @@ def small_files(home):
 
 
 def ppo_flags(home, out, **changes):
-    """Return the flags of ppo.py for a short run on small_files, with all that adapts turned on."""
+    """Return the flags of ppo.py for a short run on small_files, with everything adaptive turned on."""
     flags = dict(
         dataset=home / "reviews.csv", policy=home / "gpt2", reward=f"{home}/rewards.py:letters", judge=home / "bert",
         self_check=False, out=out, steps=6, batch_size=8, minibatch_size=4, micro_batch_size=2, response_len=6,
@@ -112,7 +112,7 @@ def to_flags(values):
 
 
 def outcome(out):
-    """Return what two equal runs have in common to the bit: the logs without their times, and the weights."""
+    """Return what is bitwise equal in two equal runs: the logs without their times, and the weights."""
     times = ("tokens_per_second", "peak_memory_gb")
     log, weights = {}, {}
     for file in sorted(Path(out).rglob("*")):
@@ -148,7 +148,7 @@ def kill_runs(flags, out, uninterrupted, kills, rng):
         assert process.exitcode == 0 or number <= kills and process.exitcode == -9, Path(f"{out}.txt").read_text()
         check_complete(out)
         if (out / "model.safetensors").is_file() and not (out / CHECKPOINTS).is_dir():
-            remove_leftovers(out)  # of a kill while the checkpoints were deleted
+            remove_leftovers(out)  # left by a kill while the checkpoints were being deleted
             differing = differences(outcome(out), outcome(uninterrupted))
             assert not differing, f"{out} differs from {uninterrupted}: {differing}"
             shutil.rmtree(out)
@@ -195,7 +195,7 @@ def _save_forever(out):
 
 
 def kill_saves(out, kills, rng):
-    """Kill a process that only saves, at random moments; what loads must be of a single step. Yield what happened."""
+    """Kill a process that only saves, at random moments; a checkpoint must be of a single step. Yield what happened."""
     done = 0
     for number in range(1, kills + 1):
         process = FORKS.Process(target=_save_forever, args=(out,), daemon=True)

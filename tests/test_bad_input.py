@@ -66,8 +66,8 @@ CASES = {  # name: (script, flags, parts of the message); if a flag is repeated,
     "reviews shorter than a prompt": ("ppo", f"{PPO} --max_prompt_len 200 --policy {{long}}", ["longer", "200"]),
     # sizes
     "prompt and response over the context": ("ppo", f"{PPO} --response_len 41", ["8", "41", "48"]),
-    "the same for evaluate.py": ("evaluate", f"{EVALUATE} --response_len 41", ["8", "41", "48"]),
-    "the same for generate.py": ("generate", f"{GENERATE} --response_len 48", ["1 tokens", "48"]),
+    "evaluate.py over the context": ("evaluate", f"{EVALUATE} --response_len 41", ["8", "41", "48"]),
+    "generate.py over the context": ("generate", f"{GENERATE} --response_len 48", ["1 tokens", "48"]),
     "a block over the context": ("finetune_gpt2", f"{FROM_FOLDER} --block_size 49", ["49", "48"]),
     "batch sizes that do not divide": ("ppo", f"{PPO} --minibatch_size 48", ["48", "128"]),
     "a value that is not a number": ("ppo", f"{PPO} --lr nan", ["lr", "nan"]),
@@ -76,13 +76,13 @@ CASES = {  # name: (script, flags, parts of the message); if a flag is repeated,
     "no W&B": ("finetune_gpt2", f"{FINETUNE} --report_to wandb", ["wandb", "pip install wandb"]),
     "a folder that cannot be written": ("finetune_gpt2", f"{FINETUNE} --out {{csv}}/out", ["toy.csv/out"]),
     "a policy of an unfinished run": ("evaluate", f"{EVALUATE} --after {{unfinished}}", ["unfinished run", "--resume"]),
-    "the same for generate.py after it": ("generate", f"{GENERATE} --after {{unfinished}}", ["unfinished run", "best"]),
-    "results of another script": ("evaluate", f"{EVALUATE} --after {{tuned}}", ["tuned/results.json", "copy"]),
-    "the same with --force": ("evaluate", f"{EVALUATE} --after {{tuned}} --force True", ["tuned/results.json", "copy"]),
+    "generate.py, unfinished run": ("generate", f"{GENERATE} --after {{unfinished}}", ["unfinished run", "best"]),
+    "foreign results": ("evaluate", f"{EVALUATE} --after {{tuned}}", ["tuned/results.json", "copy"]),
+    "foreign with --force": ("evaluate", f"{EVALUATE} --after {{tuned}} --force True", ["tuned/results.json", "copy"]),
     "earlier results": ("evaluate", f"{EVALUATE} --after {{evaluated}}", ["evaluated/viewer.json", "--force"]),
     # the self-check of reward and judge
     "an untrained reward": ("ppo", PPO_16, ["probe sentences", "POSITIVE"]),
-    "the same in evaluate.py": ("evaluate", EVALUATE_16, ["the reward ranks probe sentences"]),
+    "an untrained reward in evaluate.py": ("evaluate", EVALUATE_16, ["the reward ranks probe sentences"]),
     "an untrained judge": (
         "evaluate",
         f"{EVALUATE_16} --reward {{nan}}:length",
@@ -178,7 +178,7 @@ def test_without_a_network_scripts_end_within_five_seconds(case, script, paths):
 
 
 @pytest.mark.parametrize("case", ["no fine-tuned model", "labels without names"])
-def test_a_process_prints_nothing_else_on_stderr(case, paths, tmp_path):
+def test_a_process_prints_only_the_error_on_stderr(case, paths, tmp_path):
     """Detects output of the libraries' loggers and progress bars."""
     name, flags, parts = CASES[case]
     command = [sys.executable, str(ROOT / f"{name}.py"), *flags.format(**paths).split()]

@@ -24,7 +24,7 @@ CFG = PPOConfig(batch_size=8, minibatch_size=4, micro_batch_size=2, ppo_epochs=2
 
 @pytest.fixture
 def compiler():
-    """torch.compile without compiled graphs of other tests."""
+    """torch.compile, without the graphs that other tests have compiled."""
     torch._dynamo.reset()
     counters.clear()
     yield torch.compile
@@ -35,7 +35,7 @@ def compiler():
 def graphs(monkeypatch, compiler):
     """A list with an entry per compiled graph: whether gradients are enabled. The graphs run without a compiler.
 
-    The results of each graph are multiplied by a different factor, like the rounding of two graphs of one function.
+    The results of each graph are multiplied by another factor, so that two graphs of one function round differently.
     """
     compiled = []
 
@@ -107,7 +107,7 @@ def test_a_compiled_rollout_keeps_the_autograd_graph_of_one_micro_batch_at_a_tim
     assert max(alive) <= 1
 
 
-def test_validation_and_training_share_few_graphs(graphs, gpt2_folder, tmp_path):
+def test_three_graphs_are_enough_for_training_and_validation(graphs, gpt2_folder, tmp_path):
     """The last block of the validation stream is shorter than the others, and the last step has fewer blocks."""
     cfg = FinetuneConfig(
         dataset=str(reviews_csv(tmp_path / "reviews.csv")),

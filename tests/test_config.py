@@ -34,7 +34,7 @@ every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name
 
 
 def without_spaces(text):
-    """Line breaks of --help do not matter."""
+    """Return the text without the line breaks of --help."""
     return re.sub(r"\s", "", text)
 
 
@@ -86,15 +86,15 @@ def test_every_preset_passes_its_own_checks(cls, preset):
         assert (cfg.preset, cfg.init_from) == (preset, "scratch")
 
 
-def test_a_flag_beats_the_preset_and_the_preset_beats_the_default():
+def test_a_flag_overrides_the_preset_and_the_preset_overrides_the_default():
     assert parse(PPOConfig, []).steps == PPOConfig().steps == 200
     assert parse(PPOConfig, ["--preset", "mini"]).steps == defaults(PPOConfig, "mini").steps == 40
     assert parse(PPOConfig, ["--steps", "3", "--preset", "mini"]).steps == 3
     assert parse(PPOConfig, ["--preset=mini", "--steps", "200"]).steps == 200  # the default's value, given as a flag
 
 
-def test_from_scratch_has_more_overrides_that_a_flag_beats_too():
-    """Catches the constants of the short run in the long one."""
+def test_init_from_scratch_sets_more_constants_and_a_flag_overrides_them():
+    """Catches a training from scratch with the constants of further training."""
     cfg = parse(FinetuneConfig, ["--preset", "mini", "--init_from", "scratch", "--lr", "0.5"])
     assert (cfg.epochs, cfg.optimizer, cfg.out, cfg.lr) == (4.0, "muon", "finetune_checkpoints/scratch", 0.5)
     assert cfg.dataset == "movie-reviews" and cfg.save_dtype == "fp16"  # as without --init_from scratch
@@ -149,7 +149,7 @@ def test_a_config_cannot_be_changed_after_it_was_checked():
         (GenerateConfig, "--response_len 0", ["response_len"]),
     ],
 )
-def test_a_wrong_flag_is_one_line_that_names_it(cls, argv, named):
+def test_the_error_for_a_wrong_flag_is_one_line_that_names_it(cls, argv, named):
     with pytest.raises(BadInput) as error:
         parse(cls, argv.split())
     message = str(error.value)
@@ -157,20 +157,26 @@ def test_a_wrong_flag_is_one_line_that_names_it(cls, argv, named):
     assert "\n" not in message
 
 
-def test_bounds_that_are_allowed_pass():
+def test_values_at_inclusive_bounds_are_accepted():
     """An off-by-one in the range checks would refuse these."""
     cfg = PPOConfig(kl_coef=0.0, kl_target=0.0, gamma=1.0, lam=0.0, lr_end=0.0, min_prompt_len=8, max_prompt_len=8)
     assert (cfg.kl_coef, cfg.lam, cfg.gamma) == (0.0, 0.0, 1.0)
 
 
 def test_differing_names_what_changed_and_only_what_changes_the_result():
-    """Where a run computes, how much at once and where it reports do not make it another run."""
+    """The device, the micro-batch size and the log do not change the result of a run."""
     saved = {f.name: getattr(PPOConfig(), f.name) for f in fields(PPOConfig)}
     same = PPOConfig(force=True, device="cpu", report_to="none", micro_batch_size=8, compile=True, keep=7)
     assert differing(same, saved) == []
     assert differing(PPOConfig(steps=7), saved) == ["steps 200 -> 7"]
     older = {k: v for k, v in saved.items() if k != "lam"}  # of a version without the field
     assert differing(PPOConfig(), older) == [] and differing(PPOConfig(lam=0.9), older) == ["lam 0.95 -> 0.9"]
+
+
+def test_a_field_that_an_earlier_version_did_not_have_counts_as_the_default_of_the_preset():
+    for flags in ([], ["--preset", "mini"], ["--preset", "mini", "--init_from", "scratch"]):
+        cfg = parse(FinetuneConfig, flags)
+        assert differing(cfg, {"preset": cfg.preset, "init_from": cfg.init_from}) == []
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_the_package_has_25000_reviews_in_all_splits():
 
 
 def test_only_the_imdb_reviews_of_the_package_are_read(tmp_path, monkeypatch, capsys):
-    """With a small file in its place; the package also has reviews from other sources."""
+    """With a small file instead of the package, which also has reviews from other sources."""
     (tmp_path / "data").mkdir()
     rows = [("Good.", 1, "imdb"), ("Bad.", 0, "imdb"), ("Other.", 1, "other"), ("No label.", 7, "imdb")]
     frame = pandas.DataFrame(rows, columns=["text", "label", "source"])
@@ -483,7 +483,7 @@ def test_the_error_for_a_prompt_and_response_over_the_context_counts_the_control
 
 
 def test_a_controlled_prompt_is_a_control_and_the_beginning_of_a_review(bpe):
-    """Each review follows both. All rows have the same width although the controls do not, without padding."""
+    """Each review follows both controls. All rows have the same width without padding, although the controls do not."""
     pool = prompt_pool(TEXTS[:2], bpe, 5, task="controlled")
     prompts, reviews = [bpe.decode(row) for row in pool.tolist()], [f" {text}" for text in TEXTS[:2] for _ in range(2)]
     assert [prompt[:10] for prompt in prompts] == ["[negative]", "[positive]"] * 2

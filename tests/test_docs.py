@@ -1,4 +1,4 @@
-"""README.md and docs/: numbers and tables are those of the committed results; links, commands, names and messages hold."""
+"""README.md and docs/: numbers are those of the committed results; links, commands, names and messages hold."""
 
 import ast
 import importlib

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, LogitsMemory, message, nan_after_the_end, reviews_csv, write_opinion, write_tuned
+from conftest import ROOT, LogitsMemory, message, nan_after_the_end, reviews_csv, write_balanced_bert, write_tuned
 
 import evaluate
 from analysis import responses
@@ -128,7 +128,7 @@ def test_each_batch_has_its_own_random_numbers(opened):
 
 
 def test_texts_are_exactly_those_of_the_tokens(opened):
-    """Also if the tokenizer would remove the spaces of "film , it 's" from a text, but not from its prompt."""
+    """Even if the tokenizer, by default, removes the spaces of "film , it 's" when it decodes."""
     policy, other, tokenizer = opened[0], opened[1], copy.deepcopy(opened[2])
     tokenizer.clean_up_tokenization_spaces = True
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
@@ -190,7 +190,7 @@ def test_the_logits_of_the_viewer_take_the_memory_of_a_micro_batch(opened):
 
 @pytest.mark.parametrize("fit", [0, 1, 3])
 def test_the_micro_batch_size_does_not_change_the_evaluation(opened, monkeypatch, fit):
-    """Compared with one pass over all rows. With a fit of 0, not even one row, one is tried."""
+    """Compared with one pass over all rows. If not even one row fits, one is tried."""
     policy, other, tokenizer = opened
     cfg, results = replace(LONG, prompts=8, batch_size=8, viewer_samples=8), []
     groups = many_groups(cfg)
@@ -383,7 +383,7 @@ def test_viewer_json_has_the_metrics_of_each_token_of_both_responses(opened, eva
             advantages, _ = gae(rewards, torch.tensor([shown["value"]]), mask, 0.9, 0.8)
             assert shown["advantage"] == pytest.approx(advantages[0].tolist(), abs=2e-3)
         assert sum(sample["after"]["kl"]) == pytest.approx(out["after"]["kl"][i], abs=2e-3)
-        assert any(x != 0 for x in sample["before"]["kl"])  # of the policy after PPO also for the responses before
+        assert any(x != 0 for x in sample["before"]["kl"])  # also these KLs are of the policy after PPO
 
 
 def test_the_prompts_of_the_viewer_have_all_lengths(opened, evaluated):
@@ -493,7 +493,7 @@ def share(odds):
 
 
 def test_each_metric_is_of_its_own_model_and_classifier(run, tmp_path, gpt2_folder):
-    """With two different models and classifiers. Catches an exchange of two, and differences with a wrong sign."""
+    """With two different models and classifiers. Catches a swap of two of them, and differences with a wrong sign."""
     folders = {"before": gpt2_folder, "after": write_tuned(gpt2_folder, tmp_path / "after")}
     opened = {name: open_gpt2(str(folder)) for name, folder in folders.items()}
     policies, tokenizer = {name: load_policy(*parts).eval() for name, parts in opened.items()}, opened["before"][2]
@@ -502,7 +502,7 @@ def test_each_metric_is_of_its_own_model_and_classifier(run, tmp_path, gpt2_fold
     groups = list(prompt_groups(prompt_pool(reviews, tokenizer, 4, 16), cfg))
     out = {name: respond(p, policies["before"], tokenizer, groups, cfg, CPU, name) for name, p in policies.items()}
     texts = out["before"]["texts"] + out["after"]["texts"]
-    classifiers = [str(write_opinion(tmp_path / f"bert{seed}", texts, seed)) for seed in (0, 2)]
+    classifiers = [str(write_balanced_bert(tmp_path / f"bert{seed}", texts, seed)) for seed in (0, 2)]
     reward, judge = map(SentimentReward.load, classifiers)
 
     folder = run(reward=classifiers[0], judge=classifiers[1], viewer_samples=16)
@@ -534,7 +534,7 @@ def test_each_metric_is_of_its_own_model_and_classifier(run, tmp_path, gpt2_fold
             p = judge.log_odds([sample["prompt"] + sample[name]["text"]]).sigmoid().item()
             assert sample[name]["judge"] == pytest.approx(p, abs=1e-4)
     assert [results["config"][name] for name in ("reward", "judge")] == classifiers
-    # an exchange has an effect only if the two differ
+    # a swap has an effect only if the two differ
     assert all(abs(expected["difference"][name]) > 1e-3 for name in ("score", "judge", "kl_exact", "perplexity"))
     assert any(side["positive_by_reward"] != side["positive_by_judge"] for side in (before, after))
 
@@ -563,8 +563,8 @@ OUTPUTS = ("results.json", "samples.md", "viewer.json", "README.md", "example_re
 
 
 @pytest.mark.parametrize("name", [*OUTPUTS, "MODEL_CARD.md"])
-def test_any_file_of_an_earlier_evaluation_is_refused(tmp_path, monkeypatch, name):
-    """But not a file in the working directory."""
+def test_any_file_of_an_earlier_evaluation_prevents_another_one(tmp_path, monkeypatch, name):
+    """A file in the working directory does not."""
     after, current = tmp_path / "after", tmp_path / "current"
     for folder in (after, current):
         folder.mkdir()

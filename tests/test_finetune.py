@@ -84,7 +84,7 @@ def test_a_target_is_the_next_token_also_if_that_is_the_end_of_text():
 
 
 class Certain(torch.nn.Module):
-    """A model of token 0: probability 1 in a block of 18 and 1/e in other blocks, NLL 0 and 1 per token."""
+    """A model that predicts token 0: with probability 1 (an NLL of 0) in blocks of 18, 1/e (an NLL of 1) in others."""
 
     def __init__(self):
         super().__init__()
@@ -401,7 +401,7 @@ def test_a_new_run_deletes_the_figures_of_earlier_weights(tmp_path):
 
 @pytest.mark.parametrize("lost", ["", "the last line", "everything", "the file"])
 def test_after_a_crash_the_log_is_continued_without_repeated_steps(tmp_path, lost):
-    """A checkpoint is flushed to the disk, the end of the log may be missing or incomplete."""
+    """A checkpoint is flushed to the disk, but the end of the log may be missing or incomplete."""
     cfg, file = FinetuneConfig(out=str(tmp_path), report_to="none"), tmp_path / "log.jsonl"
     log = RunLog(cfg)
     for step in range(5):

@@ -133,7 +133,7 @@ def test_the_dataset_s_own_test_part_is_the_evaluation_split(full_run):
 
 
 def test_the_positive_labels_of_reward_and_judge_are_found(full_run):
-    """LABEL_1 for lvwerra/bert-imdb, whose labels have no names, and POSITIVE for the judge. By the probe sentences."""
+    """LABEL_1 of lvwerra/bert-imdb, which has no label names, and POSITIVE of the judge, checked by probe sentences."""
     gaps = re.findall(r"probe sentences ([-\d.]+) log-odds apart", full_run.done["ppo.py"].stdout)
     assert len(gaps) == 2 and min(map(float, gaps)) > 1
 
@@ -163,7 +163,7 @@ def test_evaluate_reads_dataset_and_models_from_the_cache_if_the_hub_cannot_be_r
     assert done.seconds < 60
 
 
-def test_ppo_needs_no_labels_for_the_classifiers_of_reward_py(full_run):
+def test_ppo_needs_no_positive_label_for_the_classifiers_of_reward_py(full_run):
     """Without the self-check: a tiny encoder learns nothing in an epoch."""
     command = "ppo.py --reward reward_checkpoints/gpt2/reward --judge reward_checkpoints/gpt2/judge --self_check False"
     short = "--out own --steps 1 --batch_size 16 --minibatch_size 16"
@@ -246,7 +246,7 @@ def client(repositories, tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("load, name", [(locate, "gpt2"), (load_splits, IMDB)], ids=["model", "dataset"])
-def test_an_error_of_the_hub_is_one_line_with_the_name_and_the_reason(client, load, name, failure, reason):
+def test_an_error_of_the_hub_is_reported_in_one_line_with_the_name_and_the_reason(client, load, name, failure, reason):
     client.failures[""] = failure
     start = time.monotonic()
     text = message(load, name)

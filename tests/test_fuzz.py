@@ -1,4 +1,4 @@
-"""Any content of a file or flag either works or is a BadInput: no traceback, no lost results."""
+"""Any content of a file or flag works or raises BadInput: no traceback, no lost results."""
 
 import json
 import shutil
@@ -191,7 +191,7 @@ def test_any_config_json_is_read_or_refused(tmp_path, values):
 @fuzz(100)
 @given(st.dictionaries(st.sampled_from([field.name for field in fields(PPOConfig)]), JSON, min_size=1) | JSON)
 def test_a_run_with_another_config_is_never_replaced(tmp_path, changes):
-    """Only an unfinished run may be replaced whose config is the same in every field that changes results."""
+    """An unfinished run may be replaced only if its config is the same in every field that changes results."""
     cfg = PPOConfig(out=str(tmp_path))
     saved = asdict(cfg) | changes if isinstance(changes, dict) else changes
     (tmp_path / RUN_CONFIG).write_text(json.dumps(saved))

@@ -164,7 +164,7 @@ def test_the_longest_prompt_leaves_room_for_the_response(tokenizer):
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("", "no tokens"), ("a \udcff", "not UTF-8")])
-def test_a_prompt_without_tokens_or_not_in_utf_8_is_one_line(tokenizer, prompt, words):
+def test_a_prompt_without_tokens_or_not_in_utf_8_is_refused_in_one_line(tokenizer, prompt, words):
     text = message(prompt_ids, prompt, tokenizer, GPT2Config(), CFG)
     assert words in text and text.isprintable()
 
@@ -177,7 +177,7 @@ def test_a_wrong_prompt_in_a_flag_is_refused_before_weights_are_read(tmp_path, g
 
 
 def test_two_models_need_one_vocabulary(tmp_path, gpt2_folder, tokenizer):
-    """Not only of the same size: the same ids would be other tokens."""
+    """The same size is not enough: the same ids would be other tokens. The context must be the same too."""
     other = train_bpe([text.upper() for text in TEXTS], len(tokenizer))
     assert len(other) == len(tokenizer)
     for name, gpt2, ids in (("short", dict(n_positions=47), tokenizer), ("words", {}, other)):

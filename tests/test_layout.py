@@ -1,4 +1,4 @@
-"""The layout of the repository: imports go in one direction, and only what people run or read lies on top."""
+"""The layout of the repository: imports go in one direction, and the top folder has only what people run or read."""
 
 import ast
 import runpy
@@ -51,7 +51,7 @@ def imports(module):
     return names & MODULES.keys()
 
 
-def test_on_top_lie_only_the_scripts_and_what_they_share():
+def test_the_top_folder_has_only_the_scripts_and_what_they_share():
     assert {name for name in MODULES if "." not in name} == TOP
 
 
@@ -70,12 +70,12 @@ def test_a_module_imports_only_from_its_own_layer_and_those_before_it(module):
 
 
 def test_no_modules_import_each_other():
-    """Also not through others."""
-    open_modules = {module: imports(module) for module in MODULES}
-    while ready := [module for module, needed in open_modules.items() if not needed & open_modules.keys()]:
+    """Neither directly nor through other modules."""
+    unresolved = {module: imports(module) for module in MODULES}
+    while ready := [module for module, needed in unresolved.items() if not needed & unresolved.keys()]:
         for module in ready:
-            del open_modules[module]
-    assert not open_modules, f"in or above a cycle: {', '.join(open_modules)}"
+            del unresolved[module]
+    assert not unresolved, f"in or above a cycle: {', '.join(unresolved)}"
 
 
 def test_ppo_fits_on_a_few_screens():

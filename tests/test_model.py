@@ -835,7 +835,7 @@ def compiled_eagerly(monkeypatch):
 
 
 def test_the_compiled_decoding_step_generates_the_same_responses_and_is_traced_once(compiled_eagerly):
-    """For prompts of several lengths, with a cache that had longer responses before, and weights changed in place.
+    """For prompts of several lengths, with a cache that held longer responses before, and weights changed in place.
 
     Fails if the mask is off by one, if the position is not advanced, or if shapes change from step to step: each shape
     would need its own CUDA graph.

@@ -120,7 +120,7 @@ def test_token_rewards_are_the_same(step):
 
 @every_step
 def test_returns_and_advantages_are_the_same(step):
-    """If rewards are whitened, TRL's leak changes its advantages and short rows; a test below compares those."""
+    """If rewards are whitened, TRL's padding changes its advantages and short rows: see a test below."""
     rewards, leaks = rewards_of(step), step.library == "trl" and step.config.whiten_rewards
     if step.config.whiten_rewards:
         rewards = whitened_as(step, rewards, shift_mean=False)
@@ -141,7 +141,7 @@ def test_rollout_combines_these_functions_as_they_do(step):
 
 
 def test_exact_kl_is_trls_full_penalty():
-    """KL(policy || reference) over the whole vocabulary. We log it; TRL also offers it as penalty."""
+    """KL(policy || reference) over the whole vocabulary. We log it; TRL also offers it as a penalty."""
     assert close(our_rollout(TRL[0])[1]["kl_exact"], FILE.penalties.full.kl)
 
 
@@ -202,7 +202,7 @@ def test_trls_whitened_rewards_leak_from_padding_and_ours_do_not():
     rewards = rewards_of(step)
     ours, theirs = our_rollout(step)[0].returns, torch.zeros_like(rewards).masked_scatter(MASK, step.returns)
     leak = rewards[MASK].mean() * (1 - 1 / rewards[MASK].std())
-    discounted = (decay ** torch.arange(T).double()).cumsum(0) - 1  # with no column of padding, with one, with two, ...
+    discounted = (decay ** torch.arange(T).double()).cumsum(0) - 1  # for 0, 1, 2, ... columns of padding
     assert close(ours.gather(1, last), whiten(rewards, MASK, shift_mean=False).gather(1, last))
     assert close(
         theirs.gather(1, last), ours.gather(1, last) + leak * discounted[T - LENGTHS], atol=1e-6
@@ -234,7 +234,7 @@ def test_their_approximate_kl_is_k2_and_ours_k3(step):
 
 
 @every_step
-def test_their_clip_fraction_counts_stopped_tokens_and_ours_all_outside_the_range(step):
+def test_their_clip_fraction_counts_tokens_without_gradient_and_ours_all_outside_the_range(step):
     """Ours is CleanRL's: it measures the change of the policy, whatever the sign of the advantages."""
     ratio = IN.logprob_changes[step.mask].exp()
     outside = (ratio - 1).abs() > step.config.clip_eps

@@ -48,7 +48,7 @@ from runtime.optimizer import Stepper
 
 EOS = 0
 VOCAB = 12
-TABLES = ("logprobs", "values", "advantages", "returns")  # what update reads of a Rollout at real tokens
+TABLES = ("logprobs", "values", "advantages", "returns")  # fields of a Rollout that update reads at real tokens
 SMALL = dict(batch_size=8, minibatch_size=4, micro_batch_size=2, response_len=6, min_prompt_len=3, max_prompt_len=3)
 
 
@@ -189,7 +189,7 @@ def test_gae_gives_the_golden_numbers():
     ],
 )
 def test_nan_after_the_end_of_a_response_reaches_no_result(function):
-    """A product with the mask keeps it: nan times False is nan."""
+    """A product with the mask would keep the nan: nan times False is nan."""
     clean, dirty = function(REWARDS), function(REWARDS.masked_fill(~MASK, math.nan))
     assert all(torch.equal(a, b) and b.isfinite().all() for a, b in zip(clean, dirty))
 
@@ -426,7 +426,7 @@ def test_score_clip_applies_to_the_score_and_not_to_the_kl(sign):
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_no_tensor_of_a_rollout_requires_grad(compile):
-    """Otherwise the policy loss trains the values through the advantages. Inference tensors have no gradient at all."""
+    """Otherwise the policy loss trains the values through the advantages. A loss cannot use inference tensors."""
     batch = tiny_rollout(config(compile=compile))
     for result in (batch.logprobs, batch.values, batch.advantages, batch.returns, batch.kl):
         assert not result.requires_grad and not result.is_inference()
@@ -575,8 +575,8 @@ def test_exact_kl_is_the_expectation_of_k1_under_the_policy():
     assert metrics["kl_exact"] == pytest.approx((p * (p / q).log()).sum().item())
 
 
-def test_reward_and_judge_find_texts_positive_and_a_function_has_no_opinion(bert_folder, judge_folder):
-    """On the texts of the rollout, each classifier on its own; the judge changes nothing that is trained on."""
+def test_reward_and_judge_each_classify_the_texts_and_a_function_does_not(bert_folder, judge_folder):
+    """For the texts of the rollout. The judge does not change the advantages."""
     reward, judge = (SentimentReward.load(str(folder)) for folder in (bert_folder, judge_folder))
     torch.set_default_dtype(torch.float32)
     cfg, policy, ref_policy, tokenizer = config(), tiny_policy(0), tiny_policy(1), FakeTokenizer()
@@ -938,7 +938,7 @@ def test_of_two_equally_good_policies_the_earlier_one_is_kept(tmp_path):
 
 
 def test_the_best_policy_is_written_without_changing_the_current_one(tmp_path, gpt2_folder):
-    """Write twice, since the folder exists the second time. Catches current weights and a shared value head."""
+    """Write twice, since the folder exists the second time. Catches a file with the current weights or value head."""
     folder, gpt2_config, tokenizer = open_gpt2(str(gpt2_folder))
     policy = load_policy(folder, gpt2_config, tokenizer)
     best = BestPolicy(policy, tokenizer, config(save_every=1, out=str(tmp_path)))
@@ -1148,7 +1148,7 @@ def test_a_resumed_run_continues_its_wandb_run_and_a_new_run_does_not(tmp_path, 
     assert wandb.inits[-1]["id"] == "third"
     RunLog(config(out=str(tmp_path), report_to="none")).close()
     assert not (tmp_path / "wandb_id").exists()  # its run was deleted
-    wandb.__spec__ = importlib.util.spec_from_loader("wandb", None)  # W&B's folder of logs, not the package
+    wandb.__spec__ = importlib.util.spec_from_loader("wandb", None)  # a folder named wandb with logs, not the package
     with pytest.raises(BadInput, match="wandb, which is not installed"):
         RunLog(cfg)
 

@@ -168,7 +168,7 @@ def test_any_texts_are_recovered_from_the_packed_stream(bpe, texts):
 @many
 @given(st.integers(2, 60), st.integers(1, 12))
 def test_the_blocks_of_any_stream_have_no_gap_or_overlap(n_tokens, block_size):
-    """Each token is an input once and a target once, except for a rest that is shorter than a block."""
+    """Each token is an input once and a target once, except for a remainder that is shorter than a block."""
     assume(n_tokens > block_size)
     n_blocks, *_ = plan(n_tokens, FinetuneConfig(block_size=block_size, epochs=1000))
     stream = np.random.default_rng(0).permutation(n_tokens).astype(np.int32)
@@ -218,7 +218,7 @@ def test_a_pass_uses_each_prompt_at_most_once_and_leaves_out_less_than_a_batch(
 
 # ---- update
 
-READ = ("sequences", *TABLES)  # what update reads of a Rollout at real tokens, and the ids
+READ = ("sequences", *TABLES)  # fields of a Rollout that update reads: the ids, and others at real tokens
 
 
 @st.composite

@@ -179,7 +179,7 @@ def test_reward_and_judge_have_the_task_and_the_device_and_only_the_reward_has_t
         assert classifier.model.device == classifier.device == torch.device("meta")
         assert (
             classifier.batch_tokens > cls.load(str(bert_folder)).batch_tokens
-        )  # those of a CPU must fit into its cache
+        )  # a batch must fit into the cache of a CPU
 
 
 # ---- a user's function
@@ -190,7 +190,7 @@ def user_reward(tmp_path, body):
     return replace(PPOConfig(), reward=f"{tmp_path}/mine.py:f")
 
 
-def test_an_error_in_a_users_reward_is_one_line_with_its_name_and_line_number(tmp_path):
+def test_an_error_in_a_users_reward_is_reported_in_one_line_with_its_name_and_line_number(tmp_path):
     """The line is that of the user's file, also if a library that it calls raises the error."""
     body = "import json\n\n\ndef f(texts):\n    return json.loads(texts[0])\n"
     fn = reward.load_reward(user_reward(tmp_path, body), "cpu")
@@ -207,7 +207,7 @@ def test_an_error_in_a_users_reward_is_one_line_with_its_name_and_line_number(tm
         ("f = 1\n", "has no function 'f'"),
     ],
 )
-def test_a_users_file_that_cannot_be_imported_is_one_line(tmp_path, body, named):
+def test_a_users_file_that_cannot_be_imported_is_refused_in_one_line(tmp_path, body, named):
     assert named in message(reward.load_reward, user_reward(tmp_path, body), "cpu")
 
 
@@ -221,7 +221,7 @@ def test_a_users_file_that_cannot_be_imported_is_one_line(tmp_path, body, named)
         ("[1.0]", "not (1,)"),
     ],
 )
-def test_a_users_reward_that_does_not_return_one_number_per_text_is_one_line_with_its_name(tmp_path, value, named):
+def test_a_users_reward_that_does_not_return_one_number_per_text_is_reported_by_its_name(tmp_path, value, named):
     fn = reward.load_reward(user_reward(tmp_path, f"def f(texts):\n    return {value}\n"), "cpu")
     text = message(fn, ["a", "b"])
     assert text.startswith(f"reward {tmp_path}/mine.py:f") and named in text
@@ -513,11 +513,11 @@ def test_a_character_split_between_prompt_and_response_is_complete_for_the_class
 
 
 def test_training_uses_the_sampled_ids_also_if_encoding_their_text_gives_other_ids(gpt2_vocabulary):
-    """L6: "wonderful" letter by letter and half an emoji."""
+    """The ids of "wonderful" letter by letter and of half an emoji."""
     ids = sum(encode([*"wonderful"], gpt2_vocabulary), []) + encode(["😀"], gpt2_vocabulary)[0][:1]
     text = gpt2_vocabulary.decode(ids)
     assert text == "wonderful\ufffd" and len(encode([text], gpt2_vocabulary)[0]) < len(ids) - 5
-    assert scored_texts(gpt2_vocabulary, [ids], 3) == [text]  # which compares the ids
+    assert scored_texts(gpt2_vocabulary, [ids], 3) == [text]  # scored_texts compares the ids
 
 
 # ---- the self-check, and functions of the user
@@ -541,7 +541,7 @@ def test_a_classifier_that_ranks_the_probe_sentences_correctly_passes(gap):
 
 
 @pytest.mark.parametrize("gap", [-5.0, 0.0, 0.9, float("nan")], ids=["swapped", "constant", "too small", "nan"])
-def test_a_classifier_that_does_not_is_refused(gap):
+def test_a_classifier_that_ranks_the_probe_sentences_incorrectly_is_refused(gap):
     with pytest.raises(BadInput, match="POSITIVE"):
         check_reward(Stub(gap))
 
@@ -594,7 +594,7 @@ CFG = RewardConfig(crop_share=0.5, min_crop_words=5, max_crop_words=20)
 LONG = [" ".join(f"w{i}.{j}" for j in range(40)) for i in range(200)]
 
 
-def test_a_crop_is_a_run_of_the_words_of_its_text():
+def test_a_crop_has_consecutive_words_of_its_text():
     cropped = training_texts(LONG, 0, CFG)
     pairs = [(new, old) for new, old in zip(cropped, LONG) if new != old]
     assert all(f" {new} " in f" {old} " for new, old in pairs)
@@ -667,7 +667,7 @@ def test_batches_of_many_texts_have_similar_lengths_and_differ_between_epochs():
 
 
 def test_errors_of_opposite_sign_cancel_within_a_bin_but_not_between_bins():
-    """By bins: .31 and .39 are off by .31 and -.61; 0 and 1 are in the first and in the last."""
+    """In one bin, .31 and .39 are off by .31 and -.61; 0 is in the first bin and 1 in the last."""
     probabilities = np.array([0.0, 0.15, 0.31, 0.39, 0.85, 0.95, 1.0])
     labels = np.array([1, 0, 0, 1, 1, 1, 0])
     by_bin = [1.0, 0.15, 0.61 - 0.31, 0.15, 1.0 - 0.05]
@@ -917,7 +917,7 @@ def test_a_resumed_run_trains_the_unfinished_classifier_and_needs_the_same_texts
 
 
 @pytest.mark.parametrize("name", ["reward", "judge"])
-def test_a_run_of_which_one_half_is_finished_is_unfinished(tmp_path, name):
+def test_a_run_with_only_one_finished_classifier_is_unfinished(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "results.json").write_text("{}")
     cfg = RewardConfig(dataset="nowhere.csv", out=str(tmp_path))
@@ -960,7 +960,7 @@ def test_training_on_toy_reviews_increases_the_accuracy(trained):
         results = json.loads((folder / name / "results.json").read_text())
         assert results["before"]["reviews"]["accuracy"] < 0.8
         assert results["after"]["reviews"]["accuracy"] > 0.9
-        assert results["after"]["short_texts"]["accuracy"] > 0.8  # with other crops .875
+        assert results["after"]["short_texts"]["accuracy"] > 0.8  # other crops gave .875
         assert results["after"]["reviews"]["calibration_error"] < 0.2
         assert results["data"] == fingerprint(*texts_of[name])
         counts = results["after"]["histogram"]
@@ -1013,7 +1013,7 @@ def test_training_from_a_folder_with_a_reward_and_a_judge_starts_from_the_weight
         assert second["before"].items() <= first["after"].items()
 
 
-def test_a_small_classifier_has_the_vocabulary_of_its_reviews_and_the_longest_text_of_its_training(trained):
+def test_a_small_classifier_has_the_vocabulary_of_its_reviews_and_the_max_length_of_its_config(trained):
     from transformers import AutoTokenizer
 
     folder, cfg, _ = trained
@@ -1091,7 +1091,7 @@ def test_a_classifier_without_a_padding_token_pads_with_its_end_of_text_token(to
 
 @pytest.mark.parametrize("opens", [SentimentReward.load, lambda name: open_classifier(name, dropout=0.0)])
 def test_code_in_the_folder_of_a_classifier_is_not_executed(bert_folder, tmp_path, opens):
-    """A config.json can name classes in a file of the folder; transformers has its own ones for BERT."""
+    """A config.json can name classes in a file of the folder; transformers has its own classes for BERT."""
     folder = shutil.copytree(bert_folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     names = {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}
@@ -1132,7 +1132,7 @@ def test_a_function_truncates_no_text(tmp_path):
     assert fn(["a" * 9999]).tolist() == [0.0] and fn.truncated_frac == 0.0
 
 
-def test_the_histogram_of_almost_equal_log_odds_is_made():
+def test_almost_equal_log_odds_have_a_histogram():
     """A classifier that is not trained gives all texts almost the same log-odds."""
     odds = torch.tensor([0.1, 0.1, 0.1 + 2e-8, 0.1 + 1e-8])
     classifier = SimpleNamespace(log_odds=lambda texts: odds)

@@ -49,7 +49,7 @@ def test_the_table_has_a_row_for_each_phase_and_the_share_of_the_peak(small, cap
 
 @pytest.mark.parametrize("dtype, dtypes", [("fp32", ["float32"]), ("bf16", ["float32", "bfloat16"])])
 def test_the_peak_is_that_of_the_faster_dtype(small, capsys, dtype, dtypes):
-    """Texts are scored in fp32 even with bf16, which is slower on many CPUs: a share of its peak could exceed 1."""
+    """With bf16, texts are still scored in fp32. On many CPUs bf16 is slower, so a share of its peak could exceed 1."""
     main(BenchConfig(preset="mini", repeats=2, json=True, device="cpu", dtype=dtype))
     output = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert output["dtypes"] == dtypes and output["peak_flops"] == [2e9, 2e9]
@@ -67,7 +67,7 @@ def test_times_are_in_milliseconds(small, monkeypatch, capsys):
 
 
 def test_compiled_passes_are_timed_and_have_the_flops_of_eager_ones(small, monkeypatch, capsys):
-    """The counter cannot see inside compiled code: its FLOPs would be missing if torch did not run eagerly then."""
+    """The counter cannot see inside compiled code: its FLOPs would be missing if torch did not run it eagerly."""
     torch._dynamo.reset()
     compile, compiled = torch.compile, []
 

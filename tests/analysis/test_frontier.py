@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, message, reviews_csv, write_opinion, write_tuned
+from conftest import ROOT, message, reviews_csv, write_balanced_bert, write_tuned
 
 from analysis import frontier
 from analysis.frontier import (
@@ -174,7 +174,7 @@ def evaluator(sweep, overrides, tmp_path):
     first = frontier.Evaluator(cfg)
     texts = [text for i in range(4) for text in first.respond(first.reference, "", seed=i)["texts"]]
     overrides |= {
-        name: str(write_opinion(tmp_path / name, texts, seed)) for name, seed in (("reward", 0), ("judge", 2))
+        name: str(write_balanced_bert(tmp_path / name, texts, seed)) for name, seed in (("reward", 0), ("judge", 2))
     }
     return frontier.Evaluator(replace(cfg, prompts=24))
 
@@ -184,7 +184,7 @@ def shares(texts, *classifiers):
 
 
 def test_a_run_is_evaluated_with_its_own_policy_against_the_fine_tuned_model(evaluator, gpt2_folder, tmp_path):
-    """Score by the reward, share positive by each classifier. Catches an exchange of any two models."""
+    """Score by the reward, share positive by each classifier. Catches a swap of any two models."""
     folder = write_tuned(gpt2_folder, tmp_path / "run", seed=3)
     row, cfg = evaluator.evaluate(folder, "run"), evaluator.cfg
     policy, reference = (load_policy(*open_gpt2(str(f))).eval() for f in (folder, gpt2_folder))
@@ -264,7 +264,7 @@ def test_a_value_at_a_kl_needs_a_run_near_it_and_none_is_extrapolated(nats):
     assert at_equal_kl(rows, "score", nats) == {"PPO": []}
 
 
-def test_runs_at_6_and_38_nats_give_no_value_at_8_nats_and_an_empty_cell():
+def test_runs_at_6_and_38_nats_give_no_value_at_8_nats():
     """Interpolated over that range, the value was .1 too low, and GRPO seemed worse than PPO."""
     rows = [point(START, 0, 0), *(point("PPO", 8.1, 1.25, seed) for seed in (0, 1))]
     rows += [point("GRPO", kl, score, seed) for kl, score in ((6.5, 1.15), (38, 1.54)) for seed in (0, 1)]

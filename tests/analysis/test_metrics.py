@@ -39,7 +39,7 @@ def width(bounds):
     return bounds[1] - bounds[0]
 
 
-# ---- of single responses
+# ---- metrics of single responses
 
 
 def test_the_three_estimators_of_the_kl_give_the_golden_numbers():
@@ -79,10 +79,10 @@ def test_repetition_is_the_share_of_repeated_ngrams():
     assert repetition([[1, 2, 1, 2]], 2).tolist() == pytest.approx([1 / 3])  # 12, 21, 12
 
 
-# ---- of all responses together
+# ---- metrics of all responses together
 
 
-def test_the_values_of_a_mean_are_the_values_themselves():
+def test_the_jackknife_of_a_mean_gives_the_values_themselves():
     values = np.array([3.0, 1.0, 8.0])
     assert jackknife(*leave_one_out(values.sum(), values, np.ones(3))) == pytest.approx(values)
 
@@ -141,7 +141,7 @@ def test_an_interval_depends_on_the_seed_and_not_on_the_model():
     assert interval(values, replace(CFG, seed=1)) != (low, high)
 
 
-def test_an_interval_of_a_constant_has_no_width_and_any_statistic_has_one():
+def test_an_interval_of_a_constant_or_of_a_constant_statistic_has_no_width():
     assert interval(np.full(20, 7.0), CFG) == (7.0, 7.0)
     assert interval(np.arange(5.0), CFG, lambda rows: len(rows)) == (5.0, 5.0)
 
@@ -183,7 +183,7 @@ def responses(rng, shift):
 
 
 def test_every_difference_is_paired_and_has_a_narrower_interval_than_two_independent_samples():
-    """Resampled independently, the variance of the prompts would count twice. Holds for every metric."""
+    """With independent resampling, the variance of the prompts would count twice. Holds for every metric."""
     rng = np.random.default_rng(0)
     sides = (measure(responses(rng, shift), lambda texts: [len(x) for x in texts], Judge(), CFG) for shift in (0, 0.1))
     (before, b), (after, a) = sides

@@ -296,7 +296,7 @@ def test_metrics_that_are_not_finite_are_not_drawn(asset):
         ("run_config.json", "[]"),
     ],
 )
-def test_a_damaged_file_of_a_run_is_one_line(asset, capsys, name, text):
+def test_a_damaged_file_of_a_run_is_refused_in_one_line(asset, capsys, name, text):
     (asset / name).write_text(text)
     assert main(["asset"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -307,7 +307,7 @@ def test_a_damaged_file_of_a_run_is_one_line(asset, capsys, name, text):
 @pytest.mark.parametrize(
     "arguments, word", [(["nowhere"], "nowhere"), (["a", "b"], "usage"), (["asset/log.jsonl"], "log")]
 )
-def test_bad_usage_is_one_line_and_status_2(asset, capsys, arguments, word):
+def test_bad_usage_is_reported_in_one_line_with_status_2(asset, capsys, arguments, word):
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")

@@ -314,7 +314,7 @@ def test_a_missing_or_damaged_file_is_named_in_one_line_and_the_old_page_is_kept
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "b"]], ids=len)
-def test_bad_usage_is_one_line_and_status_2(capsys, arguments):
+def test_bad_usage_is_reported_in_one_line_with_status_2(capsys, arguments):
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: usage: python -m analysis.report FOLDER")
@@ -399,8 +399,8 @@ const right = (token) => token.getBoundingClientRect().right;
 """
 TOKENS = """
 return [...document.querySelectorAll(".token")].map((span) => ({
-  number: span.dataset.number, below: span.classList.contains("below"), ink: getComputedStyle(span).color,
-  paper: getComputedStyle(span).backgroundColor, share: Number(getComputedStyle(span).getPropertyValue("--share")),
+  number: span.dataset.number, below: span.classList.contains("below"), foreground: getComputedStyle(span).color,
+  background: getComputedStyle(span).backgroundColor, share: Number(getComputedStyle(span).getPropertyValue("--share")),
 }));
 """
 
@@ -437,7 +437,7 @@ def test_200_samples_are_painted_within_a_second(browser):
 
 def test_the_switch_changes_the_colours_and_the_numbers(browser):
     page, samples = browser("few")
-    papers = []
+    backgrounds = []
     for name, (_, centre) in MEASURES.items():
         page.execute_script(f"document.querySelector('[value={name}]').click()")
         numbers = [x for sample in samples for side in SIDES for x in sample[side][name]]
@@ -449,10 +449,10 @@ def test_the_switch_changes_the_colours_and_the_numbers(browser):
         assert [token["share"] for token in tokens] == pytest.approx(shares, abs=0.0251)  # 20 steps on each side
         ends = page.execute_script("return ['low', 'high'].map((id) => document.getElementById(id).textContent)")
         assert ends == [f"{low:.2f} or less", f"{high:.2f} or more"]
-        papers.append([token["paper"] for token in tokens])
-        strong = {paper for paper, share in zip(papers[-1], shares) if share == 1}
+        backgrounds.append([token["background"] for token in tokens])
+        strong = {background for background, share in zip(backgrounds[-1], shares) if share == 1}
         assert len(strong) == 1 + any(token["below"] for token in tokens if token["share"] == 1)
-    assert all(papers[i] != papers[j] for i in range(4) for j in range(i))
+    assert all(backgrounds[i] != backgrounds[j] for i in range(4) for j in range(i))
 
 
 def test_without_values_the_page_colours_by_kl_and_ratio(browser):
@@ -541,26 +541,25 @@ def rgb(text):
     return np.append(colour, numbers[3] if len(numbers) > 3 else 1)
 
 
-def contrast(ink, paper, page):
-    """Return the contrast of two colours by WCAG 2, 1 to 21; paper may be transparent, on the page."""
-    ink, paper, page = rgb(ink), rgb(paper), rgb(page)
-    paper = paper[:3] * paper[3] + page[:3] * (1 - paper[3])
-    linear = [np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in (ink[:3], paper)]
+def contrast(foreground, background, page):
+    """Return the contrast of two colours by WCAG 2, 1 to 21; background may be transparent, on the page."""
+    foreground, background, page = rgb(foreground), rgb(background), rgb(page)
+    background = background[:3] * background[3] + page[:3] * (1 - background[3])
+    linear = [np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in (foreground[:3], background)]
     light, dark = sorted((float(c @ [0.2126, 0.7152, 0.0722]) for c in linear), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
 
 def test_every_text_has_the_contrast_of_level_aa_in_light_and_dark_mode(browser):
-    papers = []
+    backgrounds = []
     for scheme in ("light", "dark"):
         page, _ = browser("few", scheme=scheme)
-        papers.append(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
-        pairs = {(token["ink"], token["paper"]) for token in page.execute_script(TOKENS)}
+        backgrounds.append(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
+        pairs = {(token["foreground"], token["background"]) for token in page.execute_script(TOKENS)}
         assert len(pairs) == 41  # 20 steps on each side, and the centre
         texts = "p, td, td span, th, summary, h3, label"
-        quiet = f"return [...document.querySelectorAll('{texts}')].map((element) => "
-        pairs |= {(ink, "rgba(0, 0, 0, 0)") for ink in page.execute_script(quiet + "getComputedStyle(element).color)")}
-        assert min(contrast(*pair, papers[-1]) for pair in pairs) >= 4.5
-    assert (
-        contrast("rgb(255, 255, 255)", papers[1], papers[1]) > 15 > 2 > contrast("rgb(255, 255, 255)", *papers[:1] * 2)
-    )
+        script = f"return [...document.querySelectorAll('{texts}')].map((element) => "
+        pairs |= {(x, "rgba(0, 0, 0, 0)") for x in page.execute_script(script + "getComputedStyle(element).color)")}
+        assert min(contrast(*pair, backgrounds[-1]) for pair in pairs) >= 4.5
+    white, (light, dark) = "rgb(255, 255, 255)", backgrounds
+    assert contrast(white, dark, dark) > 15 > 2 > contrast(white, light, light)

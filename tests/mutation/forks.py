@@ -99,7 +99,7 @@ class Forks:
 
 
 def start(worker, function, write_bytecode=False):
-    """Fork a process that calls the function in the folder worker / "tree"; return its id, which is also its group."""
+    """Fork a process that calls the function in the folder worker / "tree"; return its id, also that of its group."""
     temporary = tempfile.mkdtemp(dir=worker)
     for name in ("output", "stored"):
         (worker / name).write_text("")

@@ -1,4 +1,4 @@
-"""Generate mutants of a source file: small changes by the operators of mutmut, each with an id and the lines it tests.
+"""Generate mutants of a source file: small changes by the operators of mutmut, each with an id and the lines to test.
 
 The operators and the visitor of the syntax tree are mutmut's. Its runner is not used: it skips decorated functions, its
 trampolines break torch.compile, and it writes all mutants into one file, which tests that read the source would see.
@@ -156,7 +156,7 @@ def rule_of(path, new, operator, variant):
 
 
 def tested_lines(path, positions):
-    """Return the lines of a mutant's statement, or of the function if it is in the signature; lines of the function."""
+    """Return the lines of a mutant's statement (its function if it is in the signature) and those of the function."""
 
     def lines(node):
         return range(positions[node].start.line, positions[node].end.line + 1)

@@ -242,7 +242,7 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
             ("embedding rows without a token can be sampled", "weight = weight[: self.n_tokens]", "pass"),
         ],
         "test_compile::test_nan_values_left_in_the_static_cache_do_not_change_later_responses": [
-            ("masked values are nan, and nan times 0 is nan", "ours[:, :, cache.filled :] = 0", "pass"),
+            ("masked entries of the cache stay nan, and nan times 0 is nan", "ours[:, :, cache.filled :] = 0", "pass"),
         ],
         "test_model::test_values_are_zero_before_training": [
             ("the value head starts with random weights", "nn.init.zeros_(self.value_head.weight)", "pass"),
@@ -388,8 +388,8 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
             ),
             (
                 "scores are returned in the order of length, not of the texts",
-                "        return logits\n",
-                "        return logits[order]\n",
+                "logits[torch.from_numpy(rows)] = ",
+                "logits[-len(order) - len(rows) :][: len(rows)] = ",
             ),
         ],
         "test_reward::test_a_teacher_reads_the_texts_that_its_student_reads": [

@@ -9,7 +9,7 @@
     python mutation.py --id Muon.step:c3        # those whose id contains this text; of a single one, print the output
 
 A mutant is caught if a test fails or takes too long, and survives if all tests that run its statement pass. The exit
-status is 1 if one survives. See generate_mutants.py for the mutants that there are and the rules that exclude some.
+status is 1 if one survives. generate_mutants.py describes the mutants and the rules that exclude some.
 equivalent.toml lists those that no test can catch, with the reason: they run only with `--only equivalent`.
 
 A mutant in the body of a function is run against the tests of its statement, and one in the signature against those of
@@ -76,7 +76,7 @@ class Verdicts:
             file.write(json.dumps(entry) + "\n")
 
     def of(self, mutant, valid=True):
-        """Return "caught", "timeout", "survived", or "" without a verdict; valid: "" also if it is no longer valid."""
+        """Return "caught", "timeout", "survived", or "" without a verdict; with valid, only if it is still valid."""
         entry = self.last.get(mutant.id)
         if not entry:
             return ""

@@ -148,7 +148,7 @@ def test_the_leftovers_of_a_killed_save_are_inside_the_folder_of_the_run_and_are
         save_checkpoint(tmp_path, nn.Linear(2, 2), [], {"step": 1})
 
 
-def test_files_are_on_the_disk_before_they_replace_others_and_the_renaming_after_it(out, monkeypatch):
+def test_files_are_flushed_before_they_replace_others_and_the_folder_afterwards(out, monkeypatch):
     """Otherwise a power cut would leave empty files, or undo the renaming after older checkpoints are deleted."""
     events = []
     flush, rename = checkpoint.flush, os.replace
@@ -247,7 +247,7 @@ def test_a_new_run_deletes_the_files_of_an_earlier_run_in_its_folder_alone(tmp_p
 
 @pytest.fixture
 def cfg(tmp_path):
-    """A config whose `out` contains a run with it."""
+    """A config whose `out` contains a run with this config."""
     cfg = FinetuneConfig(out=str(tmp_path), lr=1e-4)
     (tmp_path / RUN_CONFIG).write_text(json.dumps(asdict(cfg)))
     return cfg
@@ -335,7 +335,7 @@ def test_files_that_a_run_does_not_touch_are_no_obstacle(tmp_path, name):
 
 
 def test_the_policy_of_an_unfinished_run_is_refused(tmp_path):
-    """Weights beside checkpoints are of an earlier run, whose config --force has replaced already."""
+    """Weights beside checkpoints are of an earlier run, whose config --force has already replaced."""
     (tmp_path / "checkpoints").mkdir()
     text = message(check_finished, str(tmp_path))
     assert text.startswith(f"{tmp_path} contains an unfinished run: ") and str(tmp_path / "best") in text
@@ -571,7 +571,7 @@ def test_checkpoints_that_cannot_be_deleted_do_not_stop_a_run_and_are_removed_la
 # ---- the inputs of a run
 
 
-def test_a_fingerprint_is_of_names_shapes_dtypes_and_values():
+def test_a_fingerprint_depends_on_names_shapes_dtypes_and_values():
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     other.load_state_dict(one.state_dict())
     assert fingerprint(one) == fingerprint(other) != fingerprint(one.double())
@@ -584,7 +584,7 @@ def test_a_fingerprint_is_of_names_shapes_dtypes_and_values():
 
 
 def test_a_fingerprint_is_the_same_in_a_later_version():
-    """It is in checkpoints: a run that was started before an update would need --force without a reason."""
+    """Checkpoints contain it: a run that was started before an update would need --force without a reason."""
     model = nn.Linear(2, 2)
     nn.init.ones_(model.weight), nn.init.zeros_(model.bias)
     assert fingerprint("reviews", model) == "2b947cd7d27049f7"

@@ -86,7 +86,7 @@ def old_driver(nvidia, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
 
 
-def test_a_pytorch_without_cuda_on_a_machine_with_a_gpu_is_a_warning(nvidia, monkeypatch, capsys):
+def test_a_pytorch_without_cuda_on_a_machine_with_a_gpu_prints_a_warning(nvidia, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     assert pick_device(FinetuneConfig())[0] == torch.device("cpu")
     warning = capsys.readouterr().err

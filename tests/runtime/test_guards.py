@@ -49,7 +49,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, tokenizer, number)
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_step_that_is_taken_starts_the_count_of_skipped_steps_in_a_row_again():
+def test_a_step_that_is_taken_resets_the_count_of_skipped_steps_in_a_row():
     model = torch.nn.Linear(2, 1)
     stepper = Stepper(model, [torch.optim.SGD(model.parameters(), 0.1)], 1.0)
     for _ in range(3):
@@ -79,7 +79,7 @@ def alarms(metrics, **changes):
     return [checked.check(dict(kl=kl, score=score, positive_by_judge=judge)) for kl, score, judge in metrics]
 
 
-def test_there_is_an_alarm_when_the_kl_is_above_its_ceiling_and_not_when_it_is_at_it():
+def test_there_is_an_alarm_if_the_kl_is_above_its_ceiling_and_none_if_it_equals_it():
     assert [bool(text) for text in alarms([(29, 0, 0), (30, 0, 0), (31, 0, 0)], kl_ceiling=30.0)] == [0, 0, 1]
     assert not any(alarms([(1e9, 0, 0)], kl_ceiling=0.0))
 
@@ -113,7 +113,7 @@ def test_a_change_within_the_noise_is_no_alarm():
 
 @pytest.mark.parametrize("nan_in", [[], [0]])
 def test_a_run_stopped_by_an_alarm_ends_with_its_best_policy(home, tmp_path, capsys, nan_in):
-    """Also if the first rollout, with which the initial policy is kept, was skipped."""
+    """Also if the first rollout was skipped, after which the initial policy would be kept."""
     train(home, tmp_path, nan_in=nan_in, kl_ceiling=1e-6, on_alarm="stop", save_every=6)
     output = capsys.readouterr().out
     assert f"alarm at step {lines(tmp_path)[-1]['step']}: KL is " in output and f"the policy is in {tmp_path}" in output

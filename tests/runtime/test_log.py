@@ -149,7 +149,7 @@ def test_a_rollout_with_samples_is_printed_with_them_and_they_are_written(tmp_pa
 
 
 @pytest.mark.parametrize(("kl", "warned"), [(-1.0, False), (-1.01, True)])
-def test_a_kl_below_minus_1_is_a_warning(kl, warned):
+def test_a_kl_below_minus_1_prints_a_warning(kl, warned):
     run = RunLog(PPOConfig(), rank=1)
     run.bar = Bar()
     run.write_rollout(0, rollout(kl=kl), None)

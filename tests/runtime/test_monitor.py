@@ -1,4 +1,4 @@
-"""What is measured during PPO: samples, alarms, the best policy, and what of them a checkpoint restores."""
+"""What is measured during PPO: samples, alarms, the best policy, and what a checkpoint restores of them."""
 
 import json
 import types
@@ -55,7 +55,7 @@ def test_a_checkpoint_restores_the_state_of_every_part(tmp_path):
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(7, [0, 3, 6]), (6, [0, 3, 5])])
-def test_samples_are_made_every_so_many_steps_and_in_the_last_one(steps, expected):
+def test_samples_are_made_at_the_configured_interval_and_in_the_last_step(steps, expected):
     cfg, policy = config(steps=steps, sample_every=3, sample_prompts=2), tiny_policy()
     made = [sample(policy, FakeTokenizer(), lengths, POOL, step, cfg) for step in range(steps)]
     assert [step for step, samples in enumerate(made) if samples is not None] == expected
@@ -108,7 +108,7 @@ def test_an_alarm_of_another_process_stops_this_one_too():
     assert not Alarms(PPOConfig(on_alarm="warn")).stop(0, {"kl": 0.0}, Log(), ranks)
 
 
-def test_a_kl_is_compared_with_any_ceiling_above_0():
+def test_any_kl_ceiling_above_0_gives_an_alarm_and_0_gives_none():
     assert Alarms(PPOConfig(kl_ceiling=0.5)).check({"kl": 0.75})
     assert not Alarms(PPOConfig(kl_ceiling=0.0)).check({"kl": 99.0})
 

@@ -122,7 +122,7 @@ def test_orthogonal_keeps_the_directions_and_brings_all_singular_values_near_1()
 
 
 def test_orthogonal_of_a_tiny_gradient_keeps_its_sign():
-    """Its norm is below the 1e-7 that keeps the result for 0 finite."""
+    """Its norm is below the epsilon of 1e-7 that prevents a division by 0."""
     matrices = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0)) * 1e-9
     assert ((orthogonal(matrices) * matrices).sum(dim=(1, 2)) > 0).all()
     assert orthogonal(torch.zeros(1, 8, 8)).abs().max() == 0

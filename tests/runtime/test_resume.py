@@ -75,11 +75,11 @@ def uninterrupted(home):
     return out
 
 
-# ---- resumed to the bit
+# ---- resumed runs are bitwise equal to uninterrupted ones
 
 
 def test_ppo_killed_and_resumed_equals_an_uninterrupted_run(home, uninterrupted, tmp_path):
-    """Log and weights, to the bit. Catches moments, KL coefficient, lr or position in the prompts not saved."""
+    """Log and weights are bitwise equal. Catches unsaved moments, KL coefficient, lr or position in the prompts."""
     flags = ppo_flags(home, tmp_path / "out")
     process = start("ppo", flags, tmp_path / "output", pause=0.3)
     wait_for(process, lambda: len(lines(tmp_path / "out")) == 4)
@@ -113,7 +113,7 @@ def test_a_skipped_rollout_is_counted_and_shown_and_a_run_killed_after_it_is_res
 
 
 def test_fine_tuning_killed_and_resumed_equals_an_uninterrupted_run(home, tmp_path):
-    """Catches moments, the best perplexity or the position in the data not saved; test_finetune.py has corner cases."""
+    """Catches unsaved moments, best perplexity or position in the data; test_finetune.py has corner cases."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     flags = dict(
         dataset=home / "reviews.csv", init_from=home / "gpt2", block_size=40, epochs=0.2, batch_size=8,
@@ -160,7 +160,7 @@ def test_reward_killed_in_its_second_epoch_and_resumed_equals_an_uninterrupted_r
 
 
 def test_reward_killed_in_the_judge_resumes_the_judge(home, uninterrupted_reward, tmp_path, monkeypatch, capsys):
-    """Also if the folder has a judge of an earlier run, which is not taken for the missing one."""
+    """Even if the folder has the judge of an earlier run, which must not be used instead."""
     shutil.copytree(uninterrupted_reward, tmp_path / "out")
     flags, write = reward_flags(home, tmp_path / "out", lr=2e-3), RunLog.write
     reward.main(parse(RewardConfig, [*flags, "--out", str(tmp_path / "whole")]))
@@ -250,7 +250,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_what_was_saved_is_complete(sto
     assert outcome(out) == outcome(uninterrupted)
 
 
-def test_a_disk_that_is_full_when_the_tokenizer_is_saved_is_one_line(home, tmp_path):
+def test_a_disk_that_is_full_when_the_tokenizer_is_saved_is_reported_in_one_line(home, tmp_path):
     """The tokenizers library raises a bare Exception, not an OSError."""
     flags = ppo_flags(home, tmp_path / "out")
     code, output = ended(start("ppo", flags, tmp_path / "output", limit=5000), tmp_path / "output")
@@ -274,7 +274,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_file(tmp_path, file, damage):
     assert str(path) in text and ("is damaged or missing" in text or "cannot be read" in text)
 
 
-def test_resume_of_a_damaged_checkpoint_is_one_line_and_status_2(stopped):
+def test_resuming_from_a_damaged_checkpoint_is_refused_in_one_line_with_status_2(stopped):
     flags, out = stopped
     with open(out / "checkpoints/00000002/tensors.safetensors", "r+b") as f:
         f.truncate(1000)

@@ -104,7 +104,7 @@ def test_the_time_is_that_of_the_flops_at_six_tenths_of_the_peak(gigaflops, caps
     assert time_on_cpu(1.2e12, cfg, CPU) == {"time": "about 17 min on this CPU"}
 
 
-def test_a_run_over_an_hour_is_a_warning_that_names_the_preset_for_a_cpu(gigaflops, capsys):
+def test_a_run_over_an_hour_prints_a_warning_that_names_the_preset_for_a_cpu(gigaflops, capsys):
     warning = "warning: this run takes about 41 h on this CPU"
     time_on_cpu(88.8e12, PPOConfig(), CPU)
     assert capsys.readouterr().err == f"{warning}; --preset mini is made for a CPU\n"
