@@ -3,15 +3,17 @@
     python -m analysis.plot                        # all of them, from asset/ into asset/images/
     python -m analysis.plot ppo_checkpoints/mini   # the learning curves of one run, into its folder
 
-Every figure is 10 inches wide. Positions in drawings are in inches from the lower left corner, font sizes in points.
+In asset/images/ every figure is drawn twice: NAME.png for white pages and NAME-dark.png for GitHub's dark mode. All are
+1500 pixels wide. Positions in drawings are in inches from the lower left corner, font sizes in points.
 """
 
 import contextlib
 import csv
+import io
 import json
 import sys
 import textwrap
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,32 +28,38 @@ from runtime.errors import BadInput, print_error, printable
 
 ASSET = Path("asset")
 WIDTH, SMALL, LINE = 10, 10, 0.19  # inches; points, 11.5 pixels in GitHub's README; inches between lines of text
-INK, GREY = "#222222", "#6b6b6b"
-# Okabe and Ito 2008, safe for colour-blind readers; dark enough for text on white
-BLUE, AMBER, PURPLE = "#0072b2", "#b26a00", "#93478f"  # GPT-2, the reward, the judge
-GREEN, RED = "#007d5a", "#c24e00"  # POSITIVE, NEGATIVE
+
+# GPT-2, the reward, the judge, POSITIVE, NEGATIVE, texts and arrows, axes, background: the n-th colours of a theme
+BLUE, AMBER, PURPLE, GREEN, RED, INK, GREY, PAPER = (f"C{n}" for n in range(8))
+THEMES = {  # end of a file's name: the colours. Hues of Okabe and Ito 2008, safe for colour-blind readers
+    "": "#0072b2 #a66300 #93478f #007d5a #c24e00 #222222 #6b6b6b #ffffff",
+    "-dark": "#58b4f0 #e3b341 #d193cf #35c29a #ff7f50 #e6edf3 #9198a1 #0d1117",
+}
+THEMES = {end: {"axes.prop_cycle": plt.cycler(color=colours.split())} for end, colours in THEMES.items()}
 
 plt.rcParams.update({
     "text.parse_math": False,  # generated texts may contain $
     "text.hinting": "none",  # with hinting, letters are wider
     "font.family": "DejaVu Sans", "font.size": 11, "text.color": INK, "axes.labelcolor": INK,
-    "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL, "legend.frameon": False,
-    "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.grid": True, "grid.alpha": 0.3,
+    "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL,
+    "legend.facecolor": PAPER, "legend.edgecolor": "none", "legend.handlelength": 1.3,
+    "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.grid": True, "grid.color": GREY,
+    "grid.alpha": 0.2, "axes.facecolor": "none", "axes.titlelocation": "left", "axes.titlesize": 11,
     "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.4,
     "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.1,
-    "figure.dpi": 150, "savefig.facecolor": "white",
+    "figure.dpi": 150, "savefig.facecolor": PAPER, **THEMES[""],
 })  # fmt: skip
 
-PANELS = (  # (metrics of a panel, label of its y axis)
-    (("positive_by_reward", "positive_by_judge"), "share positive"),
+PANELS = (  # (metrics of a panel, its title)
+    (("positive_by_reward", "positive_by_judge"), "share of positive responses"),
     (("kl", "kl_exact"), "KL, nats per response"),
     (("response_length",), "response length, tokens"),
     (("entropy",), "entropy, nats per token"),
 )
 CURVES = {  # metric of a panel with a legend: (colour, label)
-    "positive_by_reward": (AMBER, "by the reward"),
+    "positive_by_reward": (AMBER, "by the reward model"),
     "positive_by_judge": (PURPLE, "by the judge, not used in training"),
-    "kl": (BLUE, "kl, sampled tokens, ± standard error"),
+    "kl": (BLUE, "kl ± standard error"),
     "kl_exact": (INK, "kl_exact, whole vocabulary"),
 }
 
@@ -92,14 +100,19 @@ def kl_target(folder):
         return json.loads(file.read_text(encoding="utf-8")).get("kl_target", 0) if file.is_file() else 0
 
 
-def curves(folder):
-    """Draw PANELS over the rollouts in the log of a folder; the score if the log has no share of positive texts."""
+def curves(folder, panels=PANELS, width=WIDTH):
+    """Draw panels over the rollouts in the log of a folder, two in a row. Without shares of positive texts: the score.
+
+    width: of the figure, in inches. The narrower it is, the larger its text is on a page.
+    """
     lines = read_jsonl(Path(folder) / "log.jsonl")
-    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.5), layout="constrained", sharex=True)
-    for axis, (names, label) in zip(axes.flat, PANELS):
+    rows = -(-len(panels) // 2)
+    figure = plt.figure(figsize=(width, 2.75 * rows), layout="constrained")
+    axes = figure.subplots(rows, min(2, len(panels)), squeeze=False, sharex=True)
+    for axis, (names, title) in zip(axes.flat, panels):
         names = [name for name in names if any(name in line for line in lines)]
         if not names:
-            names, label = ["score"], "score"
+            names, title = ["score"], "score"
         for name in names:
             colour, text = CURVES.get(name, (BLUE, None))
             axis.plot(*columns(lines, "step", name), color=colour, label=text)
@@ -109,14 +122,14 @@ def curves(folder):
             axis.fill_between(steps, low, high, color=BLUE, alpha=0.2, linewidth=0)
             if (target := kl_target(folder)) > 0:
                 axis.axhline(target, color=GREY, linestyle="--", label="target")
-        if label == "share positive":
+        if title == PANELS[0][1]:
             axis.set_ylim(0, 1)
         if names[0] in CURVES:
             axis.legend()
-        axis.set_ylabel(label)
+        axis.set_title(title)
+        axis.locator_params(axis="x", integer=True)
     for axis in axes[-1]:
         axis.set_xlabel("rollout")
-    figure.align_ylabels()
     return figure
 
 
@@ -127,10 +140,17 @@ def learning_curves(folder):
     return save(figure, Path(folder) / "learning_curves.png")
 
 
+def png(figure, pixels=1500):
+    """Close a figure; return it as the bytes of a PNG of that width, which do not depend on date or version."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=pixels / figure.get_figwidth(), metadata={"Software": None})
+    plt.close(figure)
+    return file.getvalue()
+
+
 def save(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    path.write_bytes(png(figure))
     return path
 
 
@@ -163,7 +183,7 @@ def box(axis, x, y, width, height, text, colour=GREY, frozen=False, solid=False,
     face, line = to_rgba(colour, 1 if solid else 0.1), "--" if frozen else "-"
     shape = dict(boxstyle="round,pad=0,rounding_size=0.08", facecolor=face, edgecolor=colour, linestyle=line)
     axis.add_patch(FancyBboxPatch((x - dx, y - dy), width, height, linewidth=1.4, **shape))
-    note(axis, x, y, text, size=size, color="white" if solid else INK)
+    note(axis, x, y, text, size=size, color=PAPER if solid else INK)
     return SimpleNamespace(left=(x - dx, y), right=(x + dx, y), top=(x, y + dy), bottom=(x, y - dy))
 
 
@@ -275,7 +295,7 @@ def example_results(folder):
 
 METHODS = {  # method in frontier.csv: (colour, marker)
     "PPO": (BLUE, "o"), "RLOO": (AMBER, "s"), "GRPO": (GREEN, "^"),
-    "best-of-n": (PURPLE, "D"), "positive-only fine-tuning": (RED, "v"),
+    "best-of-n": (PURPLE, "D"), "positive-only fine-tuning": (INK, "v"),
 }  # fmt: skip
 
 
@@ -300,13 +320,14 @@ def frontier(folder):
     return figure
 
 
-FIGURES = [  # (file in asset/images, function that draws it, folder that it reads)
-    ("learning_curves.png", curves, ASSET),
-    ("finetune_model.png", finetune_model, ASSET / "mini" / "gpt2"),
-    ("reward_model.png", reward_model, ASSET / "mini" / "reward"),
-    ("ppo.png", ppo),
-    ("example_results.png", example_results, ASSET),
-    ("frontier.png", frontier, ASSET / "frontier"),
+FIGURES = [  # (name in asset/images, function that draws it, what it reads)
+    ("learning_curves", curves, ASSET, (PANELS[0], (("kl",), PANELS[1][1])), 6.8),  # for beginners, and on phones
+    ("all_curves", curves, ASSET),
+    ("finetune_model", finetune_model, ASSET / "mini" / "gpt2"),
+    ("reward_model", reward_model, ASSET / "mini" / "reward"),
+    ("ppo", ppo),
+    ("example_results", example_results, ASSET),
+    ("frontier", frontier, ASSET / "frontier"),
 ]
 
 
@@ -318,10 +339,11 @@ def main(argv):
         if argv:
             print(learning_curves(argv[0]))
             return 0
-        for name, draw, *folder in FIGURES:
-            with reading(*folder or [ASSET]):
-                figure = draw(*folder)
-            print(save(figure, ASSET / "images" / name))
+        for (name, draw, *source), (end, theme) in product(FIGURES, THEMES.items()):
+            with plt.rc_context(theme):
+                with reading(*source[:1] or [ASSET]):
+                    figure = draw(*source)
+                print(save(figure, ASSET / "images" / f"{name}{end}.png"))
         return 0
     except BadInput as error:
         return print_error(error)

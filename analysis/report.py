@@ -2,8 +2,8 @@
 
     python -m analysis.report ppo_checkpoints/mini
 
-Reads results.json and viewer.json in the folder and, if they exist, learning_curves.png and samples.jsonl, and writes
-report.html there: a single file that needs no network. The page itself is report.html.jinja.
+Reads results.json and viewer.json in the folder and, if they exist, log.jsonl and samples.jsonl, and writes report.html
+there: a single file that needs no network. The page itself is report.html.jinja.
 """
 
 import base64
@@ -11,10 +11,11 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from analysis.plot import read_jsonl, read_results, reading
+from analysis.plot import PANELS, THEMES, curves, png, read_jsonl, read_results, reading
 from analysis.tables import results_rows
 from runtime.errors import BadInput, print_error
 
@@ -38,6 +39,19 @@ def training_samples(lines):
             score = "not finite" if sample["score"] is None else f"{sample['score']:z.2f}"
             prompts.setdefault(sample["prompt"], []).append((step, score, sample["response"]))
     return prompts
+
+
+def pictures(folder):
+    """Return the learning curves of a run as [(title, PNG in base64, the same for dark mode), ...], one per panel."""
+    rows = []
+    for panel in PANELS:
+        row = []
+        for theme in THEMES.values():
+            with plt.rc_context(theme):
+                figure = curves(folder, [panel], width=5)
+                row.append(base64.b64encode(png(figure, 1000)).decode())
+        rows.append((figure.axes[0].get_title(loc="left"), *row))
+    return rows
 
 
 def check_side(side, measures):
@@ -75,12 +89,14 @@ def token_data(viewer):
 def write(folder):
     """Write the page of a run into its folder; return the path. BadInput names a file that is missing or damaged."""
     folder, hint = Path(folder), ": python evaluate.py writes it"
-    curves, training = folder / "learning_curves.png", folder / "samples.jsonl"
+    log, training = folder / "log.jsonl", folder / "samples.jsonl"
     with reading(folder / "results.json", hint):
         results = read_results(folder)
         rows, config = results_rows(results), dict(results.get("config", {}))
     with reading(folder / "viewer.json", hint):
         viewer = token_data(json.loads((folder / "viewer.json").read_text(encoding="utf-8")))
+    with reading(log):
+        panels = pictures(folder) if log.is_file() else []
     with reading(training):
         samples = training_samples(read_jsonl(training)) if training.is_file() else {}
     loader = FileSystemLoader(Path(__file__).parent)
@@ -90,7 +106,7 @@ def write(folder):
         rows=rows,
         config=config,
         prompts=results.get("prompts"),
-        curves=base64.b64encode(curves.read_bytes()).decode() if curves.is_file() else "",
+        panels=panels,
         training=samples,
         measures={name: MEASURES[name][0] for name in viewer["scales"]},
         viewer=viewer,

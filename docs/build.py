@@ -27,6 +27,14 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NUMBER = re.compile(r"(-?\d[\d,]*(?:\.(\d+))?)( ± [\d.]+| \[[-\d., ]+\])?( %)?<!-- ([^:>]+) -->")
 BLOCK = re.compile(r"(<!-- begin: ([^>]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+PHASES = {  # phases of analysis/bench.py, in the order of the rows
+    "generate": "generate",
+    "score": "score",
+    "logprobs": "log-probabilities and values",
+    "reference": "reference",
+    "update": "update",
+    "step": "whole step",
+}
 
 
 def read(path):
@@ -77,10 +85,9 @@ def sources():
 def mutation():
     """Return the last row of tests/mutation/report.md: numbers of mutants, and the share that is caught."""
     lines = (ROOT / "tests/mutation/report.md").read_text(encoding="utf-8").splitlines()
-    header, last = ([cell.strip() for cell in line.strip("| ").split("|")] for line in (
-        next(line for line in lines if line.startswith("| file")), next(line for line in lines if line.startswith("| all"))
-    ))  # fmt: skip
-    values = {name: float(cell.rstrip("%")) for name, cell in zip(header[1:], last[1:])}
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    rows = {name: cells for name, *cells in table}
+    values = {name: float(cell.rstrip("%")) for name, cell in zip(rows["file"], rows["all"])}
     return values | {"score": values["score"] / 100, "tested": values["generated"] - values["equivalent"]}
 
 
@@ -113,6 +120,21 @@ def fill_numbers(text, data):
 
 
 # ---- blocks
+
+
+def performance(data):
+    """Return {"bench", "peers"}: the tables of docs/performance.md. data: the object in performance.json."""
+    bench = [["phase, ms", "124M", "of the peak", "mini", "of the peak"]]
+    for name, label in PHASES.items():
+        phases = data["bench"]["gpt2"][name], data["bench"]["mini"][name]
+        bench.append([label, *(text for p in phases for text in (f"{p['ms']:,.0f}", f"{p['of_peak']:.2f}"))])
+    peers = [["work", "library", "ours", "theirs", "times as fast", "memory, ours and theirs, GiB", "commit"]]
+    for row in data["peers"]:
+        seconds = (f"{row[name]:#.3g} s" for name in ("ours_s", "theirs_s"))
+        ratio = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        memory = f"{row['memory_ours']:.1f}, {row['memory_theirs']:.1f}"
+        peers.append([row["work"], row["library"], *seconds, ratio, memory, row["commit"]])
+    return {"bench": markdown(bench), "peers": markdown(peers)}
 
 
 def blocks():

@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,10 +28,9 @@ COMMANDS = {  # the first word of a README block: command
     "reward": "reward.py --preset mini",
     "ppo": "ppo.py --preset mini",
     "evaluate": "evaluate.py --preset mini",
-    "generate": "generate.py --preset mini --prompt",
+    "generate": "generate.py --preset mini --prompt 'This movie was'",
     "bench": "-m analysis.bench --preset mini",
 }
-PROMPT = "This movie was"  # of generate.py
 RESULTS = ("results.json", "log.jsonl", "run_config.json", "samples.md")
 
 
@@ -52,13 +52,15 @@ def main():
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "-q", str(ROOT), folder], check=True)
-        for name, command in tqdm(COMMANDS.items(), "record"):
-            words = [*command.split(), *([PROMPT] if name == "generate" else [])]
+        for name, text in tqdm(COMMANDS.items(), "record"):
+            words = shlex.split(text)
             environment, start = os.environ | {"COLUMNS": "110"}, time.monotonic()
-            done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [sys.executable, *words], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+            )
             if done.returncode:
-                sys.exit(f"{command} failed with exit status {done.returncode}")
-            runs[name] = {"command": command, "seconds": round(time.monotonic() - start, 1), "output": done.stdout}
+                sys.exit(f"{text} failed with exit status {done.returncode}")
+            runs[name] = {"command": text, "seconds": round(time.monotonic() - start, 1), "output": done.stdout}
         for name in RESULTS:
             shutil.copy(Path(folder, "ppo_checkpoints", "mini", name), ROOT / "asset" / name)
     runs["demo"] = {"seconds": runs["ppo"]["seconds"] + runs["evaluate"]["seconds"]}

@@ -12,10 +12,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import ROOT
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, StepPatch
+from matplotlib.text import Text
 
 from analysis import plot
-from analysis.plot import FIGURES, PANELS, curves, example_results, finetune_model, frontier, main, reward_model
+from analysis.plot import FIGURES, PANELS, THEMES, curves, example_results, finetune_model, frontier, main, reward_model
 
 SOURCES = ["log.jsonl", "mini/gpt2/log.jsonl", "mini/reward/results.json", "results.json"]
 SHARES = ("positive_by_reward", "positive_by_judge")
@@ -101,21 +103,98 @@ def inside(a, b):
 # ---- drawings
 
 
-def test_without_a_folder_all_figures_are_drawn_with_a_white_background_and_1500_pixels_wide(asset, capsys):
+def test_without_a_folder_all_figures_are_drawn_1500_pixels_wide_for_white_and_for_dark_pages(asset, capsys):
     assert main([]) == 0
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert paths == [Path("asset/images") / name for name, *_ in FIGURES]
+    assert paths == [Path("asset/images") / f"{name}{end}.png" for name, *_ in FIGURES for end in ("", "-dark")]
     sizes = {path.stem: struct.unpack(">II", path.read_bytes()[16:24]) for path in paths}
-    height = sizes.pop("example_results")[1]
-    assert 300 < height < 700
-    assert sizes == {
-        "learning_curves": (1500, 825), "finetune_model": (1500, 540), "reward_model": (1500, 540), "ppo": (1500, 705),
-        "frontier": (1500, 690),
+    assert all(sizes[name] == sizes[f"{name}-dark"] for name, *_ in FIGURES)
+    assert 300 < sizes.pop("example_results")[1] < 700
+    assert {name: size for name, size in sizes.items() if "-dark" not in name} == {
+        "learning_curves": (1500, 606), "all_curves": (1500, 825), "finetune_model": (1500, 540),
+        "reward_model": (1500, 540), "ppo": (1500, 705), "frontier": (1500, 690),
     }  # fmt: skip
-    assert all(np.all(plt.imread(path)[[0, -1]][:, [0, -1]] == 1) for path in paths)  # the corners, including opacity
+    for path in paths:
+        paper = to_rgba("#0d1117" if "-dark" in path.stem else "#ffffff")
+        assert np.allclose(plt.imread(path)[[0, -1]][:, [0, -1]], paper, atol=1e-6), path  # corners, with opacity
 
 
-@pytest.mark.parametrize("name, draw, source", [(name, draw, source) for name, draw, *source in FIGURES[1:5]])
+def test_a_second_call_changes_no_byte_and_the_files_do_not_name_the_version_of_matplotlib(asset):
+    drawn = []
+    for _ in range(2):
+        assert main([]) == 0
+        drawn.append({path.name: path.read_bytes() for path in (asset / "images").iterdir()})
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 2 * len(FIGURES)
+    assert not any(b"Software" in image or b"atplotlib" in image for image in drawn[0].values())
+
+
+def contrast(a, b):
+    """Return the contrast of two colours by WCAG 2, 1 to 21."""
+    light, dark = sorted((float(linear(c) @ [0.2126, 0.7152, 0.0722]) for c in (a, b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def linear(colour):
+    c = np.array(to_rgb(colour))
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+@pytest.mark.parametrize("theme", THEMES.values(), ids=["light", "dark"])
+@pytest.mark.parametrize("name, draw, source", [(name, draw, source) for name, draw, *source in FIGURES])
+def test_every_text_has_11_pixels_in_the_readme_and_the_contrast_of_level_aa(asset, theme, name, draw, source):
+    with plt.rc_context(theme):
+        figure = draw(*source)
+        figure.canvas.draw()
+        texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        boxes = [box for box in figure.axes[0].patches if isinstance(box, FancyBboxPatch)]
+        assert len(texts) > 10
+        for text in texts:
+            assert text.get_size() / 72 * 830 / figure.get_figwidth() >= 11, text
+            paper = np.array(to_rgb(plot.PAPER))
+            for box in boxes:
+                if crossing(text.get_window_extent(), box.get_window_extent()):
+                    *colour, alpha = box.get_facecolor()
+                    paper = alpha * np.array(colour) + (1 - alpha) * paper
+            assert contrast(text.get_color(), paper) >= 4.5, text
+
+
+@pytest.mark.parametrize("theme", THEMES.values(), ids=["light", "dark"])
+def test_colours_have_a_contrast_of_4_5_and_those_of_one_chart_differ_for_colour_blind_readers(theme):
+    """Simulation: Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB. Distance: CIE 1976, in L*a*b*."""
+    protan = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]
+    deutan = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
+    tritan = [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]]
+    to_xyz = [[0.434, 0.376, 0.190], [0.213, 0.715, 0.072], [0.018, 0.109, 0.873]]  # white is 1, 1, 1
+
+    def lab(colour, vision):
+        x, y, z = np.cbrt(to_xyz @ np.clip(vision @ linear(colour), 0.001, 1))
+        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    with plt.rc_context(theme):
+        colours = [plot.BLUE, plot.AMBER, plot.PURPLE, plot.GREEN, plot.RED, plot.INK, plot.GREY]
+        assert min(contrast(colour, plot.PAPER) for colour in colours) >= 4.5
+        for vision in map(np.array, (np.eye(3), protan, deutan, tritan)):
+            for a, b in (
+                (plot.AMBER, plot.PURPLE),
+                (plot.BLUE, plot.INK),
+                (plot.BLUE, plot.GREY),
+                (plot.GREEN, plot.RED),
+            ):
+                assert np.linalg.norm(lab(a, vision) - lab(b, vision)) > 15, (a, b, vision)
+
+
+def test_the_first_figure_of_the_readme_has_two_panels_that_are_readable_on_a_phone(asset):
+    ((draw, *source),) = [figure[1:] for figure in FIGURES if figure[0] == "learning_curves"]
+    figure = draw(*source)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [PANELS[0][1], PANELS[1][1]]
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    assert min(text.get_size() / 72 * 350 / figure.get_figwidth() for text in texts) >= 7  # pixels
+    figure.canvas.draw()
+    for axis in figure.axes:
+        assert inside(axis.get_legend().get_window_extent(), axis.bbox)
+
+
+@pytest.mark.parametrize("name, draw, source", [(name, draw, source) for name, draw, *source in FIGURES[2:6]])
 def test_no_text_of_a_drawing_overlaps_another_or_the_edge_of_a_box(asset, name, draw, source):
     figure = draw(*source)
     axis = figure.axes[0]
@@ -133,7 +212,7 @@ def test_no_text_of_a_drawing_overlaps_another_or_the_edge_of_a_box(asset, name,
         assert not any(crossing(extent, beside) for extent in boxes + [extent for _, extent in texts])
 
 
-@pytest.mark.parametrize("name, draw, source", [(name, draw, source) for name, draw, *source in FIGURES[1:4]])
+@pytest.mark.parametrize("name, draw, source", [(name, draw, source) for name, draw, *source in FIGURES[2:5]])
 def test_every_arrow_connects_the_edges_of_two_boxes(asset, name, draw, source):
     patches = draw(*source).axes[0].patches
     boxes = [patch.get_bbox() for patch in patches if isinstance(patch, FancyBboxPatch)]
@@ -159,14 +238,32 @@ def test_every_arrow_connects_the_edges_of_two_boxes(asset, name, draw, source):
 def test_the_curves_are_the_numbers_of_the_log(asset):
     lines = ppo_log()
     axes = curves(asset).axes
-    units = ["share positive", "KL, nats per response", "response length, tokens", "entropy, nats per token"]
-    assert [axis.get_ylabel() for axis in axes] == [label for _, label in PANELS] == units
+    units = [
+        "share of positive responses",
+        "KL, nats per response",
+        "response length, tokens",
+        "entropy, nats per token",
+    ]
+    assert [axis.get_title(loc="left") for axis in axes] == [title for _, title in PANELS] == units
     for axis, (names, _) in zip(axes, PANELS):
         assert [curve.get_xdata().tolist() for curve in axis.lines] == [list(range(6))] * len(names)
         assert [curve.get_ydata().tolist() for curve in axis.lines] == [[x[name] for x in lines] for name in names]
     assert axes[0].get_ylim() == (0, 1)
     assert [text.get_text().split()[2].strip(",") for text in axes[0].get_legend().texts] == ["reward", "judge"]
-    assert [text.get_text().split(",")[0] for text in axes[1].get_legend().texts] == ["kl", "kl_exact"]
+    assert [text.get_text().split()[0].strip(",") for text in axes[1].get_legend().texts] == ["kl", "kl_exact"]
+
+
+def test_a_panel_can_be_drawn_alone_with_its_numbers(asset):
+    for panel in PANELS:
+        (axis,) = curves(asset, [panel], width=5).axes
+        assert axis.get_title(loc="left") == panel[1] and axis.get_xlabel() == "rollout"
+        assert [curve.get_ydata().tolist() for curve in axis.lines] == [[x[n] for x in ppo_log()] for n in panel[0]]
+
+
+def test_the_rollouts_of_a_short_run_are_whole_numbers_on_the_axis(asset):
+    write_lines(asset / "log.jsonl", ppo_log()[:3])
+    for axis in curves(asset).axes:
+        assert all(tick == int(tick) for tick in axis.get_xticks())
 
 
 def test_the_band_is_one_standard_error_of_the_kl_on_either_side(asset):
@@ -184,7 +281,7 @@ def test_the_score_is_drawn_if_the_log_has_no_share_positive(asset, missing, dra
     write_lines(asset / "log.jsonl", lines)
     axis = curves(asset).axes[0]
     assert [curve.get_ydata().tolist() for curve in axis.lines] == [[line[name] for line in lines] for name in drawn]
-    assert axis.get_ylabel() == ("score" if "score" in drawn else "share positive")
+    assert axis.get_title(loc="left") == ("score" if "score" in drawn else "share of positive responses")
     assert (axis.get_ylim() == (0, 1)) == ("score" not in drawn)
     assert bool(axis.get_legend()) == ("score" not in drawn)
 
@@ -209,7 +306,7 @@ def test_the_histograms_are_the_counts_of_each_label_with_positive_in_green(asse
     assert [step.get_data().values.tolist() for step in steps] == [[4, 2, 1], [0, 3, 9]]
     assert all(step.get_data().edges.tolist() == [-1.5, -0.5, 0.5, 1.5] for step in steps)
     colours = [step.get_edgecolor() for step in steps]
-    assert colours == [plt.matplotlib.colors.to_rgba(colour) for colour in (plot.RED, plot.GREEN)]
+    assert colours == [to_rgba(colour) for colour in (plot.RED, plot.GREEN)]
 
 
 # ---- samples
@@ -223,7 +320,7 @@ def test_four_samples_are_shown_with_the_probabilities_of_the_judge_in_colour(as
     }  # fmt: skip
     assert shown.count("A film about a dog") == 4 * 2  # as the prompt and as the response before
     assert shown.count("that is good") == shown.count("0.50") == shown.count("0.51") == 4
-    before, after = (plt.matplotlib.colors.to_rgba(colour) for colour in (plot.RED, plot.GREEN))
+    before, after = (to_rgba(colour) for colour in (plot.RED, plot.GREEN))
     assert [patch.get_facecolor() for patch in axis.patches] == [before, after] * 4
 
 

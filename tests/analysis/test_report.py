@@ -5,6 +5,7 @@ Tests in a browser use a headless Chromium, and are skipped without one.
 
 import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -12,10 +13,13 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import ROOT
+from matplotlib.colors import to_rgba
 
+from analysis.plot import PANELS
 from analysis.report import MEASURES, SIDES, main, scale, write
 from analysis.tables import results_rows
 
@@ -185,11 +189,25 @@ def test_the_page_has_the_table_of_the_results(tmp_path):
     assert [[caption, *map(" ".join, cells)] for caption, *cells in shown] == results_rows(results)[1:]
 
 
-def test_the_page_embeds_the_learning_curves_if_there_are_some(tmp_path):
+def test_the_page_embeds_the_learning_curves_of_the_log_for_light_and_dark_mode(tmp_path):
     assert "Learning curves" not in write(make_run(tmp_path)).read_text()
-    (tmp_path / "learning_curves.png").write_bytes(b"a picture")
-    (image,) = [tag for name, tag in Reader(write(tmp_path).read_text()).tags if name == "img"]
-    assert image["src"] == f"data:image/png;base64,{base64.b64encode(b'a picture').decode()}"
+    shutil.copy(ROOT / "asset" / "log.jsonl", tmp_path)
+    tags = Reader(write(tmp_path).read_text()).tags
+    images = [tag for name, tag in tags if name == "img"]
+    assert [image["alt"] for image in images] == [f"{title}, over the rollouts" for _, title in PANELS]
+    dark = [tag["srcset"] for name, tag in tags if name == "source" if tag["media"] == "(prefers-color-scheme: dark)"]
+    for urls, paper in (([image["src"] for image in images], "#ffffff"), (dark, "#0d1117")):
+        assert len(set(urls)) == len(PANELS)
+        for url in urls:
+            picture = plt.imread(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+            assert picture.shape[1] == 1000 and np.allclose(picture[0, 0], to_rgba(paper), atol=1e-6)
+
+
+def test_a_setting_without_a_value_is_not_shown(tmp_path):
+    results = json.loads((ROOT / "asset" / "results.json").read_text())
+    results["config"] = {"second_lm": "", "seed": 0}
+    page = write(make_run(tmp_path, results=results)).read_text()
+    assert "second_lm" not in page and "; seed 0</p>" in page
 
 
 # ---- the samples during training
@@ -292,6 +310,8 @@ DAMAGED = [
     ("viewer.json", changed(lambda _, response: response["value"].__setitem__(0, float("nan")))),
     ("viewer.json", changed(lambda _, response: response.update(ratio=["1"] * len(response["tokens"])))),
     ("viewer.json", changed(lambda _, response: response.update(tokens=list(range(len(response["tokens"])))))),
+    ("log.jsonl", "{\n"),
+    ("log.jsonl", '{"step": 0, "kl": "x"}\n'),
     ("samples.jsonl", "{\n"),
     ("samples.jsonl", "[]\n"),
     ("samples.jsonl", '{"step": 0}\n'),
@@ -353,6 +373,9 @@ def pages(tmp_path_factory):
     viewer["samples"][3]["after"]["tokens"][:2] = [" Zeb", "ra"]
     rloo = without_values(make_viewer(3))
     hostile = hostile_run(folder / "hostile")
+    for name in ("run", "few"):
+        (folder / name).mkdir()
+        shutil.copy(ROOT / "asset" / "log.jsonl", folder / name)
     return {
         "run": (write(make_run(folder / "run", viewer, training=make_training())), viewer),
         "few": (write(make_run(folder / "few", few, training=make_training())), few),
@@ -383,7 +406,7 @@ def browser(driver, pages):
     assert [line["message"] for line in driver.get_log("browser")] == []
     events = [json.loads(line["message"])["message"] for line in driver.get_log("performance")]
     requests = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert requests == opened
+    assert [url for url in requests if not url.startswith("data:")] == opened
 
 
 PAINTED = "return performance.getEntriesByName('list painted')[0]?.duration"
@@ -527,11 +550,30 @@ def test_on_a_phone_nothing_scrolls_sideways_and_the_responses_are_below_each_ot
     page.execute_script(RIGHTMOST)
     assert page.find_element("id", "tip").is_displayed()
     assert page.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
-    boxes = "return [...document.querySelectorAll('article, .training')]"
+    boxes = f"return [...document.querySelectorAll('article, .training{', .table, img' if name == 'run' else ''}')]"
     assert page.execute_script(f"{boxes}.filter((box) => box.scrollWidth > box.clientWidth).length") == 0
     boxes = "return ['before', 'after'].map((side) => document.querySelector(`.${side}`).getBoundingClientRect().y)"
     before, after = page.execute_script(boxes)
     assert before < after
+
+
+def test_the_learning_curves_have_the_background_of_the_page_and_are_in_two_columns_or_one(browser):
+    for scheme in ("light", "dark"):
+        for width, columns in ((1280, 2), (390, 1)):
+            page, _ = browser("few", width, scheme)
+            shown, places = page.execute_script(CURVES)
+            assert len(shown) == len(PANELS) and all(complete for _, complete in shown)
+            assert all(chosen == (scheme == "light") for chosen, _ in shown)  # the file of <img>, not of <source>
+            assert len(set(places)) == columns
+        paper = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert np.allclose(rgb(paper), to_rgba("#ffffff" if scheme == "light" else "#0d1117"), atol=1e-6)
+
+
+CURVES = """
+const images = [...document.querySelectorAll("img")];
+return [images.map((img) => [img.currentSrc === img.src, img.complete && img.naturalWidth === 1000]),
+        images.map((img) => img.getBoundingClientRect().left)];
+"""
 
 
 def rgb(text):
@@ -561,5 +603,8 @@ def test_every_text_has_the_contrast_of_level_aa_in_light_and_dark_mode(browser)
         script = f"return [...document.querySelectorAll('{texts}')].map((element) => "
         pairs |= {(x, "rgba(0, 0, 0, 0)") for x in page.execute_script(script + "getComputedStyle(element).color)")}
         assert min(contrast(*pair, backgrounds[-1]) for pair in pairs) >= 4.5
+        search = "const search = document.getElementById('search'); return [getComputedStyle(search, '::placeholder')"
+        pair = page.execute_script(f"{search}.color, getComputedStyle(search).backgroundColor]")
+        assert contrast(*pair, backgrounds[-1]) >= 4.5
     white, (light, dark) = "rgb(255, 255, 255)", backgrounds
     assert contrast(white, dark, dark) > 15 > 2 > contrast(white, light, light)
