@@ -203,7 +203,7 @@ class RewardConfig(TrainConfig):
 class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     """Train GPT-2 with PPO to write positive reviews, with a KL penalty against the fine-tuned model.
 
-    The judge may be empty here: it is only logged. The constants of preset gpt2 are close to those of TRL's gpt2-sentiment run.
+    The judge may be empty here: it is only logged. Constants of preset gpt2 are close to those of TRL's gpt2-sentiment.
     """
 
     policy: str = by_preset("finetune_checkpoints/gpt2", mini="asset/mini/gpt2")  # initial policy and frozen reference
