@@ -25,7 +25,7 @@ from runtime.errors import BadInput, print_error
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NUMBER = re.compile(r"(-?\d[\d,]*(?:\.(\d+))?)( ± [\d.]+| \[[-\d., ]+\])?( %)?<!-- ([^:>]+) -->")
+NUMBER = re.compile(r"(-?\d[\d,]*(?:\.(\d+))?)( ± [\d,.]+| \[[-\d., ]+\])?( %)?<!-- ([^:>]+) -->")
 BLOCK = re.compile(r"(<!-- begin: ([^>]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 PHASES = {  # phases of analysis/bench.py, in the order of the rows
     "generate": "generate",

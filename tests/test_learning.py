@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from test_ppo import EOS, FakeTokenizer
+from test_ppo import FakeTokenizer
 from test_ppo import tiny_policy as random_policy
 
 from analysis.metrics import distinct
@@ -132,9 +132,8 @@ def test_with_the_kl_penalty_the_reward_rises_and_responses_stay_diverse():
 
 
 def test_policy_learns_to_end_its_response():
-    """If <|endoftext|> is masked out, the policy does not learn to end."""
-    policy = tiny_policy(10)
-    cfg = config(steps=15, lr=1e-2, response_len=3, kl_coef=0.0, missing_eos_penalty=1.0)
-    logs = train(policy, lambda texts: torch.zeros(len(texts)), cfg)
-    assert logs[0]["eos_frac"] < 0.5 and logs[-1]["eos_frac"] > 0.9
-    assert first_probs(policy)[EOS] > first_probs(tiny_policy(10))[EOS]
+    """The score is 1 if the response ends after one token. If <|endoftext|> is masked out, no gradient says so."""
+    policy = tiny_policy(10, seed=2)
+    cfg = config(steps=20, lr=1e-2, response_len=3, kl_coef=0.0)
+    logs = train(policy, lambda texts: [float(len(words) == 1) for words in responses(texts)], cfg)
+    assert logs[0]["score"] < 0.2 and logs[-1]["score"] > 0.99 and logs[-1]["eos_frac"] > 0.99

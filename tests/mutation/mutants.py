@@ -34,9 +34,9 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         ],
         "test_learning::test_policy_learns_to_end_its_response": [
             (
-                "<|endoftext|> is masked out like padding, so that the policy never learns to end a response",
+                "<|endoftext|> is masked out like padding, so that no gradient says when to end a response",
                 "return is_eos.cumsum(1) - is_eos.long() == 0",
-                "return is_eos.cumsum(1) == 0",
+                "return (is_eos.cumsum(1) == 0).index_fill(1, is_eos.new_zeros(1).long(), True)",
             ),
         ],
         "test_ppo::test_gae_gives_the_golden_numbers": [
