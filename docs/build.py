@@ -15,18 +15,19 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 from analysis import frontier, plot
-from analysis.card import quote
 from analysis.tables import markdown, number, table_text
 from docs import build_tutorial
-from runtime.errors import BadInput, print_error
+from runtime.errors import BadInput, print_error, printable
+from runtime.log import duration
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NUMBER = re.compile(r"(-?\d[\d,]*(?:\.(\d+))?)( ± [\d,.]+| \[[-\d., ]+\])?( %)?<!-- ([^:>]+) -->")
-BLOCK = re.compile(r"(<!-- begin: ([^>]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- begin: ([^>]+) -->\n)(?:(?!<!-- begin).)*?(<!-- end -->)", re.DOTALL)
 PHASES = {  # phases of analysis/bench.py, in the order of the rows
     "generate": "generate",
     "score": "score",
@@ -154,13 +155,15 @@ def blocks():
     table = markdown([header, *([label, *(number(side[name]) for side in sides)] for name, label in names.items())])
     rises = sorted(results["samples"], key=lambda sample: sample["after"]["judge"] - sample["before"]["judge"])
     sample = rises[len(rises) // 2]
-    example = [f"> **{quote(sample['prompt'])}** …", ">"]
-    for side in ("before", "after"):
-        example += [f"> *{side} PPO:* … {quote(sample[side]['text'])}", ">"]
+    example = [("prompt", sample["prompt"]), *((f"{side} PPO", sample[side]["text"]) for side in ("before", "after"))]
+    example = [
+        textwrap.fill(printable(text), 100, initial_indent=f"{name:12}", subsequent_indent=" " * 12)
+        for name, text in example
+    ]
     return {
         "results": f"{table}\n\nMeasured {recorded['date']} on {recorded['machine']}, commit {recorded['commit']}.",
         "demo": table_text(results),
-        "example": "\n".join(example[:-1]),
+        "example": "\n".join(["```text", *example, "```"]),
         "runs": frontier.runs_table(rows),
         **{name: frontier.methods_table(rows, name) for name in ("score", "positive_by_judge", "perplexity")},
         "ablation": frontier.ablation_table(rows, ablation),
@@ -168,17 +171,21 @@ def blocks():
 
 
 def fill_blocks(text, known, recorded):
-    """Return a text with its blocks. A block "output NAME 0:3 -2:" has these lines of the recorded output of a run."""
+    """Return a text with its blocks. A block "run NAME 0:3 -2:" has a recorded command, its time and these lines."""
 
     def fill(match):
         begin, name, end = match.groups()
         kind, *words = name.split()
-        if kind != "output":
-            return begin + value_of(known, name) + end
-        lines, parts = value_of(recorded["runs"], words[0])["output"].splitlines(), []
-        for part in words[1:]:
-            parts.append("\n".join(lines[slice(*(int(x) if x else None for x in part.split(":")))]))
-        return f"{begin}```text\n" + "\n...\n".join(parts) + f"\n```{end}"
+        if kind != "run":
+            return f"{begin}{value_of(known, name)}\n{end}"
+        run = value_of(recorded["runs"], words[0])
+        lines, shown = run["output"].splitlines(), [f"$ python {run['command']}    # {duration(run['seconds'])}"]
+        chosen = [
+            i for part in words[1:] for i in range(len(lines))[slice(*(int(x) if x else None for x in part.split(":")))]
+        ]
+        for before, i in zip(chosen[:1] + chosen, chosen):
+            shown += ["..."] * (i > before + 1) + [lines[i]]
+        return "\n".join([f"{begin}```console", *shown, "```", end])
 
     return BLOCK.sub(fill, text)
 

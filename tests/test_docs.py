@@ -40,6 +40,7 @@ def commands(text):
     """Return the commands in the bash blocks and code spans of a page, as lists of words."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"^\$ (.*)", text, re.MULTILINE)
     lines += re.findall(r"`((?:python|make|torchrun) [^`]*)`", text)
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -89,11 +90,14 @@ def test_numbers_have_intervals_decimals_separators_and_percent_as_the_page_has_
         build.fill_numbers("1<!-- a b/d -->", data)
 
 
-def test_an_output_has_the_lines_that_the_page_names():
-    recorded = {"runs": {"ppo": {"output": "a\nb\nc\nd\n"}}}
-    page = "<!-- begin: output ppo 0:1 -2: -->\nold\n<!-- end -->"
-    filled = "<!-- begin: output ppo 0:1 -2: -->\n```text\na\n...\nc\nd\n```\n<!-- end -->"
-    assert build.fill_blocks(page, {}, recorded) == filled
+def test_a_run_has_its_command_its_time_and_the_lines_that_the_page_names():
+    recorded = {"runs": {"ppo": {"command": "ppo.py", "seconds": 90.4, "output": "a\nb\nc\nd\ne\n"}}}
+    page = "<!-- begin: run ppo 0:1 2:4 -1: -->\nold\n<!-- end -->"
+    lines = "$ python ppo.py    # 90 s\na\n...\nc\nd\ne"
+    filled = f"<!-- begin: run ppo 0:1 2:4 -1: -->\n```console\n{lines}\n```\n<!-- end -->"
+    assert build.fill_blocks(page, {}, recorded) == build.fill_blocks(filled, {}, recorded) == filled
+    empty = "<!-- begin: run ppo 0:1 2:4 -1: -->\n<!-- end -->\ntext\n"
+    assert build.fill_blocks(empty + page, {}, recorded) == f"{filled}\ntext\n{filled}"
 
 
 def test_the_committed_results_are_of_the_current_preset():
