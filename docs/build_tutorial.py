@@ -4,6 +4,7 @@ tutorial.py is divided into cells by the lines `# %%` (code), `# %% [markdown]` 
 `# %% [solution]` (code that Jupyter and Colab show collapsed).
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 DOCS = Path(__file__).parent
+INLINE = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # figures are outputs, whatever the user has set
 COLLAPSED = {"cellView": "form", "jupyter": {"source_hidden": True}}  # in Colab, and in JupyterLab
 
 
@@ -42,7 +44,7 @@ def execute(cells, folder=DOCS):
     """
     metadata = dict(cells.metadata)
     options = {"timeout": 600, "kernel_name": "python3", "record_timing": False, "coalesce_streams": True}
-    NotebookClient(cells, resources={"metadata": {"path": str(folder)}}, **options).execute()
+    NotebookClient(cells, resources={"metadata": {"path": str(folder)}}, **options).execute(env=os.environ | INLINE)
     cells.metadata = nbformat.from_dict(metadata)  # the kernel adds the version of Python
     return cells
 

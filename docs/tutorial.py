@@ -218,8 +218,8 @@ for text, score in zip(texts, sentiment(texts)):
 #
 # $$r_t = -\beta \, \mathrm{kl}_t + [t = T] \cdot \mathrm{score}$$
 #
-# $\beta$ is `kl_coef`. The mask says which tokens are real: after `<|endoftext|>` there is only padding
-# (`ppo.response_mask`). The KL is still 0, so the score is all there is.
+# $\beta$ is `kl_coef`, and $T$ is the last token of the response. The mask says which tokens are real:
+# after `<|endoftext|>` there is only padding (`ppo.response_mask`). The KL is still 0, so the score is all there is.
 
 # %%
 mask = ppo.response_mask(batch.sequences[:, batch.prompt_len :], tokenizer.eos_token_id)
@@ -306,8 +306,8 @@ print(metrics)
 assert new_loss < loss and not torch.allclose(new_ratio[mask], torch.ones(int(mask.sum())), atol=0.01)
 
 # %% [markdown]
-# The ratio is no longer 1. Tokens with a positive advantage became more probable, those with a negative one less. In
-# the grey area, nothing is clipped.
+# The ratio is no longer 1. Most tokens with a positive advantage became more probable, most with a negative one less.
+# In the grey area, nothing is clipped.
 
 # %%
 fig, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
