@@ -146,7 +146,7 @@ def gradients(micro_batch_size, rows):
     model = tiny(n_layer=2)
     x = torch.from_numpy(np.random.default_rng(1).integers(0, 20, (rows, 9)))
     cfg = FinetuneConfig(batch_size=4, micro_batch_size=micro_batch_size)
-    loss = train_step(model, x[:, :-1], x[:, 1:], cfg)
+    loss = train_step(Stepper(model, [], 1.0), x[:, :-1], x[:, 1:], cfg)
     return [loss, *(parameter.grad for parameter in model.parameters())]
 
 
@@ -160,11 +160,10 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_size(micro_batch_size, 
 
 def learn(model, x, y, steps):
     """Train on the whole batch with Adam and train_step; return the last loss."""
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    stepper = Stepper(model, [torch.optim.Adam(model.parameters(), 1e-2)], math.inf)
     for _ in range(steps):
-        loss = train_step(model, x, y, FinetuneConfig(batch_size=len(x), micro_batch_size=len(x)))
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = train_step(stepper, x, y, FinetuneConfig(batch_size=len(x), micro_batch_size=len(x)))
+        stepper.step()
     return loss.item()
 
 
