@@ -225,6 +225,20 @@ def perplexity_of(name, cfg, load):
     return validate(load(folder, config, len(tokenizer)), stream, sum(map(len, texts)), cfg.block_size, 4, end)
 
 
+def test_a_run_in_float16_equals_one_in_float32_up_to_rounding(scratch_run, tmp_path, monkeypatch):
+    """Its gradients are scaled: the norms that are logged are those without the scale."""
+    made, stepper = [], Stepper
+    monkeypatch.setattr(finetune_gpt2, "Stepper", lambda *args: made.append(stepper(*args)) or made[0])
+    finetune_gpt2.main(replace(scratch_run[0], out=str(tmp_path), dtype="fp16"))
+    low = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert made[0].scaler.is_enabled() and made[0].model.dtype == torch.float16
+    for ours, theirs in zip(low[:10], scratch_run[1]):
+        assert [ours[name] for name in ("loss", "grad_norm")] == pytest.approx(
+            [theirs[name] for name in ("loss", "grad_norm")], rel=0.01
+        )
+    assert low[-1]["val_perplexity"] == pytest.approx(scratch_run[1][-1]["val_perplexity"], rel=0.02)
+
+
 def test_a_run_from_scratch_logs_every_step_and_the_validation_perplexity_falls(scratch_run):
     cfg, lines = scratch_run
     steps = lines[-1]["step"]

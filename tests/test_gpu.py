@@ -424,7 +424,7 @@ def test_the_compiled_decoding_step_generates_the_same_responses(counters, dtype
 
 @NEEDS_GPU
 def test_a_compiled_decoding_step_is_one_cuda_graph_launch(counters):
-    gpt2, prompts, new = small_gpt2(True), random_prompts(16, vocabulary=500).to(DEVICE), 16
+    gpt2, prompts, new = small_gpt2(torch.bfloat16), random_prompts(16, vocabulary=500).to(DEVICE), 16
     gpt2.compile_decoding()
     for _ in range(2):  # compiles, warms up and records the graph
         gpt2.generate(prompts, new, 1.0, -1, random_generator(DEVICE, 0))
@@ -443,7 +443,7 @@ def test_a_compiled_decoding_step_is_one_cuda_graph_launch(counters):
 
 def test_three_graphs_are_enough_for_rollouts_and_updates_of_all_lengths(counters):
     """And the first ratio is 1, since rollout and update share a graph."""
-    policy = Policy(small_gpt2(True)).to(DEVICE)
+    policy = Policy(small_gpt2(torch.bfloat16)).to(DEVICE)
     ref_policy, rng, ratios, seconds = copy.deepcopy(policy).requires_grad_(False), np.random.default_rng(0), [], []
     compile_passes(policy, ref_policy, True)
     stepper = adam_stepper(policy)
@@ -465,7 +465,7 @@ def test_three_graphs_are_enough_for_rollouts_and_updates_of_all_lengths(counter
 
 
 def test_a_compiled_forward_pass_has_the_outputs_and_gradients_of_an_eager_one(counters):
-    compiled = Policy(small_gpt2(True)).to(DEVICE)
+    compiled = Policy(small_gpt2(torch.bfloat16)).to(DEVICE)
     eager = copy.deepcopy(compiled)
     compiled.compile(dynamic=True)
     sequences, results = sample_sequences(eager), []

@@ -1027,9 +1027,12 @@ def test_a_run_compiles_policy_and_reference_if_compile_is_set(train, monkeypatc
     assert calls == [(run.policy, run.ref_policy, compiled)]
 
 
-def test_a_run_computes_in_the_dtype_of_its_config(train):
+def test_a_run_computes_in_the_dtype_of_its_config(train, monkeypatch):
+    loaded = record_calls(monkeypatch, "load_rewards")
     for name, dtype in DTYPES.items():
-        assert train(name, steps=1, dtype=name).policy.gpt2.dtype == dtype
+        run = train(name, steps=1, dtype=name)
+        assert run.policy.gpt2.dtype == run.ref_policy.gpt2.dtype == loaded[-1][2] == dtype
+        assert run.stepper.scaler.is_enabled() == (name == "fp16") and run.metrics[0]["grad_norm"] < 100
 
 
 def test_a_run_uses_the_columns_and_the_task_of_its_config(train, tmp_path):

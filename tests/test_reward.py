@@ -814,9 +814,12 @@ def test_training_truncates_texts_like_the_classifier_and_saves_in_save_dtype(be
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_training_runs_in_the_dtype_of_the_classifier(bert_folder, tmp_path, dtype):
-    passes = brief_training(bert_folder, tmp_path, dtype=dtype, epochs=0.1)[1]
+def test_training_runs_in_the_dtype_of_the_classifier(bert_folder, tmp_path, monkeypatch, dtype):
+    steppers, stepper = [], reward.Stepper
+    monkeypatch.setattr(reward, "Stepper", lambda *args, **how: steppers.append(stepper(*args, **how)) or steppers[0])
+    _, passes, lines = brief_training(bert_folder, tmp_path, dtype=dtype, epochs=0.1)
     assert [forward["logits"].dtype for forward in passes] == [dtype]
+    assert steppers[0].scaler.is_enabled() == (dtype == torch.float16) and 0 < lines[0]["grad_norm"] < 100
 
 
 def test_a_resumed_training_continues_its_log_and_needs_the_same_texts_tokenizer_and_teacher(
@@ -855,7 +858,7 @@ def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
     cfg = RewardConfig(
         dataset=str(tmp_path / "toy.csv"), text_column="what", label_column="mood", out=str(out), force=True,
         init_from=str(tmp_path / "encoder"), teacher=str(judge_folder), dropout=0.3, short_words=3, eval_reviews=9,
-        device="cpu",
+        device="cpu", dtype="bf16",
     )  # fmt: skip
     trained, estimates = {}, []
 
@@ -882,6 +885,7 @@ def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
     assert {fingerprint(classifier.model.bert) for classifier, *_ in trained.values()} == {encoder}
     for name, (classifier, reviews, teacher) in trained.items():
         assert reviews.texts == splits[name].texts and classifier.model.config.hidden_dropout_prob == 0.3
+        assert classifier.dtype == teacher.dtype == torch.bfloat16
         assert reward.reward_fingerprint(teacher) == reward.reward_fingerprint(SentimentReward.load(cfg.teacher))
         table = dict(re.findall(r"^  (\w+) +(.+)$", printed.partition(f"training the {name}\n")[2], re.M)[:6])
         assert table == {
