@@ -14,7 +14,7 @@ from runtime.errors import BadInput
 Preset = Literal["gpt2", "mini"]
 PRESETS = get_args(Preset)
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["auto", "fp32", "bf16"]
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 SaveDtype = Literal["fp32", "fp16"]
 
 
@@ -32,7 +32,8 @@ class Config:
 
     preset: Preset = "gpt2"  # gpt2: full size, from the Hugging Face hub; mini: small models, offline on a CPU
     device: Device = "auto"  # auto: CUDA if available, else MPS, else CPU
-    dtype: Dtype = "auto"  # autocast dtype of the transformer, all else is fp32; auto: bf16 on CUDA if supported
+    # autocast dtype of the transformers (policy, reward and judge); logits of the policy, values and losses are fp32
+    dtype: Dtype = "auto"  # auto: on CUDA bf16, or fp16 on cards without bf16 units (T4, RTX 20xx); else fp32
 
     def __post_init__(self):
         check_ranges(self)

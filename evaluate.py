@@ -149,7 +149,7 @@ def write(out, results, samples, tokens, card):
 
 def main(cfg):
     check_results(cfg)
-    device, bf16 = pick_device(cfg)
+    device, dtype = pick_device(cfg)
     opened = open_pair(cfg.before, cfg.after)
     _, config, tokenizer = opened["before"]
     if not Path(cfg.after).is_dir():
@@ -157,9 +157,9 @@ def main(cfg):
     ppo, log = ppo_run(cfg.after)
     second = open_second_lm(cfg.second_lm, device) if cfg.second_lm else None
     pool = load_prompts(cfg, "evaluation", config, tokenizer, cfg.prompts)
-    reward_fn, judge = load_rewards(cfg, device)
+    reward_fn, judge = load_rewards(cfg, device, dtype)
 
-    policies = {name: load_policy(*parts, bf16).to(device).eval() for name, parts in opened.items()}
+    policies = {name: load_policy(*parts, dtype).to(device).eval() for name, parts in opened.items()}
     groups = list(prompt_groups(pool, cfg))
     results, responses, values = {}, {}, {}
     for name, policy in policies.items():

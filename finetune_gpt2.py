@@ -26,10 +26,10 @@ from data import block_order, encode, language_model_texts, load_splits, pack, t
 from model import GPT2, GPT2Config
 from runtime.checkpoint import RESULTS, BestWeights, Checkpoints, check_run, delete_checkpoints, fingerprint, write_text
 from runtime.cli import run
-from runtime.device import micro_batch_size, pick_device, to_device
-from runtime.distributed import ONE_PROCESS, join
+from runtime.device import DTYPES, micro_batch_size, pick_device, to_device
+from runtime.distributed import join
 from runtime.errors import BadInput
-from runtime.hub import SAVE_DTYPES, load_gpt2, open_gpt2, save_gpt2, tokenizer_text
+from runtime.hub import load_gpt2, open_gpt2, save_gpt2, tokenizer_text
 from runtime.log import RunLog, finetune_sheet
 from runtime.optimizer import Stepper, make_optimizers
 
@@ -91,29 +91,29 @@ def validation_texts(texts, tokenizer, n_tokens):
     return texts[: np.searchsorted(ends, n_tokens) + 1]
 
 
-def train_step(model, x, y, cfg, ranks=ONE_PROCESS):
+def train_step(stepper, x, y, cfg):
     """Accumulate the gradients of the mean loss over a batch (B, block_size) in micro-batches. Return the loss.
 
     x, y: this process's share of the batch. Shares are equal, so the mean of their losses is the loss of the batch.
     """
-    loss, size = 0.0, cfg.micro_batch_size // ranks.size
+    loss, size = 0.0, cfg.micro_batch_size // stepper.ranks.size
     for xs, ys in zip(x.split(size), y.split(size)):
-        part = F.cross_entropy(model(xs).flatten(0, 1), ys.flatten(), reduction="sum") / y.numel()
-        part.backward()
+        part = F.cross_entropy(stepper.model(xs).flatten(0, 1), ys.flatten(), reduction="sum") / y.numel()
+        stepper.backward(part)
         loss += part.detach()
     return loss
 
 
-def initial_model(cfg, opened, texts, bf16):
+def initial_model(cfg, opened, texts, dtype):
     """Return (GPT2, tokenizer): those of open_gpt2, or random weights and a tokenizer trained on texts."""
     if opened:
         folder, config, tokenizer = opened
-        return load_gpt2(folder, config, len(tokenizer), bf16), tokenizer
+        return load_gpt2(folder, config, len(tokenizer), dtype), tokenizer
     print(f"training a tokenizer of {cfg.vocab_size:,} tokens", flush=True)
     tokenizer = train_bpe(texts, cfg.vocab_size)
     torch.manual_seed(cfg.seed)
     config = GPT2Config(len(tokenizer), cfg.n_positions, cfg.n_embd, cfg.n_layer, cfg.n_head)
-    return GPT2(config, bf16=bf16).init_weights(), tokenizer
+    return GPT2(config, dtype=dtype).init_weights(), tokenizer
 
 
 class BestModel(BestWeights):
@@ -133,12 +133,12 @@ class BestModel(BestWeights):
             self.keep()
 
     def save_model(self, weights):
-        save_gpt2(self.model, self.tokenizer, self.cfg.out, dtype=SAVE_DTYPES[self.cfg.save_dtype], weights=weights)
+        save_gpt2(self.model, self.tokenizer, self.cfg.out, dtype=DTYPES[self.cfg.save_dtype], weights=weights)
 
 
 def main(cfg):
     check_run(cfg, "model.safetensors")
-    device, bf16 = pick_device(cfg)
+    device, dtype = pick_device(cfg)
     ranks = join(device, cfg, "micro_batch_size")
     opened = None if cfg.init_from == "scratch" else open_gpt2(cfg.init_from)
     if opened and cfg.block_size > opened[1].n_positions:
@@ -146,7 +146,7 @@ def main(cfg):
 
     splits = load_splits(cfg.dataset, cfg.text_column, cfg.label_column)
     texts = language_model_texts(splits, cfg.reviews)
-    model, tokenizer = initial_model(cfg, opened, texts, bf16)
+    model, tokenizer = initial_model(cfg, opened, texts, dtype)
     model.to(device)
     size = micro_batch_size(cfg, cfg.batch_size, cfg.block_size, model, 3, device, ranks)
     cfg = replace(cfg, micro_batch_size=size)
@@ -159,7 +159,7 @@ def main(cfg):
 
     matrices = [p for p in model.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     optimizers = make_optimizers(model, matrices, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), muon_lr=cfg.muon_lr)
-    stepper, best = Stepper(model, optimizers, cfg.grad_clip, ranks), BestModel(model, tokenizer, cfg)
+    stepper, best = Stepper(model, optimizers, cfg.grad_clip, ranks, dtype), BestModel(model, tokenizer, cfg)
     inputs = {"texts": data, "tokenizer": fingerprint(tokenizer_text(tokenizer))}
     saved = {"stepper": stepper, "best": best}
     checkpoints = Checkpoints(cfg, cfg.out, model, optimizers, inputs, saved, ranks, best.write)
@@ -182,7 +182,7 @@ def main(cfg):
             x, y = (to_device(t, device) for t in blocks(stream, ranks.share(numbers), cfg.block_size))
             lr = learning_rate(step, steps, cfg)
             stepper.set_lr(lr / cfg.lr)
-            loss = train_step(model, x, y, cfg, ranks).item()
+            loss = train_step(stepper, x, y, cfg).item()
             metrics |= ranks.mean(dict(loss=loss)) | dict(lr=lr, grad_norm=stepper.step())
             metrics["skipped_steps"] = stepper.skipped
             speed = metrics["tokens_per_second"] = len(numbers) * cfg.block_size / (time.time() - start)
@@ -191,7 +191,7 @@ def main(cfg):
     seconds = log.close()
     if ranks.rank == 0:
         best.write()
-        saved_model = load_gpt2(Path(cfg.out), model.config, len(tokenizer), bf16).to(device)  # in save_dtype
+        saved_model = load_gpt2(Path(cfg.out), model.config, len(tokenizer), dtype).to(device)  # in save_dtype
         names, after = ("perplexity", "bits_per_character"), evaluate(saved_model)
         results = {"data": data, "tokens": trained_blocks * cfg.block_size, "validation_tokens": len(validation)}
         results |= {"seconds": seconds, "parameters": sum(p.numel() for p in saved_model.parameters())}

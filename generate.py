@@ -87,13 +87,13 @@ def prompts(cfg):
 
 def main(cfg):
     check_finished(cfg.after)
-    device, bf16 = pick_device(cfg)
+    device, dtype = pick_device(cfg)
     opened = open_pair(cfg.before, cfg.after)
     _, config, tokenizer = opened["before"]
     if cfg.prompt:
         prompt_ids(cfg.prompt, tokenizer, config, cfg)  # check it before loading weights
-    judge, reward_fn = load_judge(cfg, device), load_reward(cfg, device)
-    policies = [load_policy(*parts, bf16).to(device).eval() for parts in opened.values()]
+    judge, reward_fn = load_judge(cfg, device, dtype), load_reward(cfg, device, dtype)
+    policies = [load_policy(*parts, dtype).to(device).eval() for parts in opened.values()]
     print(f"Temperature {cfg.temperature}; below each response are its score and the judge's probability of POSITIVE.")
     for prompt in prompts(cfg):
         try:

@@ -139,13 +139,13 @@ class GPT2(nn.Module):
     """The language model. It has no dropout, since PPO computes the same log-probabilities twice.
 
     n_tokens: size of the tokenizer. If the embedding has more rows (such as 50,304 for 50,257 tokens), the extra ones
-    have no logits, so they are never sampled and get no probability. bf16: run the transformer under autocast; weights,
-    logits and values stay in float32.
+    have no logits, so they are never sampled and get no probability. dtype: of the autocast in which the transformer
+    runs, float32 for none; weights, logits and values stay in float32.
     """
 
-    def __init__(self, config, n_tokens=None, bf16=False):
+    def __init__(self, config, n_tokens=None, dtype=torch.float32):
         super().__init__()
-        self.config, self.n_tokens, self.bf16 = config, n_tokens or config.vocab_size, bf16
+        self.config, self.n_tokens, self.dtype = config, n_tokens or config.vocab_size, dtype
         self.static_caches = None  # {size: StaticKVCache} after compile_decoding
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -180,14 +180,14 @@ class GPT2(nn.Module):
 
         The result has the dtype of the weights, also under autocast: residual stream and layer norms keep it.
         """
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
             x = self.wte(ids) + self.wpe.weight[positions]
             for layer, block in enumerate(self.h):
                 x = block(x, layer, cache)
             return self.ln_f(x)
 
     def logits(self, hidden):
-        """(..., C) -> (..., n_tokens), never in bf16: GPT-2's logits are near -100, where bf16 has steps of 0.5."""
+        """(..., C) -> (..., n_tokens), always in fp32: GPT-2's logits are near -100, where bf16 has steps of 0.5."""
         weight = self.wte.weight
         if self.n_tokens < len(weight):  # slicing all rows would copy the whole gradient
             weight = weight[: self.n_tokens]
@@ -300,7 +300,7 @@ class Policy(nn.Module):
         states are multiplied by the embedding.
         """
         hidden = self.gpt2.trunk(sequences[:, :-1])[:, prompt_len - 1 :]  # (B, T, C)
-        logits = self.gpt2.logits(hidden) / temperature  # (B, T, V)
+        logits = self.gpt2.logits(hidden / temperature)  # (B, T, V), larger than hidden: it is not divided
         values = self.value_head(hidden).squeeze(-1)
         return token_logprobs(logits, sequences[:, prompt_len:]), values
 
@@ -315,7 +315,7 @@ def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
     states = (gpt2.trunk(sequences[:, :-1])[:, prompt_len - 1 :] for gpt2 in gpt2s)  # (B, T, C) each
     kl = []
     for rows in zip(*states):
-        logp, ref_logp = ((gpt2.logits(row) / temperature).log_softmax(-1) for gpt2, row in zip(gpt2s, rows))  # (T, V)
+        logp, ref_logp = (gpt2.logits(row / temperature).log_softmax(-1) for gpt2, row in zip(gpt2s, rows))  # (T, V)
         kl.append((logp.exp() * (logp - ref_logp)).sum(-1))
     return torch.stack(kl).where(mask, 0).sum(1)
 

@@ -237,7 +237,7 @@ def update(policy, stepper, batch, cfg, rng=None, ranks=ONE_PROCESS):
                 old = (x[micro_batch][mask] for x in (batch.logprobs, batch.values, batch.advantages, batch.returns))
                 loss, metrics = ppo_loss(logprobs[mask], values[mask], *old, cfg)
                 weight = mask.sum() / tokens  # so that losses are means over the real tokens of the minibatch
-                (loss * weight).backward()
+                stepper.backward(loss * weight)
                 parts.append(metrics)
                 weights.append(weight)
             minibatches.append(average(parts, weights) | {"grad_norm": stepper.step()})
@@ -250,19 +250,19 @@ def update(policy, stepper, batch, cfg, rng=None, ranks=ONE_PROCESS):
 
 def main(cfg):
     check_run(cfg, "model.safetensors")
-    device, bf16 = pick_device(cfg)
+    device, dtype = pick_device(cfg)
     ranks = join(device, cfg, "micro_batch_size")
     folder, gpt2_config, tokenizer = open_gpt2(cfg.policy)
     pool = load_prompts(cfg, "prompts", gpt2_config, tokenizer)  # (M, P)
-    reward_fn, judge = load_rewards(cfg, device)
-    policy = load_policy(folder, gpt2_config, tokenizer, bf16).to(device)
+    reward_fn, judge = load_rewards(cfg, device, dtype)
+    policy = load_policy(folder, gpt2_config, tokenizer, dtype).to(device)
     ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)  # frozen
     size = micro_batch_size(cfg, cfg.minibatch_size, pool.shape[1] + cfg.response_len, policy.gpt2, 4, device, ranks)
     cfg = replace(cfg, micro_batch_size=size)
     print("self-check: policy:", check_policy(policy, ref_policy, prompt_batch(pool, 0, cfg).to(device), cfg))
     print(ppo_sheet(cfg, policy, reward_fn, judge, len(pool), device), flush=True)
     optimizer = torch.optim.Adam(policy.parameters(), cfg.lr, eps=cfg.adam_eps, fused=device.type != "mps")
-    stepper = Stepper(policy, [optimizer], cfg.grad_clip, ranks)
+    stepper = Stepper(policy, [optimizer], cfg.grad_clip, ranks, dtype)
     controller, alarms, best = AdaptiveKL(cfg), Alarms(cfg), BestPolicy(policy, tokenizer, cfg)
     inputs = {"prompts": fingerprint(str(pool.tolist())), "policy": policy_fingerprint(policy, tokenizer)}
     inputs |= {"reward": reward_fingerprint(reward_fn), "judge": reward_fingerprint(judge)}

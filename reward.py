@@ -39,9 +39,9 @@ from runtime.checkpoint import (
     write_text,
 )
 from runtime.cli import run
-from runtime.device import pick_device, seed_of, to_device
+from runtime.device import DTYPES, pick_device, seed_of, to_device
 from runtime.errors import BadInput, NotFinite, first_line
-from runtime.hub import SAVE_DTYPES, load_tokenizer, locate, tokenizer_text
+from runtime.hub import load_tokenizer, locate, tokenizer_text
 from runtime.log import RunLog, classifier_flops, sheet, time_on_cpu
 from runtime.optimizer import Stepper, make_optimizers, warm_up_and_decay
 
@@ -61,12 +61,12 @@ class SentimentReward:
 
     kind: "logit", z_pos, of the positive label, as in the published runs; "log_odds", z_pos - logsumexp of the others;
     "probability", the softmax, which saturates: .99 and .999 are almost the same reward. For two classes the log-odds
-    are about twice the logit, so that the same kl_coef weighs half as much against them.
+    are about twice the logit, so that the same kl_coef weighs half as much against them. dtype: of autocast.
     """
 
-    def __init__(self, model, tokenizer, positive, kind="logit", device="cpu"):
+    def __init__(self, model, tokenizer, positive, kind="logit", device="cpu", dtype=torch.float32):
         self.model, self.tokenizer, self.positive, self.kind = model.eval().to(device), tokenizer, positive, kind
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), dtype
         # tokens per batch, with padding; larger batches do not fit into a CPU's cache and took 1.5 times as long
         self.batch_tokens = 2048 if self.device.type == "cpu" else 16384
         self.max_length = token_limit(model.config, tokenizer)
@@ -76,13 +76,18 @@ class SentimentReward:
             model.config.pad_token_id = tokenizer.pad_token_id
 
     @classmethod
-    def load(cls, name, positive_label="", kind="logit", device="cpu", flag="positive_label"):
+    def load(cls, name, positive_label="", kind="logit", device="cpu", dtype=torch.float32, flag="positive_label"):
         """Open a folder or hub name. Raises BadInput if its labels do not say which one is positive.
 
         flag: name of the flag that sets positive_label, for the error message.
         """
         model, tokenizer = open_classifier(name)
-        return cls(model, tokenizer, positive_index(model.config.id2label, positive_label, name, flag), kind, device)
+        positive = positive_index(model.config.id2label, positive_label, name, flag)
+        return cls(model, tokenizer, positive, kind, device, dtype)
+
+    def autocast(self):
+        """Return the context in which the model runs."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
     def logits(self, texts):
@@ -97,7 +102,8 @@ class SentimentReward:
             rows, order = np.split(order, [max(1, self.batch_tokens // lengths[order[0]])])
             batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
             batch = {name: to_device(tensor, self.device) for name, tensor in batch.items()}
-            logits[torch.from_numpy(rows)] = self.model(**batch).logits.float().cpu()
+            with self.autocast():
+                logits[torch.from_numpy(rows)] = self.model(**batch).logits.float().cpu()
         return logits
 
     def log_odds(self, texts):
@@ -123,8 +129,8 @@ class ControlledReward(SentimentReward):
     unless the classifier has two labels.
     """
 
-    def __init__(self, model, tokenizer, positive, kind="logit", device="cpu"):
-        super().__init__(model, tokenizer, positive, kind, device)
+    def __init__(self, model, tokenizer, positive, kind="logit", device="cpu", dtype=torch.float32):
+        super().__init__(model, tokenizer, positive, kind, device, dtype)
         if model.config.num_labels != 2:
             raise BadInput(f"task is controlled: it needs a classifier with 2 labels, not {model.config.num_labels}")
 
@@ -196,27 +202,27 @@ def tokenize(tokenizer, texts, max_length):
     return tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False, verbose=False)
 
 
-def load_judge(cfg, device):
+def load_judge(cfg, device, dtype=torch.float32):
     """Return the classifier cfg.judge, or None if it is empty."""
     if not cfg.judge:
         return None
     cls = CLASSIFIERS[cfg.task]
-    return cls.load(cfg.judge, cfg.judge_positive_label, device=device, flag="judge_positive_label")
+    return cls.load(cfg.judge, cfg.judge_positive_label, device=device, dtype=dtype, flag="judge_positive_label")
 
 
-def load_reward(cfg, device):
+def load_reward(cfg, device, dtype=torch.float32):
     """Return cfg.reward as a function from B texts to (B,) scores: a classifier, or the user's file.py:function."""
     file, _, function = cfg.reward.rpartition(":")
     if cfg.reward.endswith(".py"):
         raise BadInput(f"reward {cfg.reward}: add the name of the function, {cfg.reward}:function")
     if not file.endswith(".py"):
-        return CLASSIFIERS[cfg.task].load(cfg.reward, cfg.positive_label, cfg.reward_kind, device)
+        return CLASSIFIERS[cfg.task].load(cfg.reward, cfg.positive_label, cfg.reward_kind, device, dtype)
     return FunctionReward(file, function)
 
 
-def load_rewards(cfg, device):
+def load_rewards(cfg, device, dtype=torch.float32):
     """Return the reward and the judge (None if cfg.judge is empty), both checked."""
-    reward_fn, judge = load_reward(cfg, device), load_judge(cfg, device)
+    reward_fn, judge = load_reward(cfg, device, dtype), load_judge(cfg, device, dtype)
     if cfg.self_check:
         print("self-check: reward:", check_reward(reward_fn))
         print("self-check: judge:", check_reward(judge, "judge") if judge else "none", flush=True)
@@ -351,7 +357,7 @@ def small_classifier(texts, cfg):
     return BertForSequenceClassification(config), tokenizer
 
 
-def train(name, classifier, reviews, cfg, bf16, teacher=None):
+def train(name, classifier, reviews, cfg, teacher=None):
     """Train a SentimentReward on reviews and write it to <out>/<name>; return the seconds of the run.
 
     With a teacher, another SentimentReward, the targets are its probabilities instead of the labels (Hinton et al.
@@ -360,7 +366,7 @@ def train(name, classifier, reviews, cfg, bf16, teacher=None):
     seed, out = cfg.seed + (name == "judge"), Path(cfg.out, name)
     model, tokenizer, device = classifier.model.train(), classifier.tokenizer, classifier.device
     optimizers = make_optimizers(model, [], cfg.lr, cfg.weight_decay)
-    stepper = Stepper(model, optimizers, cfg.grad_clip)
+    stepper = Stepper(model, optimizers, cfg.grad_clip, dtype=classifier.dtype)
     inputs = {"texts": fingerprint(*reviews.texts), "tokenizer": fingerprint(tokenizer_text(tokenizer))}
     inputs["teacher"] = reward_fingerprint(teacher)
     checkpoints = Checkpoints(cfg, out, model, optimizers, inputs, {"stepper": stepper})
@@ -376,20 +382,20 @@ def train(name, classifier, reviews, cfg, bf16, teacher=None):
         rows = batches[step % per_epoch]
         batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
         torch.manual_seed(seed_of(seed, step))  # of dropout
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with classifier.autocast():
             logits = model(**batch.to(device)).logits
         positive = torch.from_numpy(reviews.labels[rows]).float()
         if teacher:
             positive = teacher.log_odds([texts[i] for i in rows]).sigmoid()
         loss = F.cross_entropy(logits.float(), torch.stack([1 - positive, positive], dim=1).to(device))
-        loss.backward()
+        stepper.backward(loss)
         share = warm_up_and_decay(step, steps)
         stepper.set_lr(share)
         loss, accuracy = loss.item(), float((logits.argmax(1).cpu().numpy() == reviews.labels[rows]).mean())
         metrics = dict(loss=loss, accuracy=accuracy, lr=cfg.lr * share, grad_norm=stepper.step())
         log.write(step, **metrics, skipped_steps=stepper.skipped)
         log.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
-    model.eval().to(SAVE_DTYPES[cfg.save_dtype])
+    model.eval().to(DTYPES[cfg.save_dtype])
     with replacing(out, model.state_dict()) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -448,7 +454,7 @@ def each(folder):
 
 def main(cfg):
     check_run(cfg, f"reward/{RESULTS}", f"judge/{RESULTS}")
-    device, bf16 = pick_device(cfg)
+    device, dtype = pick_device(cfg)
     starts, teachers = each(cfg.init_from), each(cfg.teacher)
     for name in (*starts.values(), *teachers.values()):
         if name not in ("scratch", ""):
@@ -482,11 +488,11 @@ def main(cfg):
         }
         print(sheet(f"training the {name}", rows), flush=True)
         tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)  # longer texts are truncated
-        classifier = SentimentReward(model, tokenizer, positive=1, device=device)
-        teacher = SentimentReward.load(teachers[name], device=device) if cfg.teacher else None
+        classifier = SentimentReward(model, tokenizer, positive=1, device=device, dtype=dtype)
+        teacher = SentimentReward.load(teachers[name], device=device, dtype=dtype) if cfg.teacher else None
         before = report(classifier, held_out, cfg)
         del before["histogram"]
-        seconds = train(name, classifier, reviews, cfg, bf16, teacher)
+        seconds = train(name, classifier, reviews, cfg, teacher)
         after = report(classifier, held_out, cfg)
         results = {"data": data, "parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds}
         results |= {"held_out": len(held_out.texts), "before": before, "after": after}

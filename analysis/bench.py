@@ -6,8 +6,8 @@
 
 Times ppo.rollout and ppo.update as ppo.main calls them. FLOPs are counted in separate calls, by
 torch.utils.flop_counter. The peak is the speed of a large matrix product, measured after each step, because the speed
-of a machine changes from minute to minute. If the transformer is in bf16, logits and rewards are still in fp32, and the
-peak is that of the faster dtype.
+of a machine changes from minute to minute. If the transformers are in bf16, the logits of the
+policy are still in fp32, and the peak is that of the faster dtype.
 """
 
 import copy
@@ -55,17 +55,17 @@ class Folded:
         return self.tokenizer.batch_decode(sequences % len(self.tokenizer), **options)
 
 
-def load(name, device, bf16):
+def load(name, device, dtype):
     """Return (policy, tokenizer, reward_fn): the models of preset mini, or random weights of the published sizes."""
     opened = open_gpt2(MINI.policy)
-    reward_fn = SentimentReward.load(MINI.reward, device=device)
+    reward_fn = SentimentReward.load(MINI.reward, device=device, dtype=dtype)
     if name == "mini":
-        return load_policy(*opened, bf16).to(device), opened[2], reward_fn
+        return load_policy(*opened, dtype).to(device), opened[2], reward_fn
     from transformers import BertConfig, BertForSequenceClassification
 
     bert = BertForSequenceClassification(BertConfig(num_labels=2))  # the time does not depend on the weights
-    policy = Policy(GPT2(GPT2Config(), bf16=bf16).init_weights()).to(device)
-    return policy, opened[2], SentimentReward(bert, reward_fn.tokenizer, positive=1, device=device)
+    policy = Policy(GPT2(GPT2Config(), dtype=dtype).init_weights()).to(device)
+    return policy, opened[2], SentimentReward(bert, reward_fn.tokenizer, positive=1, device=device, dtype=dtype)
 
 
 def flops(function, *args):
@@ -81,12 +81,12 @@ def measure(ppo, model, texts, cfg):
     The dict: "device", "dtypes" of the products, "peak_flops" (FLOP/s, one per step), "peak_memory_gb". model: "mini"
     or "gpt2", see load. texts: the prompts are their beginnings.
     """
-    device, bf16 = pick_device(cfg)
-    ppo, dtypes = replace(ppo, compile=cfg.compile), [torch.float32] + [torch.bfloat16] * bf16
-    policy, tokenizer, reward_fn = load(model, device, bf16)
+    device, dtype = pick_device(cfg)
+    ppo, dtypes = replace(ppo, compile=cfg.compile), dict.fromkeys([torch.float32, dtype])
+    policy, tokenizer, reward_fn = load(model, device, dtype)
     ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(policy.parameters(), ppo.lr, eps=ppo.adam_eps, fused=device.type != "mps")
-    stepper = Stepper(policy, [optimizer], ppo.grad_clip)
+    stepper = Stepper(policy, [optimizer], ppo.grad_clip, dtype=dtype)
     pool = prompt_pool(texts, tokenizer, ppo.max_prompt_len)
     compile_passes(policy, ref_policy, cfg.compile)
     steps, peaks, memory = [], [], 0.0

@@ -139,14 +139,14 @@ class Evaluator:
     def __init__(self, cfg):
         sizes = ["--prompts", cfg.prompts, "--response_len", cfg.response_len, "--device", cfg.device]
         self.cfg = parse(EvaluateConfig, ["--preset", cfg.preset, *map(str, sizes), "--dtype", cfg.dtype])
-        self.device, self.bf16 = pick_device(self.cfg)
+        self.device, self.dtype = pick_device(self.cfg)
         opened = open_gpt2(self.cfg.before)
         self.tokenizer = opened[2]
-        self.reward_fn = load_reward(self.cfg, self.device)
-        self.judge = load_judge(self.cfg, self.device)
+        self.reward_fn = load_reward(self.cfg, self.device, self.dtype)
+        self.judge = load_judge(self.cfg, self.device, self.dtype)
         pool = load_prompts(self.cfg, "evaluation", opened[1], self.tokenizer, cfg.prompts)
         self.groups = list(prompt_groups(pool, self.cfg))
-        self.reference = load_policy(*opened, self.bf16).to(self.device).eval()
+        self.reference = load_policy(*opened, self.dtype).to(self.device).eval()
         self.lock = threading.Lock()
 
     def respond(self, policy, name, seed=0):
@@ -161,7 +161,7 @@ class Evaluator:
     def evaluate(self, folder, name):
         """Return the metrics of the policy in a folder. Only one thread at a time computes."""
         with self.lock:
-            policy = load_policy(*open_gpt2(folder), self.bf16).to(self.device).eval()
+            policy = load_policy(*open_gpt2(folder), self.dtype).to(self.device).eval()
             return self.measure(self.respond(policy, name))
 
     def best_of_n(self, ns, seed):

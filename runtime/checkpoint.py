@@ -294,7 +294,8 @@ class Checkpoints:
     def load(self, folder):
         """Restore the run from a checkpoint; return its step."""
         state = load_checkpoint(folder, self.model, self.optimizers)
-        if state.keys() != {"step", "inputs", *self.parts}:
+        saved = {name: {*part.saved} for name, part in self.parts.items()}
+        if state.keys() != {"step", "inputs", *saved} or any(state[name].keys() != saved[name] for name in saved):
             raise BadInput(f"{folder} was saved by another version of this project and cannot be resumed")
         old, new = state["inputs"], self.inputs
         if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:

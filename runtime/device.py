@@ -13,10 +13,11 @@ import torch
 from runtime.errors import BadInput
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by dtype and save_dtype of config.py
 
 
 def pick_device(cfg):
-    """Return (torch.device, bf16): where to compute, and whether the transformer runs in bf16.
+    """Return (torch.device, torch.dtype): where to compute, and the autocast dtype of the transformers.
 
     Raises BadInput if device or dtype is not available. fp32 products are computed in fp32: TF32 is turned off, also
     if an environment variable turned it on. If `auto` picks the CPU of a machine with an NVIDIA GPU, warn and say why.
@@ -34,9 +35,12 @@ def pick_device(cfg):
         raise BadInput(f"device is {name}, but torch {torch.__version__} finds only: {', '.join(devices)}{end}")
     if reason:
         warn(f"this machine has an NVIDIA GPU, but the CPU is used: {reason}")
-    can_bf16 = name == "cpu" or name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if cfg.dtype == "bf16" and not can_bf16:
-        raise BadInput(f"dtype is bf16, which this {name} device does not support: use --dtype fp32 or auto")
+    dtypes = {"cpu": ["fp32", "bf16", "fp16"], "mps": ["fp32"], "cuda": ["fp16", "fp32"]}[name]  # the best first
+    if name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        dtypes.insert(0, "bf16")
+    dtype = dtypes[0] if cfg.dtype == "auto" else cfg.dtype
+    if dtype not in dtypes:
+        raise BadInput(f"dtype is {dtype}, which this {name} device does not support: use --dtype fp32 or auto")
     if name == "cpu":
         keep_freed_memory()
         # MKL detects the processor in the first exp or log of a process. If several threads do so at once, some results
@@ -44,7 +48,7 @@ def pick_device(cfg):
         torch.zeros(1).exp()
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process of a machine
-    return torch.device(name), cfg.dtype == "bf16" or cfg.dtype == "auto" and name.startswith("cuda") and can_bf16
+    return torch.device(name), DTYPES[dtype]
 
 
 def unused_gpu():

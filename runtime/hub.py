@@ -32,7 +32,6 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 VALUE_HEAD = "value_head.safetensors"
 SENTENCE = "the movie was good"  # any tokenizer of English can encode it
 MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which old releases stored as weights
-SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # of stored weights, by save_dtype
 
 # fields of config.json that would change the arithmetic, and the values that model.py implements
 SUPPORTED = {
@@ -223,13 +222,14 @@ def open_pair(before, after):
     return opened
 
 
-def load_gpt2(folder, config, n_tokens=None, bf16=False):
+def load_gpt2(folder, config, n_tokens=None, dtype=torch.float32):
     """Return the GPT2 of a folder. Raise BadInput unless the weights have exactly the names and shapes of the model.
 
-    The model is built without values and filled tensor by tensor, in float32 whatever the stored dtype.
+    The model is built without values and filled tensor by tensor, in float32 whatever the stored dtype. dtype: of its
+    autocast.
     """
     with torch.device("meta"):
-        model = GPT2(config, n_tokens, bf16)
+        model = GPT2(config, n_tokens, dtype)
     model.to_empty(device="cpu")
     state, tensors, lm_head = model.state_dict(), {}, None
     for name, tensor in read_tensors(folder):
@@ -247,9 +247,9 @@ def load_gpt2(folder, config, n_tokens=None, bf16=False):
     return model
 
 
-def load_policy(folder, config, tokenizer, bf16=False):
+def load_policy(folder, config, tokenizer, dtype=torch.float32):
     """Return the Policy for what open_gpt2 returned, with the value head if the folder has one, otherwise zeros."""
-    policy = Policy(load_gpt2(folder, config, len(tokenizer), bf16))
+    policy = Policy(load_gpt2(folder, config, len(tokenizer), dtype))
     if (folder / VALUE_HEAD).is_file():
         head = dict(read_file(folder / VALUE_HEAD))
         match(head, policy.value_head.state_dict(), folder / VALUE_HEAD)

@@ -15,10 +15,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime.checkpoint import REVISIONS, RUN_CONFIG, delete_earlier_files, remove_leftovers, write_text
-from runtime.device import peak_flops, warn
+from runtime.device import DTYPES, peak_flops, warn
 from runtime.errors import BadInput, printable
 
 SIDES = ("before PPO", "after PPO")  # titles of two columns
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CPU_SHARE = 0.6  # a training run on a CPU reaches this share of the speed of a large product, see analysis/bench.py
 
 
@@ -207,7 +208,7 @@ def ppo_sheet(cfg, policy, reward_fn, judge, n_prompts, device):
         "episodes": f"{cfg.steps * cfg.batch_size:,}: {cfg.steps} rollouts of {cfg.batch_size}, {n_prompts:,} prompts",
         "optimizer steps": f"{cfg.steps * updates:,}: {updates} per rollout, over {cfg.ppo_epochs} epochs",
         "forward passes": f"{cfg.micro_batch_size} episodes each",
-        "device": f"{device}, {'bf16' if policy.gpt2.bf16 else 'fp32'}",
+        "device": f"{device}, {DTYPE_NAMES[policy.gpt2.dtype]}",
         **time_on_cpu(ppo_flops(cfg, policy.gpt2, [reward_fn, judge]), cfg, device),
         "output": cfg.out,
     }
@@ -223,7 +224,7 @@ def finetune_sheet(cfg, model, steps, n_reviews, n_tokens, n_held_out, n_validat
         "reviews": f"{n_reviews:,} for training, {n_held_out:,} for validation",
         "tokens": f"{n_tokens:,} packed, for {cfg.epochs} epochs; {n_validation:,} for validation",
         "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
-        "device": f"{device}, {'bf16' if model.bf16 else 'fp32'}",
+        "device": f"{device}, {DTYPE_NAMES[model.dtype]}",
         **time_on_cpu(flops, cfg, device),
         "output": cfg.out,
     }

@@ -74,12 +74,17 @@ def orthogonal(matrices, steps=5):
 
 
 class Stepper:
-    """Optimizer steps with a clipped gradient, averaged over processes; skipped if the gradient is not finite."""
+    """Optimizer steps with a clipped gradient, averaged over processes; skipped if the gradient is not finite.
 
-    saved = ("skipped", "in_a_row")
+    dtype: the autocast dtype of the model. In float16 the loss is multiplied by the scale of a GradScaler, since small
+    gradients would become 0. If a gradient overflows, the step is skipped and the scale halved.
+    """
 
-    def __init__(self, model, optimizers, grad_clip, ranks=ONE_PROCESS):
+    saved = ("skipped", "in_a_row", "scaler_state")
+
+    def __init__(self, model, optimizers, grad_clip, ranks=ONE_PROCESS, dtype=torch.float32):
         self.model, self.optimizers, self.grad_clip, self.ranks = model, optimizers, grad_clip, ranks
+        self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=dtype == torch.float16)
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.skipped = self.in_a_row = 0
 
@@ -94,16 +99,39 @@ class Stepper:
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * share
 
+    @property
+    def scaler_state(self):
+        """The state of the GradScaler: a dict for JSON, {} except in float16. A new run's scale is 65,536."""
+        return self.scaler.state_dict()
+
+    @scaler_state.setter
+    def scaler_state(self, state):
+        if state:  # {}: the run was saved with another dtype
+            self.scaler.load_state_dict(state)
+
+    def backward(self, loss):
+        """Add the gradients of a loss, in float16 those of the scaled loss."""
+        self.scaler.scale(loss).backward()
+
     def step(self):
-        """Take a step, clear the gradients, and return the norm of the gradient as a float."""
-        self.ranks.average_gradients(self.model)
+        """Take a step, clear the gradients, and return the norm of the gradient, without the scale, as a float.
+
+        While the scale is above 1, a gradient that is not finite is an overflow, which is normal in the first steps: it
+        is not one of the three skipped steps in a row that end a run.
+        """
+        self.ranks.average_gradients(self.model)  # before the check, so that all processes find the same overflows
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip).item()
         if math.isfinite(norm):
             for optimizer in self.optimizers:
                 optimizer.step()
             self.in_a_row = 0
+        elif self.scaler.get_scale() > 1:  # it is 1 without a scaler
+            self.skipped += 1
         else:
             self.skip(f"the gradient was not finite (norm {norm}): lower lr")
+        self.scaler.update()
         self.model.zero_grad(set_to_none=True)
         return norm
 

@@ -88,7 +88,7 @@ def our_fine_tuning(size, rows):
 
     def four_steps():
         for _ in range(4):
-            train_step(model, ids[:, :-1], ids[:, 1:], cfg)
+            train_step(stepper, ids[:, :-1], ids[:, 1:], cfg)
             stepper.step()
 
     return clock(four_steps)

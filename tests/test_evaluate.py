@@ -22,9 +22,10 @@ from data import CONTROLS, load_splits, prompt_pool
 from evaluate import check_results, sample_responses, token_metrics, viewer
 from model import GPT2
 from ppo import gae, token_rewards
-from reward import SentimentReward
+from reward import SentimentReward, load_rewards
 from runtime import hub
 from runtime.checkpoint import CARD_MARK
+from runtime.device import DTYPES
 from runtime.errors import BadInput
 from runtime.hub import load_policy, open_gpt2
 from runtime.log import side_by_side
@@ -478,14 +479,15 @@ def test_the_task_and_the_columns_of_the_dataset_are_those_of_the_config(run, tm
     assert all(prompt.startswith(f"{CONTROLS[i % 2]} R") for i, prompt in enumerate(prompts))
 
 
-@pytest.mark.parametrize(("dtype", "bf16"), [("bf16", True), ("fp32", False)])
-def test_both_models_compute_in_the_dtype_of_the_config(run, monkeypatch, dtype, bf16):
-    policies = []
+@pytest.mark.parametrize(("name", "dtype"), DTYPES.items())
+def test_all_models_compute_in_the_dtype_of_the_config(run, monkeypatch, name, dtype):
+    policies, rewards = [], []
+    monkeypatch.setattr(evaluate, "load_rewards", lambda *args: rewards.extend(load_rewards(*args)) or rewards)
     monkeypatch.setattr(evaluate, "load_policy", lambda *args: policies.append(load_policy(*args)) or policies[-1])
     monkeypatch.setattr(evaluate, "prompt_groups", None)  # the run ends here
     with pytest.raises(TypeError):
-        run(dtype=dtype, device="cpu")
-    assert [policy.gpt2.bf16 for policy in policies] == [bf16, bf16]
+        run(dtype=name, device="cpu")
+    assert [policy.gpt2.dtype for policy in policies] == [reward.dtype for reward in rewards] == [dtype, dtype]
 
 
 def share(odds):

@@ -146,7 +146,7 @@ def gradients(micro_batch_size, rows):
     model = tiny(n_layer=2)
     x = torch.from_numpy(np.random.default_rng(1).integers(0, 20, (rows, 9)))
     cfg = FinetuneConfig(batch_size=4, micro_batch_size=micro_batch_size)
-    loss = train_step(model, x[:, :-1], x[:, 1:], cfg)
+    loss = train_step(Stepper(model, [], 1.0), x[:, :-1], x[:, 1:], cfg)
     return [loss, *(parameter.grad for parameter in model.parameters())]
 
 
@@ -160,11 +160,10 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_size(micro_batch_size, 
 
 def learn(model, x, y, steps):
     """Train on the whole batch with Adam and train_step; return the last loss."""
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    stepper = Stepper(model, [torch.optim.Adam(model.parameters(), 1e-2)], math.inf)
     for _ in range(steps):
-        loss = train_step(model, x, y, FinetuneConfig(batch_size=len(x), micro_batch_size=len(x)))
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = train_step(stepper, x, y, FinetuneConfig(batch_size=len(x), micro_batch_size=len(x)))
+        stepper.step()
     return loss.item()
 
 
@@ -224,6 +223,20 @@ def perplexity_of(name, cfg, load):
     texts = validation_texts(load_splits(cfg.dataset)["prompts"].texts, tokenizer, cfg.eval_tokens)
     stream, end = pack(texts, tokenizer), tokenizer.eos_token_id
     return validate(load(folder, config, len(tokenizer)), stream, sum(map(len, texts)), cfg.block_size, 4, end)
+
+
+def test_a_run_in_float16_equals_one_in_float32_up_to_rounding(scratch_run, tmp_path, monkeypatch):
+    """Its gradients are scaled: the norms that are logged are those without the scale."""
+    made, stepper = [], Stepper
+    monkeypatch.setattr(finetune_gpt2, "Stepper", lambda *args: made.append(stepper(*args)) or made[0])
+    finetune_gpt2.main(replace(scratch_run[0], out=str(tmp_path), dtype="fp16"))
+    low = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert made[0].scaler.is_enabled() and made[0].model.dtype == torch.float16
+    for ours, theirs in zip(low[:10], scratch_run[1]):
+        assert [ours[name] for name in ("loss", "grad_norm")] == pytest.approx(
+            [theirs[name] for name in ("loss", "grad_norm")], rel=0.01
+        )
+    assert low[-1]["val_perplexity"] == pytest.approx(scratch_run[1][-1]["val_perplexity"], rel=0.02)
 
 
 def test_a_run_from_scratch_logs_every_step_and_the_validation_perplexity_falls(scratch_run):

@@ -480,7 +480,7 @@ def test_bf16_rounds_the_trunk_but_not_the_logits():
         exact.ln_f.weight[0] = 0
         exact.ln_f.bias[0] = 10
     policy, ids = Policy(deepcopy(exact).float()), random_ids(16, 20)
-    policy.gpt2.bf16 = True
+    policy.gpt2.dtype = torch.bfloat16
     logits, expected = policy.gpt2(ids), Policy(exact)(ids, 4)[0]
     assert -110 < exact(ids).mean() < -90
     assert logits.dtype == policy(ids, 4)[0].dtype == policy(ids, 4)[1].dtype == torch.float32
@@ -489,13 +489,14 @@ def test_bf16_rounds_the_trunk_but_not_the_logits():
     assert (rounded - expected).abs().mean() > 0.05
 
 
-def test_bf16_is_used_even_if_the_default_dtype_of_autocast_is_float16():
-    """As on a GPU. The cache has the dtype of autocast, and the hidden states have that of the weights."""
+@pytest.mark.parametrize("dtype, default", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_the_transformer_runs_in_its_dtype_whatever_the_default_dtype_of_autocast_is(dtype, default):
+    """It is float16 on a GPU. The cache has the dtype of autocast, and the hidden states have that of the weights."""
     gpt2 = small_gpt2().float()
-    gpt2.bf16, cache = True, KVCache(gpt2.config, 2, 5)
-    with torch.autocast("cpu", torch.float16):
+    gpt2.dtype, cache = dtype, KVCache(gpt2.config, 2, 5)
+    with torch.autocast("cpu", default):
         hidden = gpt2.trunk(random_ids(2, 5), cache)
-    assert (cache.buffer.dtype, hidden.dtype) == (torch.bfloat16, torch.float32)
+    assert (cache.buffer.dtype, hidden.dtype) == (dtype, torch.float32)
 
 
 def test_the_lm_head_is_exact_in_bf16_for_logits_near_minus_100(monkeypatch):
@@ -508,7 +509,7 @@ def test_the_lm_head_is_exact_in_bf16_for_logits_near_minus_100(monkeypatch):
     monkeypatch.setattr(GPT2, "trunk", lambda self, ids: hidden.to(self.wte.weight.dtype))
     logits, expected = policy.gpt2.logits(hidden), policy(ids, 4)[0]
     assert -101 < logits.mean() < -99 and 2.5 < logits.std() < 3.5
-    policy.float().gpt2.bf16 = True
+    policy.float().gpt2.dtype = torch.bfloat16
     assert (policy(ids, 4)[0] - expected).abs().mean() < 1e-3
 
 

@@ -40,6 +40,7 @@ from ppo import (
 from reward import SentimentReward
 from runtime import checkpoint
 from runtime.checkpoint import latest_checkpoint, save_checkpoint
+from runtime.device import DTYPES
 from runtime.errors import BadInput, NotFinite
 from runtime.hub import load_policy, open_gpt2
 from runtime.log import RunLog, read_lines
@@ -608,14 +609,29 @@ def test_without_a_step_every_ratio_is_1_in_every_epoch(temperature):
         assert abs(metrics[name]) < 1e-12, name
 
 
-@pytest.mark.parametrize("bf16, rounding", [(False, 1e-5), (True, 5e-3)])
-def test_without_a_step_every_ratio_is_1_in_float32_and_in_bf16(bf16, rounding):
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 6e-4)])
+def test_without_a_step_every_ratio_is_1_in_every_dtype(dtype, rounding):
     """With a rollout in float32 and an update in bf16, the first ratios differ from 1 by .018 nats per token."""
     policy, cfg = tiny_policy(0).float(), config(temperature=0.7)
-    policy.gpt2.bf16 = bf16
+    policy.gpt2.dtype = dtype
     batch = tiny_rollout(cfg, policy, copy.deepcopy(policy))
     assert batch.logprobs.dtype == torch.float32 and batch.kl.abs().max() <= rounding
     assert update(policy, sgd(policy, lr=0.0), batch, cfg)["max_log_ratio"] <= rounding
+
+
+def test_an_update_in_float16_has_the_gradient_of_one_in_float32():
+    """Most gradients are below 6e-8, the smallest number in float16: catches a loss that is not scaled."""
+    cfg, norms, changes = config(ppo_epochs=1, minibatch_size=8, vf_coef=1e-6), [], []
+    batch = tiny_rollout(cfg)
+    batch = replace(batch, advantages=1e-6 * batch.advantages)
+    for dtype in (torch.float32, torch.float16):
+        policy = moved_policy().float()
+        policy.gpt2.dtype, before = dtype, parameters(policy.gpt2.h)
+        stepper = Stepper(policy, [torch.optim.SGD(policy.parameters(), 1e4)], math.inf, dtype=dtype)
+        norms.append(update(policy, stepper, batch, cfg)["grad_norm"])
+        changes.append(parameters(policy.gpt2.h) - before)
+    assert norms[1] == pytest.approx(norms[0], rel=0.01)
+    assert (changes[1] - changes[0]).norm() < 0.01 * changes[0].norm()
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
@@ -1011,9 +1027,12 @@ def test_a_run_compiles_policy_and_reference_if_compile_is_set(train, monkeypatc
     assert calls == [(run.policy, run.ref_policy, compiled)]
 
 
-def test_a_run_computes_in_the_dtype_of_its_config(train):
-    assert train("bf16", steps=1, dtype="bf16").policy.gpt2.bf16
-    assert not train("fp32", steps=1, dtype="fp32").policy.gpt2.bf16
+def test_a_run_computes_in_the_dtype_of_its_config(train, monkeypatch):
+    loaded = record_calls(monkeypatch, "load_rewards")
+    for name, dtype in DTYPES.items():
+        run = train(name, steps=1, dtype=name)
+        assert run.policy.gpt2.dtype == run.ref_policy.gpt2.dtype == loaded[-1][2] == dtype
+        assert run.stepper.scaler.is_enabled() == (name == "fp16") and run.metrics[0]["grad_norm"] < 100
 
 
 def test_a_run_uses_the_columns_and_the_task_of_its_config(train, tmp_path):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, message, reviews_csv, write_bert
+from conftest import ROOT, TEXTS, message, reviews_csv, write_bert
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 
@@ -385,6 +385,23 @@ def test_of_a_long_text_the_end_is_scored(classifier):
     assert abs(good - bad) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["reward", "judge"])
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+def test_scores_in_low_precision_are_near_those_in_fp32(name, dtype, bound):
+    """Measured on 700 reviews, whole or cut to 32 words: log-odds within .0096 in bf16 and .0014 in fp16."""
+    exact, low = (SentimentReward.load(str(ROOT / "asset/mini" / name), dtype=d) for d in (torch.float32, dtype))
+    texts = [text for pair in PROBES for text in pair] + [20 * pair[0] for pair in PROBES]
+    errors = (low.log_odds(texts) - exact.log_odds(texts)).abs()
+    assert 0 < errors.max() < bound and low.logits(texts).dtype == torch.float32
+
+
+def test_reward_and_judge_are_loaded_in_the_dtype_of_the_run(bert_folder):
+    for task in ("positive", "controlled"):
+        cfg = PPOConfig(task=task, reward=str(bert_folder), judge=str(bert_folder), self_check=False)
+        loaded = reward.load_rewards(cfg, "cpu", torch.float16)
+        assert [classifier.dtype for classifier in loaded] == [torch.float16] * 2
+
+
 def test_a_tokenizer_without_a_limit_is_limited_by_the_positions_of_the_model(tmp_path):
     """transformers writes 1e30 for 'no limit': the first long text would raise an IndexError."""
     write_bert(tmp_path, max_position_embeddings=40)
@@ -740,11 +757,11 @@ class Passes(list):
         self.append({"ids": ids, "logits": logits, "seed": torch.initial_seed(), "training": model.training})
 
 
-def brief_training(folder, out, name="reward", bf16=False, teacher=None, **changes):
+def brief_training(folder, out, name="reward", dtype=torch.float32, teacher=None, **changes):
     """Train a classifier for two epochs of three steps; return (classifier, Passes, lines of the log)."""
-    classifier = SentimentReward(*open_classifier(str(folder), dropout=0.1), positive=1)
+    classifier = SentimentReward(*open_classifier(str(folder), dropout=0.1), positive=1, dtype=dtype)
     passes, cfg = Passes(classifier.model), replace(BRIEF, out=str(out), **changes)
-    reward.train(name, classifier, BRIEF_REVIEWS, cfg, bf16, teacher)
+    reward.train(name, classifier, BRIEF_REVIEWS, cfg, teacher)
     return classifier, passes, [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
 
 
@@ -796,10 +813,13 @@ def test_training_truncates_texts_like_the_classifier_and_saves_in_save_dtype(be
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in saved.items())
 
 
-@pytest.mark.parametrize(("bf16", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
-def test_the_forward_pass_is_in_bf16_only_if_bf16_is_true(bert_folder, tmp_path, bf16, dtype):
-    passes = brief_training(bert_folder, tmp_path, bf16=bf16, epochs=0.1)[1]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_training_runs_in_the_dtype_of_the_classifier(bert_folder, tmp_path, monkeypatch, dtype):
+    steppers, stepper = [], reward.Stepper
+    monkeypatch.setattr(reward, "Stepper", lambda *args, **how: steppers.append(stepper(*args, **how)) or steppers[0])
+    _, passes, lines = brief_training(bert_folder, tmp_path, dtype=dtype, epochs=0.1)
     assert [forward["logits"].dtype for forward in passes] == [dtype]
+    assert steppers[0].scaler.is_enabled() == (dtype == torch.float16) and 0 < lines[0]["grad_norm"] < 100
 
 
 def test_a_resumed_training_continues_its_log_and_needs_the_same_texts_tokenizer_and_teacher(
@@ -838,11 +858,11 @@ def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
     cfg = RewardConfig(
         dataset=str(tmp_path / "toy.csv"), text_column="what", label_column="mood", out=str(out), force=True,
         init_from=str(tmp_path / "encoder"), teacher=str(judge_folder), dropout=0.3, short_words=3, eval_reviews=9,
-        device="cpu",
+        device="cpu", dtype="bf16",
     )  # fmt: skip
     trained, estimates = {}, []
 
-    def train(name, classifier, reviews, cfg, bf16, teacher):
+    def train(name, classifier, reviews, cfg, teacher):
         assert not (out / name / "results.json").exists() and (name == "judge" or not earlier.exists())
         trained[name] = (classifier, reviews, teacher)
         (out / name).mkdir(exist_ok=True)
@@ -865,6 +885,7 @@ def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
     assert {fingerprint(classifier.model.bert) for classifier, *_ in trained.values()} == {encoder}
     for name, (classifier, reviews, teacher) in trained.items():
         assert reviews.texts == splits[name].texts and classifier.model.config.hidden_dropout_prob == 0.3
+        assert classifier.dtype == teacher.dtype == torch.bfloat16
         assert reward.reward_fingerprint(teacher) == reward.reward_fingerprint(SentimentReward.load(cfg.teacher))
         table = dict(re.findall(r"^  (\w+) +(.+)$", printed.partition(f"training the {name}\n")[2], re.M)[:6])
         assert table == {
@@ -1042,7 +1063,7 @@ def test_a_teacher_reads_the_texts_that_its_student_reads(trained, tmp_path):
     cfg, texts_read = replace(cfg, crop_share=1.0, min_crop_words=2, epochs=1.0, out=str(tmp_path)), []
     teacher = SimpleNamespace(log_odds=lambda texts: torch.zeros(len(texts_read.extend(texts) or texts)))
     reviews = load_splits(cfg.dataset)["reward"]
-    reward.train("reward", SentimentReward.load(str(folder / "reward")), reviews, cfg, False, teacher)
+    reward.train("reward", SentimentReward.load(str(folder / "reward")), reviews, cfg, teacher)
     assert sorted(texts_read) == sorted(training_texts(reviews.texts, 0, cfg))
 
 

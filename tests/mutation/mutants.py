@@ -273,9 +273,29 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_resume::test_a_skipped_rollout_is_counted_and_shown_and_a_run_killed_after_it_is_resumed_exactly": [
             (
                 "a checkpoint does not have the number of skipped steps",
-                'saved = ("skipped", "in_a_row")',
-                'saved = ("in_a_row",)',
+                'saved = ("skipped", "in_a_row", "scaler_state")',
+                'saved = ("in_a_row", "scaler_state")',
             ),
+        ],
+        "test_resume::test_a_run_in_float16_killed_and_resumed_equals_an_uninterrupted_run": [
+            (
+                "a checkpoint does not have the scale of the loss",
+                'saved = ("skipped", "in_a_row", "scaler_state")',
+                'saved = ("skipped", "in_a_row")',
+            ),
+        ],
+        "test_ppo::test_an_update_in_float16_has_the_gradient_of_one_in_float32": [
+            (
+                "the loss is not scaled in float16, where small gradients are 0",
+                "self.scaler.scale(loss).backward()",
+                "loss.backward(); self.scaler.scale(loss); self.scaler.update(1.0)",
+            ),
+        ],
+        "test_optimizer::test_in_float16_a_step_clips_the_gradient_without_the_scale_and_returns_its_norm": [
+            ("gradients are clipped with the scale of the loss", "self.scaler.unscale_(optimizer)", "pass"),
+        ],
+        "test_optimizer::test_an_overflow_in_float16_halves_the_scale_and_does_not_end_the_run_until_the_scale_is_1": [
+            ("overflows end a run, although they are normal", "elif self.scaler.get_scale() > 1:", "elif False:"),
         ],
     },
     "runtime/monitor.py": {

@@ -610,10 +610,15 @@ def test_a_run_is_resumed_with_different_inputs_only_by_force(stopped, capsys, i
 
 
 @pytest.mark.parametrize(
-    "state", [{"step": 1, "texts": "a", "best": 0.5}, {"step": 1, "inputs": INPUTS, "part": {}, "other": {}}]
+    "state",
+    [
+        {"step": 1, "texts": "a", "best": 0.5},
+        {"step": 1, "inputs": INPUTS, "part": {"best": 0.5, "rollouts": []}, "other": {}},
+        {"step": 1, "inputs": INPUTS, "part": {"best": 0.5}},
+    ],
 )
 def test_a_checkpoint_of_another_version_is_refused_also_with_force(tmp_path, state):
-    """Its state has other keys."""
+    """Its state or that of a part has other keys."""
     save_checkpoint(tmp_path, nn.Linear(2, 2), [], state)
     model, _ = adam()
     cfg = FinetuneConfig(out=str(tmp_path), resume=True, force=True)

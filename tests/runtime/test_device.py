@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import FinetuneConfig, PPOConfig
 from model import GPT2, GPT2Config
-from runtime.device import micro_batch_size, peak_flops, pick_device, rows_that_fit
+from runtime.device import DTYPES, micro_batch_size, peak_flops, pick_device, rows_that_fit
 from runtime.distributed import ONE_PROCESS
 from runtime.errors import BadInput
 
@@ -33,19 +33,32 @@ def test_an_unavailable_device_is_refused(only_a_cpu, device):
         pick_device(FinetuneConfig(device=device))
 
 
-@pytest.mark.parametrize("dtype, bf16", [("auto", False), ("fp32", False), ("bf16", True)])
-def test_a_cpu_computes_in_float32_by_default(only_a_cpu, dtype, bf16):
-    assert pick_device(FinetuneConfig(dtype=dtype)) == (torch.device("cpu"), bf16)
+CPU, GPU, MPS = torch.device("cpu"), torch.device("cuda:0"), torch.device("mps")
 
 
-@pytest.mark.parametrize("can_bf16", [True, False])
-def test_auto_picks_cuda_if_available_and_bf16_if_supported(only_a_cpu, monkeypatch, can_bf16):
+@pytest.mark.parametrize("name, dtype", [("auto", "float32"), *zip(DTYPES, ("float32", "bfloat16", "float16"))])
+def test_a_cpu_computes_in_float32_by_default(only_a_cpu, name, dtype):
+    assert pick_device(FinetuneConfig(dtype=name)) == (CPU, getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_picks_cuda_if_available_and_fp16_on_cards_without_bf16(only_a_cpu, monkeypatch, native):
+    """A T4 emulates bf16, which is slow: it does not count."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: can_bf16)
-    assert pick_device(FinetuneConfig()) == (torch.device("cuda:0"), can_bf16)
-    if not can_bf16:
-        with pytest.raises(BadInput, match="use --dtype fp32"):
-            pick_device(FinetuneConfig(dtype="bf16"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert pick_device(FinetuneConfig()) == (GPU, torch.bfloat16 if native else torch.float16)
+    assert pick_device(FinetuneConfig(dtype="fp32")) == (GPU, torch.float32)
+    assert pick_device(FinetuneConfig(dtype="fp16")) == (GPU, torch.float16)
+    if not native:
+        assert "dtype is bf16, which this cuda device" in message(pick_device, FinetuneConfig(dtype="bf16"))
+
+
+def test_mps_computes_in_float32(only_a_cpu, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device(FinetuneConfig()) == pick_device(FinetuneConfig(dtype="fp32")) == (MPS, torch.float32)
+    for name in ("bf16", "fp16"):
+        with pytest.raises(BadInput, match=f"dtype is {name}, .* mps device .*: use --dtype fp32"):
+            pick_device(FinetuneConfig(dtype=name))
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp32"])

@@ -4,6 +4,7 @@ torchrun --standalone --nproc_per_node 2 tests/runtime/test_distributed.py FOLDE
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -68,9 +69,22 @@ def fine_tune(ranks):
     """Take an optimizer step on 8 blocks in micro-batches of 2: parameters, loss and norm of the gradient."""
     model, ids = tiny_policy().gpt2, torch.randint(12, (8, 11), generator=random_generator("cpu", 1))
     x, y, cfg = ranks.share(ids[:, :-1]), ranks.share(ids[:, 1:]), FinetuneConfig(batch_size=8, micro_batch_size=2)
-    loss = finetune_gpt2.train_step(model, x, y, cfg, ranks).item()
-    norm = stepper(model, ranks).step()
+    step = stepper(model, ranks)
+    loss = finetune_gpt2.train_step(step, x, y, cfg).item()
+    norm = step.step()
     return {"parameters": parameters(model), "loss": ranks.mean({"loss": loss})["loss"], "norm": norm}
+
+
+def overflow(ranks):
+    """Take two steps in float16; in the first one, the gradient of process 1 is infinite: scales and weights."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    half, seen = Stepper(model, [torch.optim.SGD(model.parameters(), 0.1)], 9.0, ranks, torch.float16), []
+    for gradient in (math.inf if ranks.rank else 1.0, 1.0 + 2 * ranks.rank):
+        half.backward(gradient * model.weight.sum())
+        half.step()
+        seen.append((half.scaler.get_scale(), half.skipped, round(model.weight.item(), 6)))
+    return seen
 
 
 def rollout(ranks):
@@ -139,6 +153,7 @@ def worker(folder, data, gpt2):
     saves = [record(module, name) for module, name in saving]
     results = {"fine_tune": fine_tune(ranks), "rollout": rollout(ranks), "attempt": attempt(ranks)}
     results["any"] = ranks.any(15 * ranks.rank)
+    results["overflow"] = overflow(ranks)
     exchanges = record(torch.distributed, "all_reduce")
     results |= {"update": update(ranks), "exchanges": len(exchanges)}
     torch.set_default_dtype(torch.float32)
@@ -211,6 +226,11 @@ def test_a_fine_tuning_step_by_two_processes_equals_that_by_one(one, two):
     for result in (rank["fine_tune"] for rank in two.results):
         assert close(result["parameters"], expected["parameters"], 1e-10)
         assert (result["loss"], result["norm"]) == pytest.approx((expected["loss"], expected["norm"]), abs=1e-10)
+
+
+def test_an_overflow_of_one_process_in_float16_skips_the_step_of_all_and_halves_their_scales(two):
+    """The second step is taken: its mean gradient is 2."""
+    assert [rank["overflow"] for rank in two.results] == 2 * [[(2.0**15, 1, 1.0), (2.0**15, 1, 0.8)]]
 
 
 def test_gradients_are_averaged_once_per_optimizer_step(two):

@@ -205,7 +205,7 @@ def classifier(weights):
 def test_the_table_of_ppo_shows_models_sizes_device_and_where_values_come_from(monkeypatch):
     calls = []
     monkeypatch.setattr(log, "time_on_cpu", lambda *args: calls.append(args) or {"time": "soon"})
-    cfg, policy = PPOConfig(micro_batch_size=4, minibatch_size=32, lr=0.5), Policy(GPT2(SHAPE, bf16=True))
+    cfg, policy = PPOConfig(micro_batch_size=4, minibatch_size=32, lr=0.5), Policy(GPT2(SHAPE, dtype=torch.bfloat16))
     reward, judge = classifier(1000), classifier(500)
     text = ppo_sheet(cfg, policy, reward, judge, 1234, GPU)
     weights = f"{sum(p.numel() for p in policy.parameters()):,}"
@@ -229,7 +229,7 @@ def test_the_table_of_a_fine_tuning_shows_its_device_and_its_time(monkeypatch):
     calls = []
     monkeypatch.setattr(log, "time_on_cpu", lambda *args: calls.append(args) or {})
     cfg = FinetuneConfig()
-    assert "cuda:0, bf16" in finetune_sheet(cfg, GPT2(SHAPE, bf16=True), 20, 1, 1, 1, 1, GPU)
+    assert "cuda:0, bf16" in finetune_sheet(cfg, GPT2(SHAPE, dtype=torch.bfloat16), 20, 1, 1, 1, 1, GPU)
     assert "cpu, fp32" in finetune_sheet(cfg, GPT2(SHAPE), 20, 1, 1, 1, 1, CPU)
     assert [args[1:] for args in calls] == [(cfg, GPU), (cfg, CPU)]
 

@@ -1,5 +1,6 @@
 """Optimizer steps: clipping, gradients that are not finite, schedules, weight decay, Muon."""
 
+import json
 import math
 
 import pytest
@@ -50,6 +51,91 @@ def test_three_bad_gradients_in_a_row_stop_the_run_and_two_with_a_good_one_betwe
     with pytest.raises(BadInput, match="three steps in a row were skipped, .*norm nan"):
         take_step(stepper, math.nan, 0.0)
     assert stepper.model.weight.tolist() == [[-0.5, 0]]
+
+
+# ---- float16
+
+
+@pytest.fixture
+def scaled(stepper):
+    """The stepper, for a model that runs in float16."""
+    return Stepper(stepper.model, stepper.optimizers, grad_clip=1.0, dtype=torch.float16)
+
+
+def take_scaled_step(stepper, *gradient):
+    """Take a step on a loss with this gradient."""
+    stepper.backward(stepper.model(torch.tensor(gradient)).sum())
+    return stepper.step()
+
+
+def test_in_float16_a_step_clips_the_gradient_without_the_scale_and_returns_its_norm(scaled):
+    assert take_scaled_step(scaled, 6.0, 8.0) == pytest.approx(10)
+    assert scaled.model.weight.tolist()[0] == pytest.approx([-0.6, -0.8], abs=1e-5)
+    assert take_scaled_step(scaled, 0.3, 0.0) == pytest.approx(0.3)
+    assert scaled.model.weight.tolist()[0] == pytest.approx([-0.9, -0.8], abs=1e-5)
+    assert scaled.skipped == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_the_loss_is_scaled_in_float16_only(stepper, dtype):
+    stepper = Stepper(stepper.model, stepper.optimizers, 1.0, dtype=dtype)
+    stepper.backward(stepper.model(torch.ones(2)).sum())
+    assert stepper.model.weight.grad.tolist() == [2 * [65536.0 if dtype == torch.float16 else 1.0]]
+
+
+def test_an_overflow_in_float16_halves_the_scale_and_does_not_end_the_run_until_the_scale_is_1(scaled):
+    for n in range(1, 17):
+        take_scaled_step(scaled, math.inf, 0.0)
+        assert (scaled.scaler.get_scale(), scaled.skipped, scaled.in_a_row) == (2.0 ** (16 - n), n, 0)
+    assert scaled.model.weight.tolist() == [[0, 0]]
+    for _ in range(2):
+        take_scaled_step(scaled, math.nan, 0.0)
+    with pytest.raises(BadInput, match="three steps in a row were skipped, .*norm nan"):
+        take_scaled_step(scaled, math.nan, 0.0)
+
+
+def test_an_overflow_in_the_gradients_of_one_optimizer_skips_the_steps_of_all():
+    """AdamW is fused: it would skip its own step alone."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    optimizers = make_optimizers(model, [model[0].weight], 0.1, 0.1, muon_lr=0.1)
+    stepper, before = Stepper(model, optimizers, 1.0, dtype=torch.float16), [p.clone() for p in model.parameters()]
+    for inputs in (torch.ones(2), torch.tensor([math.inf, 1.0])):
+        for p, start in zip(model.parameters(), before):
+            start.copy_(p.detach())
+        stepper.backward(model(torch.ones(2)).sum() + (model[0].weight * inputs).sum())
+        stepper.step()
+    assert all(map(torch.equal, model.parameters(), before))
+    assert (stepper.skipped, stepper.scaler.get_scale()) == (1, 2.0**15)
+
+
+def test_an_overflow_on_another_process_halves_the_scale_of_this_one(scaled):
+    """Catches a check of the process's own gradients, after which the scales of the processes would differ."""
+
+    class Ranks:
+        def average_gradients(self, model):
+            model.weight.grad += torch.tensor([math.inf, 0.0])
+
+    scaled.ranks = Ranks()
+    take_scaled_step(scaled, 1.0, 1.0)
+    assert (scaled.skipped, scaled.scaler.get_scale()) == (1, 2.0**15)
+    assert scaled.model.weight.tolist() == [[0, 0]]
+
+
+def test_the_state_of_the_scaler_is_in_the_checkpoint_and_is_not_needed_by_other_dtypes(stepper, scaled):
+    take_scaled_step(scaled, math.inf, 0.0)
+    take_scaled_step(scaled, 1.0, 0.0)
+    state = json.loads(json.dumps(scaled.scaler_state))
+    assert (state["scale"], state["_growth_tracker"]) == (2.0**15, 1) and "scaler_state" in Stepper.saved
+    restored = Stepper(scaled.model, scaled.optimizers, 1.0, dtype=torch.float16)
+    restored.scaler_state = state
+    assert restored.scaler_state == state
+    restored.scaler_state = stepper.scaler_state  # {}: saved in another dtype
+    assert restored.scaler_state == state
+    stepper.scaler_state = state
+    assert stepper.scaler_state == {} and take_step(stepper, 0.5, 0.0)[0] == 0.5
+
+
+# ---- learning rates and parameter groups
 
 
 def test_every_group_of_every_optimizer_follows_the_schedule_from_its_own_peak():

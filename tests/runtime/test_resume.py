@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,18 @@ def test_a_skipped_rollout_is_counted_and_shown_and_a_run_killed_after_it_is_res
         train(home, tmp_path / "out", nan_in=[1], killed_in=2)
     train(home, tmp_path / "out", first=2, resume=True)
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_a_run_in_float16_killed_and_resumed_equals_an_uninterrupted_run(home, tmp_path, monkeypatch):
+    """Catches a scale that is not in the checkpoint. It is so large that the first gradients overflow."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**30, growth_interval=2))
+    train(home, tmp_path / "whole", dtype="fp16")
+    skipped = [line["skipped_steps"] for line in lines(tmp_path / "whole")]
+    with pytest.raises(Killed):
+        train(home, tmp_path / "out", killed_in=5, dtype="fp16")
+    train(home, tmp_path / "out", first=4, resume=True, dtype="fp16")
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    assert 0 < skipped[0] < skipped[3] <= skipped[5] < 40
 
 
 def test_fine_tuning_killed_and_resumed_equals_an_uninterrupted_run(home, tmp_path):

@@ -44,7 +44,7 @@ def check_args():
 
 
 def assert_refused(check_args, name):
-    largest, mean = ROUNDING[check_args[0].gpt2.bf16]
+    largest, mean = ROUNDING[check_args[0].gpt2.dtype]
     expected = f"self-check: {name} is off by .* rounding explains at most {largest} and {mean}$"
     with pytest.raises(BadInput, match=expected):
         check_policy(*check_args)
@@ -109,11 +109,11 @@ def test_the_self_check_refuses_a_temperature_in_the_cached_pass_only(check_args
     assert_refused(check_args, "KV cache")
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_the_self_check_bounds_the_largest_and_the_mean_error(check_args, monkeypatch, bf16):
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_the_self_check_bounds_the_largest_and_the_mean_error(check_args, monkeypatch, dtype):
     policy, ref_policy, prompts, cfg = check_args
-    policy.float().gpt2.bf16 = ref_policy.float().gpt2.bf16 = bf16
-    largest, mean = ROUNDING[bf16]
+    policy.float().gpt2.dtype = ref_policy.float().gpt2.dtype = dtype
+    largest, mean = ROUNDING[dtype]
     for every_token, one_token, passes in (
         (0.5 * mean, 0.8 * largest, True),
         (1.1 * mean, 0.0, False),
@@ -130,16 +130,16 @@ def mini():
     return open_gpt2(str(ROOT / "asset" / "mini" / "gpt2"))
 
 
-def check_mini(mini, bf16, seed=0):
-    policy, cfg = load_policy(*mini, bf16), PPOConfig(response_len=40, seed=seed)
+def check_mini(mini, dtype, seed=0):
+    policy, cfg = load_policy(*mini, dtype), PPOConfig(response_len=40, seed=seed)
     return check_policy(policy, deepcopy(policy), random_ids(8, 5, 8000, seed), cfg)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_the_self_check_passes_on_the_mini_model_at_half_of_each_bound(mini, bf16, monkeypatch):
-    monkeypatch.setitem(ROUNDING, bf16, tuple(bound / 2 for bound in ROUNDING[bf16]))
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_the_self_check_passes_on_the_mini_model_at_half_of_each_bound(mini, dtype, monkeypatch):
+    monkeypatch.setitem(ROUNDING, dtype, tuple(bound / 2 for bound in ROUNDING[dtype]))
     for seed in range(3):
-        assert "KV cache" in check_mini(mini, bf16, seed)
+        assert "KV cache" in check_mini(mini, dtype, seed)
 
 
 def positions_off_by_one(hidden):
@@ -172,7 +172,7 @@ def first_token_hidden(attention):
     return wrong
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(
     "owner, name, mistake",
     [
@@ -182,6 +182,6 @@ def first_token_hidden(attention):
         (F, "scaled_dot_product_attention", first_token_hidden),
     ],
 )
-def test_the_self_check_distinguishes_typical_mistakes_from_rounding(mini, monkeypatch, owner, name, mistake, bf16):
+def test_the_self_check_distinguishes_typical_mistakes_from_rounding(mini, monkeypatch, owner, name, mistake, dtype):
     monkeypatch.setattr(owner, name, mistake(getattr(owner, name)))
-    assert "self-check: KV cache is off by" in message(check_mini, mini, bf16)
+    assert "self-check: KV cache is off by" in message(check_mini, mini, dtype)
