@@ -114,22 +114,24 @@ def test_steps_use_the_device_of_the_weights(static):
 
 
 class Casts(TorchDispatchMode):
-    """The number of conversions of matrices to bf16 in the block."""
+    """The number of conversions of tensors with one of these shapes to bf16 in the block."""
 
-    count = 0
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes, self.count = shapes, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16 and args[0].dim() == 2:
-            self.count += 1
+        if function is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
+            self.count += result.shape in self.shapes
         return result
 
 
 def test_weights_are_converted_to_bf16_once_per_call_of_generate(static):
     """Outside of the steps, only the prompt's forward pass does so: 4 matrices per layer."""
-    gpt2, prompts = small_gpt2(bf16=True), random_ids(4, 5)
+    gpt2, prompts = small_gpt2(bf16=True), random_ids(10, 5)
     generate(gpt2, prompts, 9)
-    with Casts() as casts:
+    with Casts({parameter.shape for parameter in gpt2.h.parameters() if parameter.dim() == 2}) as casts:
         generate(gpt2, prompts, 9)
     assert casts.count == 3 * 4
 
