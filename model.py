@@ -14,9 +14,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from runtime.decoding import decoder, uses_graphs
 from runtime.linear import Linear, linear
 
-STOP_CHECK = 8  # tokens between checks whether all rows have ended: a check makes the host wait for the GPU
+STOP_CHECK = 16  # tokens between checks whether all rows have ended: a check makes the host wait for the GPU
 
 
 @dataclass(frozen=True)
@@ -47,48 +48,6 @@ class KVCache:
         self.buffer[layer, 0, :, :, self.filled : end] = k
         self.buffer[layer, 1, :, :, self.filled : end] = v
         return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
-
-
-class StaticKVCache(nn.Module):
-    """A KV cache of fixed shape for decoding steps of one token, so that torch.compile can capture a CUDA graph.
-
-    The position to write to is a tensor, and a step attends to all positions, the empty ones masked. Each layer has one
-    buffer for keys and one for values: Inductor would copy a single buffer as a whole at each layer.
-    """
-
-    def __init__(self, cache, length):
-        super().__init__()
-        shape = (*cache.shape[2:4], length, cache.shape[5])  # (B, H, length, C / H)
-        self.n_layer = cache.shape[0]
-        for layer in range(self.n_layer):
-            for side in ("keys", "values"):
-                self.register_buffer(f"{side}{layer}", cache.buffer.new_empty(shape))
-        self.register_buffer("position", torch.zeros(1, dtype=torch.long, device=cache.buffer.device))
-        self.register_buffer("places", torch.arange(length, device=cache.buffer.device)[None])
-
-    def keys_and_values(self, layer):
-        """Return the keys and values of a layer, (B, H, length, C / H) each."""
-        return getattr(self, f"keys{layer}"), getattr(self, f"values{layer}")
-
-    def fill(self, cache):
-        """Initialize from a KVCache."""
-        for layer in range(self.n_layer):
-            for ours, theirs in zip(self.keys_and_values(layer), cache.buffer[layer]):
-                ours[:, :, : cache.filled] = theirs[:, :, : cache.filled]
-                ours[:, :, cache.filled :] = 0  # a masked place has weight 0, and 0 * nan is nan
-        self.position.fill_(cache.filled)
-        return self
-
-    def extend(self, layer, k, v):
-        """Append k and v, (B, H, 1, C / H), to a layer; return the keys and values of all places."""
-        keys, values = self.keys_and_values(layer)
-        keys.index_copy_(2, self.position, k)
-        values.index_copy_(2, self.position, v)
-        return keys, values
-
-    @property
-    def mask(self):
-        return self.places <= self.position  # (1, length)
 
 
 class Attention(nn.Module):
@@ -146,7 +105,6 @@ class GPT2(nn.Module):
     def __init__(self, config, n_tokens=None, dtype=torch.float32):
         super().__init__()
         self.config, self.n_tokens, self.dtype = config, n_tokens or config.vocab_size, dtype
-        self.static_caches = None  # {size: StaticKVCache} after compile_decoding
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -211,53 +169,43 @@ class GPT2(nn.Module):
         """
         B, P = prompts.shape
         sequences = torch.cat([prompts, prompts.new_full((B, max_new_tokens), eos_id)], dim=1)
-        cache = KVCache(self.config, B, P + max_new_tokens)
-        ended = torch.zeros(B, dtype=torch.bool, device=prompts.device)
-        new = prompts
+        cache, step = KVCache(self.config, B, P + max_new_tokens), None
+        new, ended = prompts, torch.zeros(B, 1, dtype=torch.bool, device=prompts.device)
         for t in range(P, P + max_new_tokens):
-            logits = self.next_logits(new, cache)
-            if t == P and self.static_caches is not None:
-                cache = self.static_cache(cache)
-            new = torch.where(ended, eos_id, draw(logits / temperature, generator))
-            sequences[:, t] = new
+            if step:
+                new = step(generator)
+            else:
+                hidden = self.trunk(new, cache)[:, -1:]
+                new = self.next_ids(hidden, ended, temperature, eos_id, generator)
+            sequences[:, t : t + 1] = new
             ended = new == eos_id  # a row that has ended continues with eos_id
-            new = new[:, None]
-            if (t + 1 - P) % STOP_CHECK == 0 and ended.all():
+            done = t + 1 - P
+            if done % STOP_CHECK == 0 and done < max_new_tokens and ended.all():
                 break
+            if t == P and uses_graphs(prompts.device):
+                step, cache = decoder(self).start(cache, new, temperature, eos_id), None
         return sequences
 
-    def next_logits(self, new, cache):
-        """Return the logits of the token after ids new (B, L), appended to a cache of either kind: (B, n_tokens)."""
-        if isinstance(cache, KVCache):
-            return self.logits(self.trunk(new, cache)[:, -1:]).squeeze(1)
-        logits = self.static_step(new, cache)
-        cache.position += 1
-        return logits
+    def next_ids(self, hidden, ended, temperature, eos_id, generator=None, u=None):
+        """Draw the next token of each row, eos_id if it has ended: hidden states (B, 1, C), (B, 1) bool -> (B, 1) ids.
 
-    def static_step(self, new, cache):
-        """Decode one token with a StaticKVCache: new (B, 1) -> logits (B, n_tokens). See compile_decoding."""
-        return self.logits(self.hidden(new, cache.position, cache)).squeeze(1)
-
-    def static_cache(self, cache):
-        """Return a StaticKVCache filled from a KVCache, its length a multiple of 64: each length needs a CUDA graph."""
-        size = cache.shape[2], -(-cache.shape[4] // 64) * 64
-        if size not in self.static_caches:
-            self.static_caches[size] = StaticKVCache(cache, size[1])
-        return self.static_caches[size].fill(cache)
-
-    def compile_decoding(self):
-        """Run a decoding step on a GPU as one CUDA graph instead of hundreds of kernel launches."""
-        self.static_step, self.static_caches = torch.compile(self.static_step, mode="reduce-overhead"), {}
+        generator, u: see draw.
+        """
+        logits = self.logits(hidden / temperature).squeeze(1)
+        return torch.where(ended, eos_id, draw(logits, generator, u)[:, None])
 
 
-def draw(logits, generator=None):
+def draw(logits, generator=None, u=None):
     """Sample from softmax(logits) by inversion of the cumulative distribution: (B, V) -> (B,) ids.
+
+    u: uniform random numbers (B, 1) in [0, 1); by default they are drawn from the generator.
 
     torch.multinomial draws V exponential numbers per row, which takes as long as one or two layers, and makes the host
     wait for the GPU. Sums are in float64 except on MPS: in float32, tokens of probability below 6e-8 are never drawn.
     """
     cumulated = logits.softmax(-1).cumsum(-1, dtype=torch.float32 if logits.device.type == "mps" else torch.float64)
-    u = torch.rand(len(logits), 1, dtype=cumulated.dtype, device=logits.device, generator=generator)
+    if u is None:
+        u = torch.rand(len(logits), 1, dtype=cumulated.dtype, device=logits.device, generator=generator)
     return torch.searchsorted(cumulated, (1 - u) * cumulated[:, -1:]).squeeze(-1)  # 1 - u is never 0
 
 
@@ -321,9 +269,8 @@ def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
 
 
 def compile_passes(policy, ref_policy, enabled):
-    """torch.compile the forward passes and the decoding step that a rollout and an update call."""
+    """torch.compile the forward passes that a rollout and an update call."""
     if not enabled:
         return
     policy.compile(dynamic=True)  # the lengths of prompts and responses differ between rollouts
     ref_policy.compile(dynamic=True)
-    policy.gpt2.compile_decoding()

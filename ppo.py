@@ -36,12 +36,12 @@ from model import compile_passes
 from reward import check_finite, load_rewards, reward_fingerprint, scored
 from runtime.checkpoint import Checkpoints, check_run, fingerprint
 from runtime.cli import run
-from runtime.device import micro_batch_size, pick_device, random_generator, to_device
+from runtime.device import micro_batch_size, pick_device, random_generator, to_device, true_places
 from runtime.distributed import ONE_PROCESS, join
 from runtime.errors import BadInput, NotFinite
 from runtime.hub import load_policy, open_gpt2, policy_fingerprint
 from runtime.log import RunLog, ppo_sheet
-from runtime.monitor import Alarms, BestPolicy, Rollout, Stopwatch, average, rollout_metrics, sample
+from runtime.monitor import Alarms, BestPolicy, Rollout, Stopwatch, average, rollout_metrics, sample, to_floats
 from runtime.optimizer import Stepper
 from runtime.self_check import check_policy
 
@@ -64,13 +64,12 @@ def token_rewards(scores, kl, mask, kl_coef):
 
 
 def whiten(x, mask, shift_mean=True):
-    """Scale x to variance 1 (unbiased) over the mask and shift its mean to 0, or keep it: (B, T) -> (B, T)."""
-    real = x[mask]  # (N,)
-    if len(real) < 2:  # a single token has no variance
-        return x.where(mask, 0)
-    mean, std = real.mean(), real.std()
-    whitened = (x - mean) / (std + 1e-8)
-    return (whitened if shift_mean else whitened + mean).where(mask, 0)
+    """Scale x (B, T) to variance 1 (unbiased) over the mask, bool or indices, and shift its mean to 0, or keep it."""
+    real, whitened = x[mask], torch.zeros_like(x)  # (N,), (B, T)
+    if len(real) > 1:  # a single token has no variance
+        real = (real - real.mean()) / (real.std() + 1e-8) + (0 if shift_mean else real.mean())
+    whitened[mask] = real
+    return whitened
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -159,27 +158,29 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
     watch, prompt_len, eos_id = Stopwatch(), prompts.shape[1], tokenizer.eos_token_id
 
     # 1. generate
-    args = cfg.response_len, cfg.temperature, eos_id, rng
-    sequences = ranks.gather(policy.gpt2.generate(ranks.share(prompts), *args))
-    mask = response_mask(sequences[:, prompt_len:], eos_id)
-    longest = mask.sum(1).max()  # trim to the longest response
-    sequences, mask = sequences[:, : prompt_len + longest], mask[:, :longest]  # (B, P + T), (B, T)
+    sequences = ranks.gather(policy.gpt2.generate(ranks.share(prompts), cfg.response_len, cfg.temperature, eos_id, rng))
+    ids, device = sequences.cpu(), sequences.device  # the host waits for a copy from the GPU: few are made
+    host_mask = response_mask(ids[:, prompt_len:], eos_id)
+    end = prompt_len + host_mask.sum(1).max().item()  # trim to the longest response
+    ids, sequences, host_mask = ids[:, :end], sequences[:, :end], host_mask[:, : end - prompt_len]  # (B, P + T), (B, T)
+    mask, real = to_device(host_mask, device), true_places(host_mask, device)
     watch.lap("generate")
 
     # 2. score prompt and response, decoded together: a character can begin in one and end in the other
-    texts = decode(sequences, tokenizer)
-    scores, positive_by_reward = score(reward_fn, texts, mask.device, ranks)  # (B,) each
-    check_finite("score", scores, texts)
+    texts = decode(ids, tokenizer)
+    scores, positive_by_reward = score(reward_fn, texts, device, ranks)  # (B,) each
     ended = (sequences[:, prompt_len:] == eos_id).any(1)
     penalized = scores.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else scores
     penalized = penalized - cfg.missing_eos_penalty * ~ended
     watch.lap("score")
-    positive_by_judge = score(judge, texts, mask.device, ranks)[1] if judge else None
+    positive_by_judge = score(judge, texts, device, ranks)[1] if judge else None
     watch.lap("judge")
 
     # 3. log-probabilities of the policy and of the reference, and values
     logprobs, values = logprobs_and_values(policy, sequences, prompt_len, cfg, ranks)  # (B, T) each
-    check_finite("log-probability or value", (logprobs + values).where(mask, 0).sum(1), texts)
+    checked = torch.stack([scores, (logprobs + values).where(mask, 0).sum(1)]).cpu()
+    check_finite("score", checked[0], texts)
+    check_finite("log-probability or value", checked[1], texts)
     watch.lap("logprobs")
     ref_logprobs, _ = logprobs_and_values(ref_policy, sequences, prompt_len, cfg, ranks)
     check_finite("the reference's log-probability", ref_logprobs.where(mask, 0).sum(1), texts)
@@ -190,24 +191,24 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
     rewards = token_rewards(penalized.to(kl.dtype), kl, mask, kl_coef)
     objective = rewards.sum(1)
     if cfg.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
+        rewards = whiten(rewards, real, shift_mean=False)
 
     # 5. advantages
     if cfg.advantage == "gae":
         advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
     else:  # a response is one action: all its tokens have its advantage
         advantages = returns = group_advantages(rewards.sum(1), cfg)[:, None].where(mask, 0)
-    advantages = whiten(advantages, mask)  # over the whole rollout; the returns keep the scale of the rewards
+    advantages = whiten(advantages, real)  # over the whole rollout; the returns keep the scale of the rewards
     return Rollout(
-        sequences, prompt_len, mask, logprobs, values, advantages, returns, kl, scores, objective, positive_by_reward,
-        positive_by_judge, ended, texts, watch.seconds,
+        sequences, prompt_len, host_mask, logprobs, values, advantages, returns, kl, scores, objective,
+        positive_by_reward, positive_by_judge, ended, texts, watch.seconds,
     )  # fmt: skip
 
 
 def score(reward_fn, texts, device, ranks):
     """Return (scores, positive) of all texts, (B,) each, on the device; see reward.scored."""
     scores, positive = ranks.attempt(scored, reward_fn, ranks.share(texts))
-    return tuple(x if x is None else ranks.gather(x.to(device)) for x in (scores, positive))
+    return tuple(x if x is None else ranks.gather(to_device(x, device)) for x in (scores, positive))
 
 
 def logprobs_and_values(policy, sequences, prompt_len, cfg, ranks):
@@ -225,17 +226,17 @@ def logprobs_and_values(policy, sequences, prompt_len, cfg, ranks):
 
 def update(policy, stepper, batch, cfg, rng=None, ranks=ONE_PROCESS):
     """Train for K epochs on the minibatches of a rollout, one optimizer step each. Return the means of the metrics."""
-    start, minibatches = time.time(), []
+    start, device, minibatches = time.time(), batch.sequences.device, []
     for _ in range(cfg.ppo_epochs):
-        order = torch.randperm(len(batch.mask), generator=rng)  # every episode once per epoch
-        for rows in order.to(batch.mask.device).split(cfg.minibatch_size):
+        for rows in torch.randperm(len(batch.mask), generator=rng).split(cfg.minibatch_size):  # each episode once
             parts, weights, tokens = [], [], batch.mask[rows].sum() / ranks.size
             for micro_batch in rows.split(cfg.micro_batch_size):
                 micro_batch = ranks.share(micro_batch)
                 mask = batch.mask[micro_batch]
+                micro_batch, real = to_device(micro_batch, device), true_places(mask, device)
                 logprobs, values = policy(batch.sequences[micro_batch], batch.prompt_len, cfg.temperature)
-                old = (x[micro_batch][mask] for x in (batch.logprobs, batch.values, batch.advantages, batch.returns))
-                loss, metrics = ppo_loss(logprobs[mask], values[mask], *old, cfg)
+                old = (x[micro_batch][real] for x in (batch.logprobs, batch.values, batch.advantages, batch.returns))
+                loss, metrics = ppo_loss(logprobs[real], values[real], *old, cfg)
                 weight = mask.sum() / tokens  # so that losses are means over the real tokens of the minibatch
                 stepper.backward(loss * weight)
                 parts.append(metrics)
@@ -244,7 +245,7 @@ def update(policy, stepper, batch, cfg, rng=None, ranks=ONE_PROCESS):
     metrics = average(minibatches, [1 / len(minibatches)] * len(minibatches))
     for end, minibatch in (("first", minibatches[0]), ("last", minibatches[-1])):
         metrics |= {f"{end}_{name}": minibatch[name] for name in ("approx_kl", "max_log_ratio")}
-    metrics = ranks.mean({name: float(value) for name, value in metrics.items()})
+    metrics = ranks.mean(to_floats(metrics))
     return metrics | {"skipped_steps": stepper.skipped, "lr": stepper.lr, "seconds_update": time.time() - start}
 
 

@@ -6,15 +6,21 @@
 
 Times ppo.rollout and ppo.update as ppo.main calls them. FLOPs are counted in separate calls, by
 torch.utils.flop_counter. The peak is the speed of a large matrix product, measured after each step, because the speed
-of a machine changes from minute to minute. If the transformers are in bf16, the logits of the
-policy are still in fp32, and the peak is that of the faster dtype.
+of a machine changes from minute to minute. If the transformers are in bf16, the logits of the policy are still in fp32,
+and the peak is that of the faster dtype.
+
+On CUDA, it also counts how often the host waits for the GPU. The number for the whole step includes the waits between
+the phases of a rollout, such as the check that all numbers are finite.
 """
 
 import copy
 import json
 import statistics
 import time
+import warnings
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +36,7 @@ from runtime.hub import load_policy, open_gpt2
 from runtime.log import sheet
 from runtime.monitor import peak_memory
 from runtime.optimizer import Stepper
+from runtime.self_check import cached_logprobs
 
 MINI = defaults(PPOConfig, "mini")
 WORKS = {  # preset: the PPO config to time; prompts have one length, so that each step has the same number of tokens
@@ -75,11 +82,24 @@ def flops(function, *args):
     return counter.get_total_flops()
 
 
-def measure(ppo, model, texts, cfg):
-    """Return {phase: {"seconds": [one per step], "flops": n}} of steps with the config ppo, and a dict of machine data.
+def host_waits(function, *args):
+    """Return where the host waits for the GPU in a call, by PyTorch's warnings: a Counter of "file:line"."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message).lower())
 
-    The dict: "device", "dtypes" of the products, "peak_flops" (FLOP/s, one per step), "peak_memory_gb". model: "mini"
-    or "gpt2", see load. texts: the prompts are their beginnings.
+
+def measure(ppo, model, texts, cfg):
+    """Time steps with the config ppo: return their phases, and a dict of machine data.
+
+    phases: {name: {"seconds": [one per step], "flops": n, "host_waits": n}}; host_waits is None on other devices than
+    CUDA. Machine data: "device", "dtypes" of the products, "peak_flops" (FLOP/s, one per step), "peak_memory_gb".
+    model: "mini" or "gpt2", see load. texts: the prompts are their beginnings.
     """
     device, dtype = pick_device(cfg)
     ppo, dtypes = replace(ppo, compile=cfg.compile), dict.fromkeys([torch.float32, dtype])
@@ -93,7 +113,8 @@ def measure(ppo, model, texts, cfg):
     for step in range(cfg.repeats + 1):
         prompts = prompt_batch(pool, step, ppo).to(device)
         generator = random_generator(device, ppo.seed, step)
-        batch = rollout(policy, ref_policy, Folded(tokenizer), reward_fn, prompts, ppo.kl_coef, ppo, generator)
+        args = policy, ref_policy, Folded(tokenizer), reward_fn, prompts, ppo.kl_coef, ppo, generator
+        batch = rollout(*args)
         start = time.time()
         update(policy, stepper, batch, ppo, random_generator("cpu", ppo.seed, step))
         steps.append(batch.seconds | {"update": time.time() - start})
@@ -105,15 +126,21 @@ def measure(ppo, model, texts, cfg):
             for part in batch.sequences.split(ppo.micro_batch_size):
                 policy(part, batch.prompt_len)
 
-    counts = {
-        "generate": flops(policy.gpt2.generate, prompts, ppo.response_len, ppo.temperature, -1, generator),
-        "score": flops(reward_fn, batch.texts),
-        "logprobs": flops(evaluate, policy),
-        "reference": flops(evaluate, ref_policy),
-        "update": flops(update, policy, stepper, batch, ppo),
+    calls = {
+        "generate": (policy.gpt2.generate, prompts, ppo.response_len, ppo.temperature, -1, generator),
+        "score": (reward_fn, batch.texts),
+        "logprobs": (evaluate, policy),
+        "reference": (evaluate, ref_policy),
+        "update": (update, policy, stepper, batch, ppo),
     }
-    phases = {name: {"seconds": [s[name] for s in steps[1:]], "flops": n} for name, n in counts.items()}
-    phases["step"] = {"seconds": [sum(step.values()) for step in steps[1:]], "flops": sum(counts.values())}
+    phases = {name: {"seconds": [s[name] for s in steps[1:]], "flops": flops(*call)} for name, call in calls.items()}
+    # the counter does not see inside CUDA graphs: the products of generate, by the self-check's decoding
+    phases["generate"]["flops"] = flops(cached_logprobs, policy, batch.sequences, batch.prompt_len)
+    total = sum(phase["flops"] for phase in phases.values())
+    phases["step"] = {"seconds": [sum(step.values()) for step in steps[1:]], "flops": total}
+    calls["step"] = (lambda: update(policy, stepper, rollout(*args), ppo),)
+    for name, phase in phases.items():
+        phase["host_waits"] = host_waits(*calls[name]).total() if device.type == "cuda" else None
     dtypes = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     return phases, dict(device=str(device), dtypes=dtypes, peak_flops=peaks[1:], peak_memory_gb=memory)
 
@@ -127,11 +154,12 @@ def main(cfg):
     if cfg.json:
         print(json.dumps(dict(preset=cfg.preset, phases=phases, threads=threads) | machine))
         return
-    rows = {"": f"{'ms':>10} {'min':>10} {'max':>10} {'TFLOP':>8} {'of the peak':>12}"}
+    rows = {"": f"{'ms':>10} {'min':>10} {'max':>10} {'TFLOP':>8} {'of the peak':>12} {'host waits':>11}"}
     for name, phase in phases.items():
         seconds = statistics.median(phase["seconds"])
         times = " ".join(f"{1e3 * x:10.1f}" for x in (seconds, min(phase["seconds"]), max(phase["seconds"])))
-        rows[name] = f"{times} {phase['flops'] / 1e12:8.3f} {phase['flops'] / seconds / peak:12.2f}"
+        waits = "-" if phase["host_waits"] is None else phase["host_waits"]
+        rows[name] = f"{times} {phase['flops'] / 1e12:8.3f} {phase['flops'] / seconds / peak:12.2f} {waits:>11}"
     rows["generation"] = f"{tokens / statistics.median(phases['generate']['seconds']):.0f} tokens/s"
     limits = f"{min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f}"
     rows["peak"] = f"{peak / 1e9:.0f} GFLOP/s, {limits}, for a large product in {' or '.join(machine['dtypes'])}"

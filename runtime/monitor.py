@@ -14,7 +14,7 @@ import torch
 from data import decode
 from model import exact_kl
 from runtime.checkpoint import BEST, BestWeights, delete_checkpoints
-from runtime.device import random_generator
+from runtime.device import random_generator, to_device, true_places
 from runtime.hub import load_policy, open_gpt2, save_gpt2
 
 
@@ -24,7 +24,7 @@ class Rollout:
 
     sequences: torch.Tensor  # (B, P + T)
     prompt_len: int  # P
-    mask: torch.Tensor  # True on real tokens
+    mask: torch.Tensor  # True on real tokens; in the host's memory, the other tensors are on the device
     logprobs: torch.Tensor  # nats, of the policy that sampled
     values: torch.Tensor
     advantages: torch.Tensor  # whitened
@@ -57,10 +57,11 @@ def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
     kl is the KL of the penalty (k1, summed over a response, mean over responses), kl_stderr its standard error.
     kl_k3 is never negative; kl_exact sums over the vocabulary at each token, for 8 episodes.
     """
-    mask, few = batch.mask, slice(8)
+    device, few = batch.kl.device, slice(8)
+    mask, real = to_device(batch.mask, device), true_places(batch.mask, device)
     kl = batch.kl.where(mask, 0)  # (B, T)
     exact = exact_kl(policy, ref_policy, batch.sequences[few], mask[few], batch.prompt_len, cfg.temperature)
-    response_kl, returns = kl.sum(1), batch.returns[mask]
+    response_kl, returns = kl.sum(1), batch.returns[real]
     metrics = {
         "score": batch.scores.mean(),
         "score_std": batch.scores.std(unbiased=False),
@@ -69,25 +70,31 @@ def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
         "kl_stderr": response_kl.std(unbiased=False) / len(response_kl) ** 0.5,
         "kl_k3": ((-kl).exp() - 1 + kl).sum(1).mean(),
         "kl_exact": exact.mean(),
-        "entropy": -batch.logprobs[mask].mean(),  # nats per token, of the policy's own samples: unbiased
+        "entropy": -batch.logprobs[real].mean(),  # nats per token, of the policy's own samples: unbiased
         "explained_variance": 1
-        - (returns - batch.values[mask]).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8),
+        - (returns - batch.values[real]).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8),
         "response_length": mask.sum(1).float().mean(),
         "eos_frac": batch.ended.float().mean(),
         "truncated_frac": truncated_frac,
     }
     shares = {"positive_by_reward": batch.positive_by_reward, "positive_by_judge": batch.positive_by_judge}
     metrics |= {name: positive.mean() for name, positive in shares.items() if positive is not None}
-    return {k: float(v) for k, v in metrics.items()} | {f"seconds_{k}": v for k, v in batch.seconds.items()} | {
-        "tokens_per_second": int(mask.sum()) / batch.seconds["generate"],
-        "peak_memory_gb": peak_memory(mask.device),
+    return to_floats(metrics) | {f"seconds_{k}": v for k, v in batch.seconds.items()} | {
+        "tokens_per_second": int(batch.mask.sum()) / batch.seconds["generate"],
+        "peak_memory_gb": peak_memory(device),
     }  # fmt: skip
+
+
+def to_floats(metrics):
+    """Return metrics, tensors of one number or floats by name, as floats; the tensors leave the GPU in one copy."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, torch.Tensor)}
+    return metrics | dict(zip(tensors, torch.stack(list(tensors.values())).tolist()))
 
 
 def average(parts, shares):
     """Average dicts of metrics with the same names, weighted by shares, but take the largest of those named max_..."""
     return {
-        name: max(part[name] for part in parts)
+        name: torch.stack([part[name] for part in parts]).max()
         if name.startswith("max_")
         else sum(part[name] * share for part, share in zip(parts, shares))
         for name in parts[0]

@@ -14,6 +14,7 @@ LAYERS = (  # a module imports only from its own layer and those before it
     ("runtime.errors", "runtime.linear"),
     ("config",),
     ("runtime.cli", "runtime.device", "runtime.distributed"),
+    ("runtime.decoding",),
     ("model", "runtime.checkpoint", "runtime.optimizer"),
     ("runtime.hub", "runtime.self_check", "runtime.log"),
     ("data",),

@@ -391,13 +391,10 @@ def test_generate_samples_from_the_distribution_that_the_policy_reports(monkeypa
     torch.testing.assert_close(policy(sequences, 4, 0.7)[0], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_decoding_and_the_value_head_use_the_device_of_the_weights(static):
+def test_decoding_and_the_value_head_use_the_device_of_the_weights():
     """With another default device: tensors on the meta device have no data."""
     gpt2, prompts, generator = small_gpt2(), random_ids(3, 4), torch.Generator()
-    gpt2.static_caches = {} if static else None
     expected = gpt2.generate(prompts, 12, 1.0, 7, generator.manual_seed(0))
-    gpt2.static_caches = {} if static else None
     with torch.device("meta"):
         assert torch.equal(gpt2.generate(prompts, 12, 1.0, 7, generator.manual_seed(0)), expected)
         assert all(parameter.device.type == "cpu" for parameter in Policy(gpt2).parameters())
@@ -820,73 +817,3 @@ def test_a_damaged_value_head_is_refused_with_its_path(folder_with_head):
     file.write_bytes(b"half of a")
     with pytest.raises(BadInput, match=r"value_head\.safetensors"):
         load_policy(*open_gpt2(str(folder)))
-
-
-# ---- the compiled decoding step, as far as a CPU can test it
-
-
-@pytest.fixture
-def compiled_eagerly(monkeypatch):
-    """torch.compile without a compiler: the traced graph runs eagerly, and a second trace is an error."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, mode: compile(function, backend="eager", fullgraph=True))
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-
-
-def test_the_compiled_decoding_step_generates_the_same_responses_and_is_traced_once(compiled_eagerly):
-    """For prompts of several lengths, with a cache that held longer responses before, and weights changed in place.
-
-    Fails if the mask is off by one, if the position is not advanced, or if shapes change from step to step: each shape
-    would need its own CUDA graph.
-    """
-    model = GPT2(GPT2Config(vocab_size=50, n_positions=80, n_embd=32, n_layer=2, n_head=4)).init_weights()
-    for parameter in model.parameters():
-        parameter.data *= 3
-    compiled = deepcopy(model)
-    compiled.compile_decoding()
-    for prompt_len, new_tokens in ((5, 30), (2, 30), (7, 11)):
-        prompts = torch.randint(1, 50, (4, prompt_len), generator=torch.Generator().manual_seed(prompt_len))
-        for gpt2 in (model, compiled):
-            gpt2.wte.weight.data *= 1.1
-        sequences = [
-            gpt2.generate(prompts, new_tokens, 1.0, eos_id=0, generator=random_generator("cpu", prompt_len))
-            for gpt2 in (model, compiled)
-        ]
-        assert torch.equal(*sequences)
-    assert list(compiled.static_caches) == [(4, 64)]
-
-
-@pytest.fixture
-def static_gpt2():
-    """A GPT-2 that decodes with a static cache, as after compile_decoding, but without torch.compile."""
-    gpt2 = small_gpt2(n_positions=70, n_layer=3)
-    gpt2.static_caches = {}
-    return gpt2
-
-
-@pytest.mark.parametrize("length", [9, 65])  # 64 is the smallest static cache
-@torch.no_grad()
-def test_a_static_step_gives_the_logits_of_a_full_forward(static_gpt2, length):
-    """Up to the last place of the cache. Logits are compared, since sampled ids can hide a small difference."""
-    ids, start = random_ids(3, length), length - 5
-    full, cache = static_gpt2(ids), KVCache(static_gpt2.config, 3, length)
-    static_gpt2.next_logits(ids[:, :start], cache)
-    cache = static_gpt2.static_cache(cache)
-    for t in range(start, length):
-        torch.testing.assert_close(static_gpt2.next_logits(ids[:, t : t + 1], cache), full[:, t], **CLOSE)
-
-
-def test_every_token_after_the_first_is_decoded_by_a_static_step(static_gpt2, monkeypatch):
-    steps, step = [], static_gpt2.static_step
-    monkeypatch.setattr(static_gpt2, "static_step", lambda new, cache: steps.append(new.shape) or step(new, cache))
-    static_gpt2.generate(random_ids(3, 4), 6, 1.0, -1, random_generator("cpu", 0))
-    assert steps == 5 * [(3, 1)]
-
-
-def test_the_decoding_step_is_compiled_with_cuda_graphs(static_gpt2, monkeypatch):
-    modes = []
-    monkeypatch.setattr(torch, "compile", lambda function, mode: modes.append(mode) or function)
-    static_gpt2.compile_decoding()
-    assert [torch._inductor.list_mode_options(mode)["triton.cudagraphs"] for mode in modes] == [True]

@@ -1048,16 +1048,14 @@ def test_a_run_uses_the_columns_and_the_task_of_its_config(train, tmp_path):
         train("long", steps=1, task="controlled", response_len=40, **columns)
 
 
-def test_compile_passes_compiles_forward_and_decoding_for_dynamic_lengths(monkeypatch):
+def test_compile_passes_compiles_forward_passes_for_dynamic_lengths(monkeypatch):
     compiled, policies = [], [tiny_policy(), tiny_policy()]
     for name, policy in zip(("policy", "reference"), policies):
         monkeypatch.setattr(policy, "compile", lambda name=name, **options: compiled.append((name, options)))
-        monkeypatch.setattr(policy.gpt2, "compile_decoding", lambda name=name: compiled.append((name, "decoding")))
     compile_passes(*policies, False)
     assert not compiled
     compile_passes(*policies, True)
-    options = {"dynamic": True}
-    assert compiled == [("policy", options), ("reference", options), ("policy", "decoding")]
+    assert compiled == [("policy", {"dynamic": True}), ("reference", {"dynamic": True})]
 
 
 # ---- samples.jsonl

@@ -50,23 +50,23 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_ppo::test_whitening_uses_all_real_tokens_of_the_rollout": [
             (
                 "padding is included in the mean when advantages are whitened",
-                "real = x[mask]  # (N,)",
-                "real = x.flatten()",
+                "real, whitened = x[mask]",
+                "real, whitened = x.flatten()",
             ),
         ],
         "test_ppo::test_whitening_one_token_or_equal_tokens_is_finite": [
-            ("the standard deviation of one token is nan", "if len(real) < 2:", "if len(real) < 1:"),
+            ("the standard deviation of one token is nan", "if len(real) > 1:", "if len(real) > 0:"),
         ],
         "test_ppo::test_rollout_whitens_advantages_once_and_does_not_whiten_returns": [
             (
                 "each response is whitened separately, so that good and bad ones get the same advantages",
-                "advantages = whiten(advantages, mask)  # over",
+                "advantages = whiten(advantages, real)  # over",
                 "advantages = torch.cat([whiten(a[None], m[None]) for a, m in zip(advantages, mask)])  # over",
             ),
             (
                 "returns are computed from whitened advantages",
-                "advantages = whiten(advantages, mask)  # over",
-                "advantages = whiten(advantages, mask); returns = advantages + values  # over",
+                "advantages = whiten(advantages, real)  # over",
+                "advantages = whiten(advantages, real); returns = advantages + values  # over",
             ),
         ],
         "test_ppo::test_rloo_gives_the_golden_numbers": [
@@ -161,7 +161,7 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_reward::test_a_character_split_between_prompt_and_response_is_complete_for_the_classifier": [
             (
                 "prompt and response are decoded separately",
-                "texts = decode(sequences, tokenizer)",
+                "texts = decode(ids, tokenizer)",
                 "texts = [a + b for a, b in zip(decode(prompts, tokenizer), "
                 "decode(sequences[:, prompt_len:], tokenizer))]",
             ),
@@ -241,18 +241,42 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_model::test_embedding_rows_without_a_token_have_no_logits_and_are_never_sampled": [
             ("embedding rows without a token can be sampled", "weight = weight[: self.n_tokens]", "pass"),
         ],
-        "test_compile::test_nan_values_left_in_the_static_cache_do_not_change_later_responses": [
-            ("masked entries of the cache stay nan, and nan times 0 is nan", "ours[:, :, cache.filled :] = 0", "pass"),
-        ],
         "test_model::test_values_are_zero_before_training": [
             ("the value head starts with random weights", "nn.init.zeros_(self.value_head.weight)", "pass"),
         ],
         "test_model::test_a_row_is_padded_with_eos_after_its_first_one_and_no_other_token_changes": [
             (
                 "responses continue after <|endoftext|>",
-                "torch.where(ended, eos_id, draw(logits / temperature, generator))",
-                "draw(logits / temperature, generator)",
+                "torch.where(ended, eos_id, draw(logits / temperature, generator, u)[:, None])",
+                "draw(logits / temperature, generator, u)[:, None]",
             ),
+        ],
+    },
+    "runtime/decoding.py": {
+        "test_decoding::test_nan_values_left_in_the_static_cache_do_not_change_later_responses": [
+            (
+                "masked entries of the cache stay nan, and nan times 0 is nan",
+                "self.buffer[..., cache.filled :, :] = 0",
+                "pass",
+            ),
+        ],
+        "test_decoding::test_a_static_step_gives_the_logits_of_a_full_forward": [
+            (
+                "a static step does not attend to its own token",
+                "self.places <= self.position",
+                "self.places < self.position",
+            ),
+            ("the position of a static step stays the same", "self.cache.position += 1", "pass"),
+        ],
+        "test_decoding::test_a_step_with_bf16_copies_equals_one_under_autocast_after_each_update_of_the_weights": [
+            (
+                "the policy that generates keeps the weights of the first rollout",
+                "torch._foreach_copy_(self.copies, self.originals)",
+                "pass",
+            ),
+        ],
+        "test_decoding::test_weights_are_converted_to_bf16_once_per_call_of_generate": [
+            ("autocast converts the weights for each token", "and gpt2.bf16)", "and False)"),
         ],
     },
     "runtime/self_check.py": {

@@ -39,7 +39,7 @@ from generate_mutants import RULES, digest, generate
 from selection import Coverage, all_test_files, source_files, stamp
 
 TARGETS = ["model", "linear", "self_check", "ppo", "monitor", "reward", "data", "metrics", "optimizer", "evaluate"]
-TARGETS += ["responses", "checkpoint", "log"]
+TARGETS += ["decoding", "responses", "checkpoint", "log"]
 
 
 def source_file(name):
