@@ -31,7 +31,7 @@ class Config:
     """The fields of every script."""
 
     preset: Preset = "gpt2"  # gpt2: full size, from the Hugging Face hub; mini: small models, offline on a CPU
-    device: Device = "auto"  # auto: CUDA if available, else MPS, else CPU
+    device: Device = "auto"  # auto: CUDA if available, else MPS (not in preset mini), else CPU
     dtype: Dtype = "auto"  # autocast dtype of the transformer, all else is fp32; auto: bf16 on CUDA if supported
 
     def __post_init__(self):
