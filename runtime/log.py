@@ -80,9 +80,9 @@ class RunLog:
 
         In a file or a notebook it is drawn every ten seconds: there, each time may give another line.
         """
-        options = dict(total=steps, unit=unit, initial=checkpoints.first_step, disable=self.rank > 0)
-        pause = 0.1 if sys.stderr.isatty() else 10  # seconds
-        self.bar = tqdm(checkpoints.steps(steps), name, mininterval=pause, **options)
+        first, hidden, pause = checkpoints.first_step, bool(self.rank), 0.1 if sys.stderr.isatty() else 10
+        steps, total = checkpoints.steps(steps), steps
+        self.bar = tqdm(steps, name, initial=first, total=total, unit=unit, disable=hidden, mininterval=pause)
         return self.bar
 
     def write(self, step, **metrics):
