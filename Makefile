@@ -12,34 +12,38 @@ BIN = .venv/bin
 
 .PHONY: demo test mutants mutation docs results soak clean
 
-demo: .venv/installed
+demo: .venv/run-time
 	$(BIN)/python ppo.py --preset mini --force
 	$(BIN)/python evaluate.py --preset mini
 
-test: .venv/installed
+test: .venv/tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q tests -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
-mutants: .venv/installed
+mutants: .venv/tests
 	$(BIN)/python tests/mutation/mutants.py
 	$(BIN)/python tests/mutation/mutation.py --sample 60
 
-mutation: .venv/installed
+mutation: .venv/tests
 	$(BIN)/python tests/mutation/mutation.py
 
-docs: .venv/installed
+docs: .venv/tests
 	$(BIN)/python -m docs.build
 
-results: .venv/installed
+results: .venv/run-time
 	$(BIN)/python -m docs.record
 
-soak: .venv/installed
+soak: .venv/tests
 	$(BIN)/python tests/soak.py
 
-.venv/installed: requirements.txt
+.venv/run-time: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q -r requirements.txt -c constraints.txt
+	touch $@
+
+.venv/tests: .venv/run-time requirements-dev.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 clean:

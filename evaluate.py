@@ -9,6 +9,7 @@ policy, ppo_checkpoints/<preset>/. Existing results are replaced only with --for
 card, the report page, and the comparison of many policies (frontier.py).
 """
 
+import runtime  # isort: skip  # noqa: F401 - first, since it refuses a Python older than 3.11
 import json
 import textwrap
 from dataclasses import replace

@@ -10,6 +10,7 @@ Writes a Hugging Face folder with the weights that were best on the validation s
 the run's config to finetune_checkpoints/<preset>/. --resume resumes a run that was stopped.
 """
 
+import runtime  # isort: skip  # noqa: F401 - first, since it refuses a Python older than 3.11
 import json
 import math
 import time

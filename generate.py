@@ -5,10 +5,11 @@
     python generate.py --preset mini --prompt "The first half hour"    # complete this prompt and exit
     python generate.py --preset mini < prompts.txt                     # complete each line
 
-An empty line or the end of the input (Ctrl-D) ends the program. Below each response are its score and the judge's
-probability of POSITIVE.
+An empty line or the end of the input (Ctrl-D, on Windows Ctrl-Z) ends the program. Below each response are its score
+and the judge's probability of POSITIVE.
 """
 
+import runtime  # isort: skip  # noqa: F401 - first, since it refuses a Python older than 3.11
 import contextlib
 import sys
 
@@ -106,5 +107,6 @@ def main(cfg):
 
 if __name__ == "__main__":
     if sys.stdin:
-        sys.stdin.reconfigure(errors="surrogateescape")  # so that prompt_ids can refuse a line that is not UTF-8
+        # -sig: a file of Windows may start with a byte order mark; errors: prompt_ids refuses a line that is not UTF-8
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     run(main, GenerateConfig)

@@ -24,6 +24,7 @@ The details that matter, in the order of the code:
     model.Policy   the hidden state before a token gives its logits and value; the value head starts at 0; no dropout
 """
 
+import runtime  # isort: skip  # noqa: F401 - first, since it refuses a Python older than 3.11
 import copy
 import time
 from dataclasses import replace

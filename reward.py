@@ -14,6 +14,8 @@ evaluate.py can tell by it whether responses became positive or only exploit the
 reward_checkpoints/<preset>/: a Hugging Face model with the labels NEGATIVE and POSITIVE, log.jsonl and results.json.
 """
 
+import runtime  # isort: skip  # noqa: F401 - first, since it refuses a Python older than 3.11
+import copy
 import importlib.util
 import json
 import math
@@ -162,6 +164,8 @@ def open_classifier(name, dropout=None):
         model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
     except Exception as error:  # transformers raises whatever its readers do
         raise BadInput(f"classifier {name} cannot be read: {first_line(error)}") from None
+    if dropout is not None:  # copied, since its weights are mapped to a file, which Windows would not replace
+        model = copy.deepcopy(model)
     return model, load_tokenizer(folder)
 
 

@@ -8,7 +8,7 @@ from analysis.metrics import kl_three_ways
 from data import decode
 from model import token_logprobs
 from ppo import response_mask
-from runtime.device import random_generator, rows_that_fit
+from runtime.device import random_generator, release_memory, rows_that_fit
 
 
 def prompt_groups(pool, cfg):
@@ -43,6 +43,7 @@ def respond(policy, ref_policy, tokenizer, groups, cfg, device, name):
         out["tokens"] += [row[keep].tolist() for row, keep in zip(responses, mask)]
         out["prompts"] += decode(prompts, tokenizer)
         out["texts"] += decode(sequences, tokenizer)
+        release_memory(torch.device(device))
     return out
 
 

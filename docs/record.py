@@ -43,7 +43,8 @@ def machine():
     model = platform.processor() or platform.machine()
     cpu = Path("/proc/cpuinfo")
     if cpu.is_file():
-        names = [line.partition(": ")[2] for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        lines = cpu.read_text(encoding="utf-8").splitlines()
+        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
         model = names[0] if names else model
     return f"{len(os.sched_getaffinity(0))} CPU cores ({model})"
 

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from runtime.cli import differing
+from runtime.device import release_memory
 from runtime.distributed import ONE_PROCESS
 from runtime.errors import BadInput, Stopped, first_line
 
@@ -36,6 +38,7 @@ WRITTEN = (RESULTS, VIEWER, "samples.md", "example_results.png", "learning_curve
 CARD, CARD_MARK = "README.md", "<!-- written by evaluate.py, which replaces it -->"  # the model card
 OTHER_CARD = "MODEL_CARD.md"  # the model card if there is a README.md that evaluate.py did not write
 SAVING = ".saving-"  # prefix of a temporary folder
+SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")  # end a run: Ctrl-C, a batch system, and Ctrl-Break, only on Windows
 DISK_SPEED = 2e8  # bytes per second at which a slow disk writes a checkpoint
 REVISIONS = {}  # {name: commit} of what this process read from the Hugging Face hub, for run_config.json
 
@@ -106,14 +109,14 @@ def replacing(out, tensors):
     umask = os.umask(0)
     os.umask(umask)
     try:
-        with tempfile.TemporaryDirectory(prefix=SAVING, dir=out) as temporary:
+        with tempfile.TemporaryDirectory(prefix=SAVING, dir=out, ignore_cleanup_errors=True) as temporary:
             yield Path(temporary)
             for path in Path(temporary).rglob("*"):
                 if path.is_file():
                     path.chmod(0o666 & ~umask)  # safetensors makes its files unreadable to others
                 flush(path)
             for path in sorted(Path(temporary).iterdir()):
-                os.replace(path, Path(out) / path.name)
+                replace(path, Path(out) / path.name)
             flush(out)
     except Exception as error:
         if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:  # tokenizers raises Exception
@@ -122,17 +125,41 @@ def replacing(out, tensors):
 
 
 def flush(path):
-    """Write a file or the names in a folder from the cache to the disk, so that a power cut does not undo it."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Write a file or the names in a folder from the cache to the disk, so that a power cut does not undo it.
+
+    Windows flushes only files that are open for writing, and no folders.
+    """
+    is_folder = Path(path).is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:
+        if is_folder:
+            return
+        raise
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def replace(old, new, seconds=2.0):
+    """Rename a file or folder, which replaces a file. On Windows, retry for some seconds while a file in it is open.
+
+    A virus scanner, for example, opens each new file for a moment.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return os.replace(old, new)
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() > end:
+                raise
+        time.sleep(0.05)
 
 
 def write_text(path, text):
     """Write a text file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace(temporary, path)
 
 
 # ---- the folder of a run
@@ -193,9 +220,9 @@ def is_our_card(file):
 def delete_checkpoints(out):
     """Delete all checkpoints of a run. If the process is killed, all or none of them are left."""
     if (Path(out) / CHECKPOINTS).is_dir():
-        renamed = Path(out) / (SAVING + CHECKPOINTS)  # a later run removes it if this one is killed
-        os.replace(Path(out) / CHECKPOINTS, renamed)
-        shutil.rmtree(renamed, ignore_errors=True)
+        folder = tempfile.mkdtemp(prefix=SAVING, dir=out)  # a later run removes it if this one is killed
+        replace(Path(out) / CHECKPOINTS, Path(folder) / CHECKPOINTS)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_leftovers(out):
@@ -236,9 +263,9 @@ def save_checkpoint(out, model, optimizers, state, keep=2):
         folder = temporary / f"{state['step']:08d}"
         folder.mkdir()
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TENSORS)
-        (folder / STATE).write_text(json.dumps(state, indent=1))
+        (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     for old in sorted(parent.glob("[0-9]*"))[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # what is open on Windows is deleted after the next save
 
 
 def latest_checkpoint(out):
@@ -310,8 +337,12 @@ class Checkpoints:
         return state["step"]
 
     def steps(self, end):
-        """Yield first_step to end - 1. After Ctrl-C or SIGTERM, finish the step, save and raise Stopped."""
-        before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Yield first_step to end - 1. After one of SIGNALS, finish the step, save and raise Stopped."""
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        if threading.current_thread() is not threading.main_thread():  # as in some notebooks: Python allows no handlers
+            numbers = []
+        before = {number: signal.signal(number, self.handle) for number in numbers}
+        device = next(self.model.parameters()).device
         self.start = time.monotonic()
         try:
             for step in range(self.first_step, end):
@@ -321,6 +352,7 @@ class Checkpoints:
                 if stop:
                     raise Stopped(stop)
                 yield step
+                release_memory(device)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

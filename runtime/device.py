@@ -14,6 +14,8 @@ from runtime.errors import BadInput
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by dtype and save_dtype of config.py
+# CUDA 13.0 has kernels for the RTX series 20 to 50; pip would keep an installed torch of the same version
+INSTALL_CUDA = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
 
 
 def pick_device(cfg):
@@ -27,7 +29,9 @@ def pick_device(cfg):
         warnings.simplefilter("ignore")  # PyTorch's warning about a GPU that it cannot use: unused_gpu has the reason
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     devices = [device for device in available if available[device]]
-    name = devices[0] if cfg.device == "auto" else cfg.device
+    # the kernels of preset mini are so small that starting them on Apple's GPU takes longer than computing on the CPU
+    automatic = [device for device in devices if not (device == "mps" and cfg.preset == "mini")]
+    name = automatic[0] if cfg.device == "auto" else cfg.device
     expected = cfg.device == "cuda" or cfg.device == "auto" and name == "cpu"
     reason = unused_gpu() if expected and "cuda" not in devices else ""
     if name not in devices:
@@ -56,7 +60,7 @@ def unused_gpu():
     if not (shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia")):
         return ""
     if not torch.backends.cuda.is_built():
-        return f"torch {torch.__version__} was built without CUDA; pytorch.org/get-started/locally has other builds"
+        return f"torch {torch.__version__} was built without CUDA; for an RTX card: {INSTALL_CUDA}"
     try:
         torch.cuda.init()  # raises the reason; is_available only warns, and only once per process
     except RuntimeError as error:
@@ -129,6 +133,14 @@ def true_places(mask, device):
     x[true_places(mask, device)] is x[mask], but the host does not wait until the GPU has counted the elements.
     """
     return to_device(mask.nonzero(), device).unbind(1)
+
+
+def release_memory(device):
+    """Free what PyTorch caches on MPS, which grows with every new shape of a batch. Call it after each step."""
+    if device.type == "mps":
+        torch.mps.empty_cache()
+        if hasattr(torch.mps, "clear_graph_cache"):  # compiled graphs; torch 2.13 does not have it
+            torch.mps.clear_graph_cache()
 
 
 def keep_freed_memory():

@@ -61,7 +61,7 @@ class Processes(OneProcess):
         atexit.register(dist.destroy_process_group)
         self.device, self.rank, self.size = device, dist.get_rank(), dist.get_world_size()
         if self.rank:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
     def share(self, rows):
         n, rest = divmod(len(rows), self.size)

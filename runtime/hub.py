@@ -52,7 +52,7 @@ def locate(name):
     """
     folder = Path(name)
     hint = HINTS.get(folder.parts[0], "") if folder.parts else ""
-    if not (folder.is_dir() or hint or name.startswith((".", "/", "~"))):
+    if not (folder.is_dir() or hint or folder.is_absolute() or name.startswith((".", "~"))):
         return _from_hub(name)
     if missing := missing_files(folder):
         if hint.endswith(".py"):
@@ -277,7 +277,7 @@ def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32, weigh
     )
     with replacing(out, state | {f"value_head.{name}": tensor for name, tensor in head.items()}) as folder:
         tokenizer.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         if head:
             save_file({name: t.detach().cpu().contiguous() for name, t in head.items()}, folder / VALUE_HEAD)

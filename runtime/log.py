@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import textwrap
 import time
 from dataclasses import asdict
@@ -33,7 +34,7 @@ class RunLog:
 
     def __init__(self, cfg, part="", first_step=0, rank=0):
         self.out, self.start, self.tensorboard, self.wandb = Path(cfg.out, part), time.time(), None, None
-        self.file = self.bar = None
+        self.rank, self.bar = rank, None
         if rank:
             return
         wandb = importlib.util.find_spec("wandb")
@@ -47,7 +48,6 @@ class RunLog:
             write_text(Path(cfg.out, RUN_CONFIG), json.dumps(asdict(cfg) | {"revisions": REVISIONS}, indent=1))
             earlier = self.keep("log.jsonl", first_step)
             self.keep("samples.jsonl", first_step)
-            self.file = open(self.out / "log.jsonl", "a", encoding="utf-8")
         except OSError as error:
             raise BadInput(f"cannot write to {self.out}: {error}") from None
         if earlier:
@@ -60,10 +60,11 @@ class RunLog:
             import wandb
 
             file = self.out / "wandb_id"  # a resumed run continues the same run on W&B
-            if not (file.is_file() and file.read_text()):
+            if not (file.is_file() and file.read_text(encoding="utf-8")):
                 write_text(file, wandb.util.generate_id())
+            run_id = file.read_text(encoding="utf-8")
             self.wandb = wandb.init(
-                project="mini-rlhf", name=self.out.as_posix(), config=asdict(cfg), id=file.read_text(), resume="allow"
+                project="mini-rlhf", name=self.out.as_posix(), config=asdict(cfg), id=run_id, resume="allow"
             )
 
     def keep(self, name, first_step):
@@ -76,16 +77,20 @@ class RunLog:
         return earlier
 
     def progress(self, checkpoints, steps, name, unit):
-        """Return the steps of a loop, from 0 or the resumed step on, with a progress bar."""
-        first, hidden = checkpoints.first_step, self.file is None
-        self.bar = tqdm(checkpoints.steps(steps), name, initial=first, total=steps, unit=unit, disable=hidden)
+        """Return the steps of a loop, from 0 or the resumed step on, with a progress bar.
+
+        In a file or a notebook it is drawn every ten seconds: there, each time may give another line.
+        """
+        first, hidden, pause = checkpoints.first_step, bool(self.rank), 0.1 if sys.stderr.isatty() else 10
+        steps, total = checkpoints.steps(steps), steps
+        self.bar = tqdm(steps, name, initial=first, total=total, unit=unit, disable=hidden, mininterval=pause)
         return self.bar
 
     def write(self, step, **metrics):
         """Log the metrics of a step: floats and ints by name."""
-        if not self.file:
+        if self.rank:
             return
-        self.write_line(self.file, dict(step=step, seconds=round(time.time() - self.start, 2), **metrics))
+        self.append("log.jsonl", dict(step=step, seconds=round(time.time() - self.start, 2), **metrics))
         if self.tensorboard:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -102,9 +107,8 @@ class RunLog:
             self.print(f"warning: KL is {kl:.2f} nats: is the distribution that was sampled the one that was scored?")
         if samples is None:
             return
-        if samples and self.file:
-            with open(self.out / "samples.jsonl", "a", encoding="utf-8") as file:
-                self.write_line(file, dict(step=step, samples=samples))
+        if samples and not self.rank:
+            self.append("samples.jsonl", dict(step=step, samples=samples))
         lines = [
             f"step {step} | score {score:+.2f} | kl {kl:.2f} +- {metrics['kl_stderr']:.2f} nats | "
             f"clip {metrics['clip_frac']:.3f} | entropy {metrics['entropy']:.2f}"
@@ -124,14 +128,13 @@ class RunLog:
         """Print a line above the progress bar."""
         self.bar.write(text)
 
-    def write_line(self, file, line):
-        file.write(json.dumps(line) + "\n")
-        file.flush()
+    def append(self, name, line):
+        """Add a line to a JSON lines file. It does not stay open: Windows would not replace it in a resumed run."""
+        with open(self.out / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def close(self):
         """Close the log; return the seconds that the run took, including its earlier parts."""
-        if self.file:
-            self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:

@@ -1,8 +1,8 @@
 """What is measured during PPO: metrics of a rollout, samples, alarms, and the best policy so far."""
 
 import copy
+import ctypes
 import math
-import resource
 import statistics
 import sys
 import time
@@ -16,6 +16,11 @@ from model import exact_kl
 from runtime.checkpoint import BEST, BestWeights, delete_checkpoints
 from runtime.device import random_generator, to_device, true_places
 from runtime.hub import load_policy, open_gpt2, save_gpt2
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,13 @@ def peak_memory(device):
     """Return the peak memory of this process in GB: allocated on the GPU on CUDA, else resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        counters = (
+            ctypes.c_size_t * 9
+        )()  # PROCESS_MEMORY_COUNTERS: the first two fields of 32 bits, then numbers of bytes
+        this_process = ctypes.c_void_p(-1)
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(this_process, counters, ctypes.sizeof(counters))
+        return counters[1] / 1e9  # PeakWorkingSetSize
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

@@ -193,6 +193,10 @@ def test_every_file_format_gives_the_same_rows(tmp_path, suffix, labels):
 
 
 def test_bad_rows_are_dropped_counted_and_named(tmp_path, capsys):
+    from datasets.packaged_modules.csv.csv import CsvConfig  # takes seconds to import
+
+    if "encoding_errors" not in CsvConfig().pd_read_csv_kwargs:
+        pytest.skip("before 5.2, datasets ignores encoding_errors with most versions of pandas: the file is refused")
     lines = [b"text,label"] + [f"film {i},{i % 2}".encode() for i in range(1, 11)]
     lines[2] = b",1"
     lines[3], lines[5], lines[6], lines[8] = b'"  ",1', b"film 5,", b"film 6,", b"caf\xe9,0"

@@ -409,7 +409,7 @@ def test_a_new_run_deletes_the_figures_of_earlier_weights(tmp_path):
         (tmp_path / name).write_text("old")
     (tmp_path / "README.md").write_text(f"---\n---\n\n{CARD_MARK}\n")
     RunLog(cfg).close()
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoints", "config.json", "log.jsonl", "run_config.json"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoints", "config.json", "run_config.json"]
 
 
 @pytest.mark.parametrize("lost", ["", "the last line", "everything", "the file"])
