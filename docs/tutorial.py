@@ -21,32 +21,18 @@
 # missing.
 
 # %%
-import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 REPOSITORY = "https://github.com/mini-rlhf/mini-rlhf"
-
-
-def is_installed(requirement):
-    try:
-        return bool(importlib.metadata.version(requirement.partition("==")[0]))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
 here = Path.cwd()
 root = next((folder for folder in (here, *here.parents) if (folder / "ppo.py").is_file()), None)
 if root is None:
     root = here / REPOSITORY.rpartition("/")[2]
     subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, root], check=True)
-    scripts_need = (root / "requirements.txt").read_text().partition("# only for the tests")[0]
-    missing = [line for line in re.findall(r"^[\w-]+==\S+", scripts_need, re.MULTILINE) if not is_installed(line)]
-    if missing:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", root / "requirements.txt"], check=True)
 os.chdir(root)
 sys.path.insert(0, str(root))
 
