@@ -32,8 +32,8 @@ class Config:
 
     preset: Preset = "gpt2"  # gpt2: full size, from the Hugging Face hub; mini: small models, offline on a CPU
     device: Device = "auto"  # auto: CUDA if available, else MPS (not in preset mini), else CPU
-    # autocast dtype of the transformers (policy, reward and judge); logits of the policy, values and losses are fp32
-    dtype: Dtype = "auto"  # auto: on CUDA bf16, or fp16 on cards without bf16 units (T4, RTX 20xx); else fp32
+    # the transformers of policy, reward and judge; the policy's logits, values and losses are always fp32
+    dtype: Dtype = "auto"  # autocast dtype; auto: bf16 on CUDA, or fp16 on cards without bf16 (T4, RTX 20xx); else fp32
 
     def __post_init__(self):
         check_ranges(self)

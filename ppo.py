@@ -17,9 +17,8 @@ The details that matter, in the order of the code:
     gae            the value after the last real token is 0, also if the response was cut at T
     ppo_loss       both losses are pessimistic: the larger one of clipped and unclipped
     AdaptiveKL     kl_coef is adapted once per rollout, in proportion to the clipped error of the KL
-    rollout        prompts have one length, so no padding; sampling uses the full softmax, as log-probabilities do;
-                   these come from the forward pass of update, so the first ratio is 1; advantages are whitened, returns
-                   are not, so the value head learns the scale of the rewards
+    rollout        prompts have one length, so no padding; sampling uses the full softmax; old log-probabilities come
+                   from the forward pass of update, so the first ratio is 1; returns are not whitened
     update         losses are means over the real tokens of a minibatch, whatever the micro-batch size
     model.Policy   the hidden state before a token gives its logits and value; the value head starts at 0; no dropout
 """

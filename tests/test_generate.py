@@ -176,6 +176,16 @@ def test_a_wrong_prompt_in_a_flag_is_refused_before_weights_are_read(tmp_path, g
     assert "48 positions" in message(generate.main, GenerateConfig(prompt="word " * 50, device="cpu", **folders))
 
 
+def test_all_models_compute_in_the_dtype_of_the_config(monkeypatch):
+    dtypes, model = [], str(ROOT / "asset/mini/gpt2")
+    for name in ("load_policy", "load_reward", "load_judge"):
+        monkeypatch.setattr(generate, name, lambda *args: dtypes.append(args[-1]) or torch.nn.Identity())
+    for name in ("check_finished", "respond"):
+        monkeypatch.setattr(generate, name, lambda *_: None)
+    generate.main(GenerateConfig(before=model, after=model, prompt=PROMPT, device="cpu", dtype="fp16"))
+    assert dtypes == [torch.float16] * 4
+
+
 def test_two_models_need_one_vocabulary(tmp_path, gpt2_folder, tokenizer):
     """The same size is not enough: the same ids would be other tokens. The context must be the same too."""
     other = train_bpe([text.upper() for text in TEXTS], len(tokenizer))
