@@ -173,7 +173,7 @@ def faults(times):
     for _ in range(times):
         torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(10), faults(10))
+print(faults(10), [faults(10) for _ in range(3)][-1])
 """
     first, second = map(int, subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split())
     assert second < first / 10  # the heap is large enough by then
