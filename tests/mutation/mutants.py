@@ -206,7 +206,7 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_model::test_generate_samples_from_the_distribution_that_the_policy_reports": [
             (
                 "the temperature is applied in sampling only",
-                "logits = self.gpt2.logits(hidden) / temperature  # (B, T, V)",
+                "logits = self.gpt2.logits(hidden / temperature)  # (B, T, V)",
                 "logits = self.gpt2.logits(hidden)",
             ),
         ],
@@ -247,8 +247,8 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_model::test_a_row_is_padded_with_eos_after_its_first_one_and_no_other_token_changes": [
             (
                 "responses continue after <|endoftext|>",
-                "torch.where(ended, eos_id, draw(logits / temperature, generator, u)[:, None])",
-                "draw(logits / temperature, generator, u)[:, None]",
+                "torch.where(ended, eos_id, draw(logits, generator, u)[:, None])",
+                "draw(logits, generator, u)[:, None]",
             ),
         ],
     },
@@ -276,7 +276,7 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
             ),
         ],
         "test_decoding::test_weights_are_converted_to_bf16_once_per_call_of_generate": [
-            ("autocast converts the weights for each token", "and gpt2.bf16)", "and False)"),
+            ("autocast converts the weights for each token", "Linear) and low)", "Linear) and False)"),
         ],
     },
     "runtime/self_check.py": {
