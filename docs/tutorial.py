@@ -171,7 +171,8 @@ for row in range(4):
 # ## 3. Log-probabilities and KL
 #
 # The log-probability of each token, under the policy and under the reference, is the basis of all that follows
-# (`ppo.logprobs_and_values`). Their difference is an estimate of the KL divergence:
+# (`ppo.logprobs_and_values`). Their difference is an estimate of the KL divergence, which measures how much the policy
+# differs from the reference. Its unit is the nat, since the logarithms are natural:
 #
 # $$\mathrm{kl}_t = \log \pi(a_t \mid s_t) - \log \pi_\mathrm{ref}(a_t \mid s_t)$$
 #
@@ -204,8 +205,9 @@ for text, score in zip(texts, sentiment(texts)):
 #
 # $$r_t = -\beta \, \mathrm{kl}_t + [t = T] \cdot \mathrm{score}$$
 #
-# $\beta$ is `kl_coef`, and $T$ is the last token of the response. The mask says which tokens are real:
-# after `<|endoftext|>` there is only padding (`ppo.response_mask`). The KL is still 0, so the score is all there is.
+# $\beta$ is `kl_coef`, $T$ is the last token of the response, and $[t = T]$ is 1 for this token and 0 for the others.
+# The mask says which tokens are real: after `<|endoftext|>` there is only padding (`ppo.response_mask`). The KL is
+# still 0, so the score is the only reward.
 
 # %%
 mask = ppo.response_mask(batch.sequences[:, batch.prompt_len :], tokenizer.eos_token_id)
@@ -224,7 +226,8 @@ assert torch.allclose(rewards.sum(1), batch.scores)
 #
 # $$\delta_t = r_t + \gamma V(s_{t+1}) - V(s_t), \qquad A_t = \delta_t + \gamma \lambda A_{t+1}$$
 #
-# With values of 0, the score is passed back and shrinks by $\gamma\lambda = 0.95$ per token.
+# With values of 0, the score is passed back and shrinks by $\gamma\lambda = 0.95$ per token. The function also gives
+# the return of each token, its advantage plus its value: the values are trained towards the returns.
 
 # %%
 advantages, returns = ppo.gae(rewards, batch.values, mask, cfg.gamma, cfg.lam)
@@ -246,7 +249,7 @@ picture(batch, whitened, "whitened advantages: blue tokens become more probable,
 # %% [markdown]
 # ## 7. Ratio and loss
 #
-# The ratio compares the policy that is trained with the policy that sampled the responses:
+# The ratio $\rho_t$ compares the policy that is trained with the policy that sampled the responses:
 #
 # $$\rho_t = \frac{\pi(a_t \mid s_t)}{\pi_\mathrm{old}(a_t \mid s_t)}, \qquad
 # L = -\frac{1}{N} \sum_t \min\left(\rho_t A_t,\ \mathrm{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon)\, A_t\right)$$
@@ -310,6 +313,10 @@ assert (batch.advantages * (new_ratio - 1))[mask].mean() > 0
 # Four responses to one prompt teach little. The function below is the loop of `ppo.main` without checkpoints and logs:
 # rollout, update, repeat. Each step has 32 prompts, the beginnings of reviews. `ppo.AdaptiveKL` changes `kl_coef` so
 # that the KL goes to `kl_target`, 5 nats per response.
+#
+# Of the metrics below, `score` and `kl` are means per response, and `entropy` is per token: it is low if the policy is
+# sure of its next token. `clip_frac` is the share of tokens whose ratio is outside the clip range, and
+# `explained_variance` is the share of the variance of the returns that the values explain.
 
 
 # %%
@@ -383,8 +390,8 @@ print(f"mean score: {many_before.scores.mean():.2f} before, {many_after.scores.m
 assert many_after.scores.mean() > many_before.scores.mean() + 0.1
 
 # %% [markdown]
-# With the trained policy, no column is 0 any more. A negative KL is no error: the token is less probable
-# than under the reference. Only the mean over many responses is positive.
+# With the trained policy, the columns kl and value are no longer 0. A negative KL is no error: the token is less
+# probable than under the reference. The mean over many responses is positive.
 
 # %%
 rewards = ppo.token_rewards(after.scores, after.kl, after.mask, cfg.kl_coef)
@@ -544,3 +551,4 @@ assert kl_padding > kl_real
 # - `python ppo.py --preset mini` is the full run on a CPU: 40 steps of 128 responses.
 # - The [README](../README.md) says how to change the reward, the data and the model.
 # - The docstring of `ppo.py` lists the details that matter, in the order of the code.
+# - [implementation-details.md](implementation-details.md) explains them, [kl.md](kl.md) the KL.
