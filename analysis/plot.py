@@ -282,7 +282,7 @@ def example_results(folder):
         axis.axhline(y, 0.03, 0.97, color=GREY, linewidth=0.6)
         for (x, _, weight, _), lines in zip(layout, row):
             for i, line in enumerate(lines):
-                style = dict(ha="left", va="baseline", weight=weight, family="DejaVu Sans Mono")
+                style = dict(ha="left", va="baseline", weight=weight, family=["DejaVu Sans Mono", "DejaVu Sans"])
                 note(axis, x, y - 0.3 - i * LINE, line, **style)
         for x, p in ((2.4, sample["before"]["judge"]), (6.25, sample["after"]["judge"])):
             box(axis, x, y - 0.25, 0.5, 0.24, f"{p:.2f}", GREEN if p > 0.5 else RED, solid=True, size=SMALL)

@@ -3,7 +3,7 @@
     python -m docs.record
 
 Writes asset/recorded.json, with the output and the duration of each command, and copies the demo's results, log and
-config to asset/. It takes about eight minutes on two CPU cores. `make docs` then fills README.md and docs/.
+config to asset/. It takes about six minutes on two CPU cores. `make docs` then fills README.md and docs/.
 """
 
 import datetime

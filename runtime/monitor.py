@@ -57,7 +57,7 @@ class Stopwatch:
 
 @torch.no_grad()
 def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
-    """Return the metrics of a Rollout as floats; README.md says which values are healthy.
+    """Return the metrics of a Rollout as floats; docs/troubleshooting.md says which values are healthy.
 
     kl is the KL of the penalty (k1, summed over a response, mean over responses), kl_stderr its standard error.
     kl_k3 is never negative; kl_exact sums over the vocabulary at each token, for 8 episodes.

@@ -1,4 +1,4 @@
-"""Compare the speed with other libraries on one machine: the table of peers in the README.
+"""Compare the speed with other libraries on one machine: the second table of docs/performance.md.
 
     python3 -m venv trl0 && trl0/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.46.3 "datasets<4" \\
         "numpy<2.3" "accelerate<1.3" rich
