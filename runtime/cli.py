@@ -82,11 +82,11 @@ def differing(cfg, other):
 def run(main, cls):
     """Parse the flags and call main(cfg). Report BadInput, a full disk and signals in one line, with an exit status.
 
-    Prints UTF-8, whatever the code page of the console is.
+    Prints UTF-8, whatever the code page of the console is, and line by line, also into a file or a pipe.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
         main(parse(cls))
     except BadInput as error:
