@@ -236,12 +236,16 @@ def at_equal_kl(rows, measure, nats):
     return {method: [] if None in values else values for method, values in methods.items()}
 
 
+def half_width(values):
+    """Return the half-width of the 95 % interval of a mean over at least two seeds, by Student's t."""
+    return STUDENT_T.get(len(values), 2.2) * statistics.stdev(values) / len(values) ** 0.5
+
+
 def mean_text(values):
-    """Return the mean of the values of all seeds and its 95 % interval, by Student's t, as text; "-" without values."""
+    """Return the mean of the values of all seeds and its 95 % interval as text; "-" without values."""
     if len(values) < 2:
         return f"{values[0]:.3f}" if values else "-"
-    half_width = STUDENT_T.get(len(values), 2.2) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.3f} ± {half_width:.3f}"
+    return f"{statistics.mean(values):.3f} ± {half_width(values):.3f}"
 
 
 def table(header, lines):

@@ -52,8 +52,7 @@ def read_rows(path):
 
 def mean(values):
     """Return {"value", "half"}: the mean over seeds, and the half-width of its 95 % interval."""
-    half = frontier.STUDENT_T[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
-    return {"value": statistics.mean(values), "half": half}
+    return {"value": statistics.mean(values), "half": frontier.half_width(values) if len(values) > 1 else 0.0}
 
 
 def sources():
@@ -66,7 +65,6 @@ def sources():
         "reward": read("asset/mini/reward/results.json"),
         "judge": read("asset/mini/judge/results.json"),
         "performance": read("asset/performance.json"),
-        "minutes": {name: run["seconds"] / 60 for name, run in read("asset/recorded.json")["runs"].items()},
         "frontier": {},
         "ablation": {},
         "mutation": mutation(),
@@ -93,9 +91,11 @@ def mutation():
 
 
 def value_of(data, path):
+    """Return the value at a path of keys in nested dicts. Raise BadInput, with the keys there are, if it has none."""
     for name in path.split("/"):
         if not isinstance(data, dict) or name not in data:
-            raise BadInput(f"no number {path!r}: {name!r} is not one of {', '.join(map(str, data))[:300]}")
+            known = ", ".join(data)[:300] if isinstance(data, dict) else data
+            raise BadInput(f"no number {path!r}: {name!r} is not one of {known}")
         data = data[name]
     return data
 

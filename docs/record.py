@@ -23,13 +23,12 @@ from tqdm import tqdm
 from runtime.checkpoint import write_text
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {  # the first word of a README block: command
+COMMANDS = {  # name in the blocks of README.md: command
     "finetune": "finetune_gpt2.py --preset mini",
     "reward": "reward.py --preset mini",
     "ppo": "ppo.py --preset mini",
     "evaluate": "evaluate.py --preset mini",
     "generate": "generate.py --preset mini --prompt 'This movie was'",
-    "bench": "-m analysis.bench --preset mini",
 }
 RESULTS = ("results.json", "log.jsonl", "run_config.json", "samples.md")
 
@@ -46,7 +45,7 @@ def machine():
         lines = cpu.read_text(encoding="utf-8").splitlines()
         names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
         model = names[0] if names else model
-    return f"{len(os.sched_getaffinity(0))} CPU cores ({model})"
+    return f"{os.cpu_count()} CPU cores ({model})"
 
 
 def main():
@@ -64,7 +63,6 @@ def main():
             runs[name] = {"command": text, "seconds": round(time.monotonic() - start, 1), "output": done.stdout}
         for name in RESULTS:
             shutil.copy(Path(folder, "ppo_checkpoints", "mini", name), ROOT / "asset" / name)
-    runs["demo"] = {"seconds": runs["ppo"]["seconds"] + runs["evaluate"]["seconds"]}
     today = datetime.date.today().strftime("%d %B %Y").lstrip("0")
     recorded = {"date": today, "commit": git("rev-parse", "--short", "HEAD"), "machine": machine(), "runs": runs}
     write_text(ROOT / "asset" / "recorded.json", json.dumps(recorded, indent=1))

@@ -111,9 +111,7 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if resource is None:
-        counters = (
-            ctypes.c_size_t * 9
-        )()  # PROCESS_MEMORY_COUNTERS: the first two fields of 32 bits, then numbers of bytes
+        counters = (ctypes.c_size_t * 9)()  # PROCESS_MEMORY_COUNTERS: two fields of 32 bits, then numbers of bytes
         this_process = ctypes.c_void_p(-1)
         ctypes.windll.kernel32.K32GetProcessMemoryInfo(this_process, counters, ctypes.sizeof(counters))
         return counters[1] / 1e9  # PeakWorkingSetSize

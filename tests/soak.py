@@ -69,6 +69,7 @@ def _script(script, flags, output, pause, limit):
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    sys.stdout.reconfigure(write_through=False)  # buffered as in a pipe, also if PYTHONUNBUFFERED is set
     tqdm.set_lock(threading.RLock())  # the default lock would survive a process that is killed
     write = RunLog.write
     RunLog.write = lambda *args, **metrics: write(*args, **metrics) or time.sleep(pause)
