@@ -69,7 +69,7 @@ class SentimentReward:
     def __init__(self, model, tokenizer, positive, kind="logit", device="cpu", dtype=torch.float32):
         self.model, self.tokenizer, self.positive, self.kind = model.eval().to(device), tokenizer, positive, kind
         self.device, self.dtype = torch.device(device), dtype
-        # tokens per batch, with padding; larger batches do not fit into a CPU's cache and took 1.5 times as long
+        # most tokens per batch, with padding; larger batches do not fit into a CPU's cache and took 1.5 times as long
         self.batch_tokens = 2048 if self.device.type == "cpu" else 16384
         self.max_length = token_limit(model.config, tokenizer)
         self.truncated_frac = 0.0  # share of texts in the last call that were too long
@@ -93,7 +93,11 @@ class SentimentReward:
 
     @torch.no_grad()
     def logits(self, texts):
-        """Return the logits, (len(texts), labels) float32 on the CPU, computed in batches of similar length."""
+        """Return the logits, (len(texts), labels) float32 on the CPU, computed in batches of similar length.
+
+        A batch has at most batch_tokens tokens. From a quarter of that on, it has no text shorter than 0.9 times its
+        longest, so that little is padding.
+        """
         tokenizer = self.tokenizer
         ids = tokenize(tokenizer, texts, self.max_length)
         lengths = np.array([len(row) for row in ids["input_ids"]])
@@ -101,7 +105,9 @@ class SentimentReward:
         logits = torch.empty(len(texts), self.model.config.num_labels)
         order = np.argsort(-lengths, kind="stable")
         while len(order):
-            rows, order = np.split(order, [max(1, self.batch_tokens // lengths[order[0]])])
+            longest = lengths[order[0]]
+            similar = max((lengths[order] >= 0.9 * longest).sum(), self.batch_tokens // 4 // longest)
+            rows, order = np.split(order, [max(1, min(similar, self.batch_tokens // longest))])
             batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
             batch = {name: to_device(tensor, self.device) for name, tensor in batch.items()}
             with self.autocast():

@@ -273,7 +273,7 @@ COMPARISONS = {  # work: (our call, {peer: (environment, call)})
     ),
     "scoring 256 texts, BERT-base": (
         ("our_scoring",),
-        {f"pipeline, batches of {n}": ("trl1", ("hf_scoring", n)) for n in (1, 8, 32)},
+        {f"pipeline, batches of {n}": ("trl1", ("hf_scoring", n)) for n in (1, 8)},
     ),
 }
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import FinetuneConfig, PPOConfig
 from model import GPT2, GPT2Config
+from runtime import device
 from runtime.device import DTYPES, micro_batch_size, peak_flops, pick_device, rows_that_fit
 from runtime.distributed import ONE_PROCESS
 from runtime.errors import BadInput
@@ -27,10 +28,10 @@ def only_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_an_unavailable_device_is_refused(only_a_cpu, device):
-    with pytest.raises(BadInput, match=f"device is {device}, .* finds only: cpu"):
-        pick_device(FinetuneConfig(device=device))
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_an_unavailable_device_is_refused(only_a_cpu, name):
+    with pytest.raises(BadInput, match=f"device is {name}, .* finds only: cpu"):
+        pick_device(FinetuneConfig(device=name))
 
 
 CPU, GPU, MPS = torch.device("cpu"), torch.device("cuda:0"), torch.device("mps")
@@ -195,6 +196,39 @@ def test_the_first_exp_of_a_run_is_a_single_number(only_a_cpu):
     assert exps.sizes == [1]
 
 
+@pytest.fixture
+def amd(monkeypatch):
+    """A CPU of AMD with AVX-512. Afterwards torch's setting is that of a new process."""
+    monkeypatch.setattr(device, "cpu_name", lambda: "vendor_id : AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    yield monkeypatch
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("precise", [True, False])
+def test_onednn_computes_products_on_amd_with_avx512_if_they_are_precise(only_a_cpu, amd, precise):
+    amd.setattr(device, "products_are_precise", lambda: precise)
+    pick_device(FinetuneConfig())
+    assert torch.get_float32_matmul_precision() == ("medium" if precise else "highest")
+
+
+def test_mkl_computes_products_on_other_cpus(only_a_cpu, amd):
+    for name, capability in (("GenuineIntel", "AVX512"), ("", "AVX512"), ("AMD64 Family 26, AuthenticAMD", "AVX2")):
+        amd.setattr(device, "cpu_name", lambda name=name: name)
+        amd.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        pick_device(FinetuneConfig())
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_fp32_products_have_the_precision_of_fp32(only_a_cpu, monkeypatch):
+    """With the setting of the CPU that runs this test. In bf16 the product has an error of 0.05."""
+    pick_device(FinetuneConfig())
+    assert device.products_are_precise()
+    exact = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *args: exact(*args).bfloat16())
+    assert not device.products_are_precise()
+
+
 # ---- the micro-batch size
 
 
@@ -245,7 +279,8 @@ def test_a_micro_batch_has_2048_tokens_on_a_cpu_unless_its_size_is_given():
 def test_tf32_is_off_also_if_an_environment_variable_turned_it_on():
     code = (
         "import torch; from config import PPOConfig; from runtime.device import pick_device; "
-        "before = torch.backends.cuda.matmul.allow_tf32; pick_device(PPOConfig(device='cpu')); "
+        "torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda **_: True; "
+        "before = torch.backends.cuda.matmul.allow_tf32; pick_device(PPOConfig()); "
         "print(before, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)"
     )
     environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
