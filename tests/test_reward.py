@@ -316,7 +316,16 @@ def test_a_batch_has_at_most_batch_tokens_with_padding_and_texts_of_similar_leng
     classifier.model.forward = lambda **inputs: shapes.append(inputs["input_ids"].shape) or forward(**inputs)
     classifier.batch_tokens = 24
     classifier([" ".join(["movie"] * n) for n in (1, 20, 2, 4, 1, 2, 40)])
-    assert [tuple(shape) for shape in shapes] == [(1, 42), (1, 22), (4, 6), (1, 3)]
+    assert [tuple(shape) for shape in shapes] == [(1, 42), (1, 22), (1, 6), (2, 4), (2, 3)]
+
+
+def test_a_batch_with_a_quarter_of_batch_tokens_has_only_texts_of_similar_length(classifier):
+    """Lengths 10, 10, 9 | 8, 8, 4, to have 25 tokens | 4, 4. Otherwise all eight are one batch of 80 tokens."""
+    shapes, forward = [], classifier.model.forward
+    classifier.model.forward = lambda **inputs: shapes.append(inputs["input_ids"].shape) or forward(**inputs)
+    classifier.batch_tokens = 100
+    classifier([" ".join(["movie"] * (n - 2)) for n in (4, 10, 8, 4, 9, 8, 10, 4)])
+    assert [tuple(shape) for shape in shapes] == [(3, 10), (3, 8), (2, 4)]
 
 
 def test_texts_of_the_same_length_are_read_in_order_on_every_cpu(classifier):

@@ -284,6 +284,11 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
             ("the self-check always uses temperature 1", "prompts.shape[1], cfg.temperature", "prompts.shape[1], 1.0"),
         ],
     },
+    "runtime/device.py": {
+        "test_device::test_onednn_computes_products_on_amd_with_avx512_if_they_are_precise": [
+            ("products are rounded to bf16 on CPUs that can", "if not products_are_precise():", "if False:"),
+        ],
+    },
     "runtime/optimizer.py": {
         "test_ppo::test_a_minibatch_leaves_no_gradient_for_the_next": [
             ("gradients are not set to zero after a step", "self.model.zero_grad(set_to_none=True)", "pass"),
@@ -423,6 +428,9 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
                 'tokenizer.truncation_side = "left"',
                 'tokenizer.truncation_side = "right"',
             ),
+        ],
+        "test_reward::test_a_batch_with_a_quarter_of_batch_tokens_has_only_texts_of_similar_length": [
+            ("batches are a tenth padding", "(lengths[order] >= 0.9 * longest).sum()", "len(order)"),
         ],
         "test_reward::test_a_text_has_the_same_score_alone_and_in_any_batch_and_scores_keep_the_order_of_the_texts": [
             (
