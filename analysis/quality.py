@@ -87,7 +87,8 @@ def discriminate(human, generated):
 
 def sample(policy, tokenizer, prompts, cfg, device):
     """Return samples for display: [{"prompt": text, "1.0": response, "0.7": response}], with these temperatures."""
-    groups = [torch.tensor([ids]) for ids in encode(prompts, tokenizer)]
+    longest = policy.gpt2.config.n_positions - cfg.response_len
+    groups = [torch.tensor([ids[:longest]]) for ids in encode(prompts, tokenizer)]
     samples = [{"prompt": prompt} for prompt in prompts]
     for temperature in SAMPLE_TEMPERATURES:
         out = respond(policy, policy, tokenizer, groups, replace(cfg, temperature=temperature), device, "samples")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, message, reviews_csv, write_balanced_bert
+from conftest import TEXTS, hf_gpt2, message, reviews_csv, write_balanced_bert
 
 from analysis import quality
 from analysis.quality import continuations, discriminate, estimate, main, measure_classifiers, samples_table
@@ -86,6 +86,7 @@ def test_people_and_model_continue_the_same_prompts_and_end_where_the_review_end
     assert human["tokens"][5][-1] == tokenizer.eos_token_id
     assert max(map(len, generated["tokens"])) == 12
     assert len(continuations(load_policy(*opened), opened[2], texts, replace(cfg, prompts=5), "cpu")[0]["texts"]) == 5
+    assert "longer" in message(continuations, load_policy(*opened), opened[2], ["A film"] * 9, cfg, "cpu")
 
 
 # ---- classifiers
@@ -116,18 +117,21 @@ def test_agreement_is_the_share_of_texts_on_the_same_side():
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A CSV of reviews and the folders of two classifiers."""
+def inputs(tmp_path_factory, tokenizer):
+    """A CSV of reviews, the folders of two classifiers, and that of a language model with a longer context."""
     folder = tmp_path_factory.mktemp("quality")
     csv = str(reviews_csv(folder / "toy.csv"))
     texts = load_splits(csv)["evaluation"].texts
-    return csv, [str(write_balanced_bert(folder / name, texts, seed)) for seed, name in enumerate(("one", "two"))]
+    hf_gpt2(len(tokenizer), n_positions=512).float().save_pretrained(folder / "second")
+    tokenizer.save_pretrained(folder / "second")
+    classifiers = [str(write_balanced_bert(folder / name, texts, seed)) for seed, name in enumerate(("one", "two"))]
+    return csv, classifiers, str(folder / "second")
 
 
 def test_the_command_measures_every_model_and_keeps_the_results_of_others(gpt2_folder, inputs, tmp_path, capsys):
-    csv, (one, two) = inputs
-    cfg = replace(MINI, dataset=csv, out=str(tmp_path / "out"), device="cpu", samples=2, lm_prompts=3, response_len=39)
-    cfg = replace(cfg, models=(f"small={gpt2_folder}", f"one={one}", f"two={two}"), second_lm=str(gpt2_folder))
+    csv, (one, two), second = inputs
+    cfg = replace(MINI, dataset=csv, out=str(tmp_path / "out"), device="cpu", samples=2, lm_prompts=3)
+    cfg = replace(cfg, models=(f"small={gpt2_folder}", f"one={one}", f"two={two}"), second_lm=second)
     main(cfg)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     small, table = results["gpt2"]["small"], capsys.readouterr().out
@@ -139,7 +143,7 @@ def test_the_command_measures_every_model_and_keeps_the_results_of_others(gpt2_f
     assert small["validation"] == {"bits_per_character": pytest.approx(bits), "perplexity": pytest.approx(perplexity)}
     assert small["discriminator"]["value"] > 0.9  # random weights
     assert small["discriminator"]["above_chance"] == small["discriminator"]["value"] - 0.5
-    assert small["generated"]["bits_per_character"]["value"] < small["human"]["bits_per_character"]["value"]
+    assert small["second_lm"] == "second" and small["human"]["bits_per_character"]["value"] > 0
     assert [set(row) for row in small["samples"]] == [{"prompt", "1.0", "0.7"}] * 2
     assert list(results["classifiers"]) == [
         "one",
@@ -156,7 +160,7 @@ def test_the_command_measures_every_model_and_keeps_the_results_of_others(gpt2_f
     assert later["gpt2"]["small"] == small and later["classifiers"] == results["classifiers"]
     assert later["gpt2"]["other"]["discriminator"] == small["discriminator"]
     assert "| small" in (text := (tmp_path / "out" / "samples.md").read_text()) and "| other" in text
-    assert "response_len 39 -> 20" in message(main, replace(cfg, response_len=20))
+    assert "response_len 40 -> 20" in message(main, replace(cfg, response_len=20))
 
 
 def test_generated_text_is_escaped_in_the_samples():
@@ -171,6 +175,5 @@ def test_a_wrong_input_is_one_line(gpt2_folder, inputs, tmp_path):
     cfg = replace(MINI, dataset=inputs[0], out=str(tmp_path), device="cpu", models=(str(gpt2_folder),))
     assert "48 positions" in message(main, replace(cfg, response_len=41))
     assert "twice" in message(main, replace(cfg, models=(f"a={gpt2_folder}", f"a={inputs[1][0]}")))
-    assert "longer" in message(main, replace(cfg, prompt_len=47, response_len=1))
     assert "nowhere" in message(main, replace(cfg, models=("./nowhere",)))
     assert not list(tmp_path.iterdir())
