@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from analysis.baseline import LinearClassifier, sentiment_baseline
 from analysis.card import quote
-from analysis.linear import LinearClassifier, baseline
 from analysis.metrics import bits_per_character, distinct, open_second_lm, second_nll
 from analysis.responses import respond
 from analysis.tables import markdown
@@ -140,7 +140,10 @@ def measure_gpt2(opened, splits, second, cfg, device, dtype):
 def baselines(splits, preset):
     """Return {name: LinearClassifier}, trained on the reviews of both classifiers, and of each one alone."""
     names = (("reward", "judge"), ("reward",), ("judge",))
-    return {f"linear, {' + '.join(part)}": baseline(splits, part, defaults(RewardConfig, preset)) for part in names}
+    return {
+        f"linear, {' + '.join(part)}": sentiment_baseline(splits, part, defaults(RewardConfig, preset))
+        for part in names
+    }
 
 
 def measure_classifiers(classifiers, reviews, texts, cfg):

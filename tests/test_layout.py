@@ -30,7 +30,7 @@ LAYERS = (  # a module imports only from its own layer and those before it
         "analysis.card",
         "analysis.frontier",
         "analysis.bench",
-        "analysis.linear",
+        "analysis.baseline",
         "analysis.quality",
     ),
     ("evaluate", "generate"),

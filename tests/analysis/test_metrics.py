@@ -441,8 +441,8 @@ def test_a_second_model_in_a_gguf_file_is_that_of_transformers(tmp_path, tokeniz
     """Catches random weights, and a tokenizer other than the one in the file."""
     reference = write_gguf(tmp_path / "tiny.gguf", tokenizer)
     batch = {"prompts": [p for p, _ in TEXTS], "texts": [p + r for p, r in TEXTS]}
-    monkeypatch.chdir(tmp_path)
-    for name in ("tiny.gguf", str(tmp_path / "tiny.gguf")):
+    for folder, name in ((tmp_path, "tiny.gguf"), (tmp_path.parent, f"{tmp_path.name}/tiny.gguf")):
+        monkeypatch.chdir(folder)
         model, theirs = open_second_lm(name, CPU)
         assert theirs(batch["texts"])["input_ids"] == tokenizer(batch["texts"])["input_ids"]
         nll = second_nll(model, theirs, batch, CFG)

@@ -128,9 +128,15 @@ def inputs(tmp_path_factory, tokenizer):
     return csv, classifiers, str(folder / "second")
 
 
-def test_the_command_measures_every_model_and_keeps_the_results_of_others(gpt2_folder, inputs, tmp_path, capsys):
+def test_the_command_measures_every_model_and_keeps_the_results_of_others(
+    gpt2_folder, inputs, tmp_path, capsys, monkeypatch
+):
+    measured, responses = [], []
+    classify, nll = quality.measure_classifiers, quality.second_nll
+    monkeypatch.setattr(quality, "measure_classifiers", lambda *args: measured.append(args) or classify(*args))
+    monkeypatch.setattr(quality, "second_nll", lambda *args: responses.append(args[2]) or nll(*args))
     csv, (one, two), second = inputs
-    cfg = replace(MINI, dataset=csv, out=str(tmp_path / "out"), device="cpu", samples=2, lm_prompts=3)
+    cfg = replace(MINI, dataset=csv, out=str(tmp_path / "out"), device="cpu", samples=2, lm_prompts=3, short_words=8)
     cfg = replace(cfg, models=(f"small={gpt2_folder}", f"one={one}", f"two={two}"), second_lm=second)
     main(cfg)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -152,6 +158,10 @@ def test_the_command_measures_every_model_and_keeps_the_results_of_others(gpt2_f
     ]
     assert results["classifiers"]["linear, judge"]["reviews"]["accuracy"] == 1.0
     assert set(results["classifiers"]["one"]["agreement"]) == {"human", "small"}
+    ((_, reviews, kinds, _),) = measured
+    assert kinds["human"] == [" ".join(text.split(" ")[:8]) for text in reviews.texts]
+    assert reviews.texts == load_splits(csv)["evaluation"].texts and len(kinds["small"]) == small["prompts"]
+    assert [len(out["texts"]) for out in responses] == [3, 3]
     assert str(gpt2_folder) not in json.dumps(results)  # paths of a machine
     assert all(text in table for text in ("small", "linear, reward + judge", "one and two", "discriminator"))
 

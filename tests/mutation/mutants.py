@@ -499,8 +499,8 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
             ),
         ],
     },
-    "analysis/linear.py": {
-        "test_linear::test_the_baseline_is_trained_on_crops_of_its_splits_only_with_their_labels": [
+    "analysis/baseline.py": {
+        "test_baseline::test_the_baseline_is_trained_on_crops_of_its_splits_only_with_their_labels": [
             (
                 "the baseline is trained on held-out reviews too",
                 "for reviews in (splits[name] for name in names)",

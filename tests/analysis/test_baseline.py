@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import message
 
-from analysis import linear
-from analysis.linear import EPOCHS, LinearClassifier, baseline
+from analysis import baseline
+from analysis.baseline import EPOCHS, LinearClassifier, sentiment_baseline
 from config import RewardConfig
 from data import Reviews
 from reward import calibration_error
@@ -58,10 +58,10 @@ def test_the_baseline_is_trained_on_crops_of_its_splits_only_with_their_labels(m
         name: Reviews([f"{name} {label} " + " ".join(map(str, range(60)))] * 2, np.array([label, label]))
         for label, name in enumerate(names)
     }
-    monkeypatch.setattr(linear.LinearClassifier, "fit", lambda self, texts, labels: fitted.append((texts, labels)))
+    monkeypatch.setattr(baseline.LinearClassifier, "fit", lambda self, texts, labels: fitted.append((texts, labels)))
     crops = RewardConfig(crop_share=0.5, max_crop_words=20)
     for part in (("reward", "judge"), ("judge",)):
-        baseline(splits, part, crops)
+        sentiment_baseline(splits, part, crops)
         texts, labels = fitted.pop()
         whole = {splits[name].texts[0] for name in part}
         assert len(texts) == len(labels) == 2 * (1 + EPOCHS) * len(part)

@@ -47,7 +47,7 @@ class LinearClassifier:
         return self.regression.coef_.size + 1
 
 
-def baseline(splits, names, crops):
+def sentiment_baseline(splits, names, crops):
     """Return a LinearClassifier of sentiment, trained on the labelled reviews of the splits with these names.
 
     It is trained on whole reviews, and on crops as the reward's: crops is its RewardConfig, see reward.training_texts.
