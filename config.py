@@ -268,7 +268,8 @@ class EvaluateConfig(DataConfig, ComparisonConfig, PromptConfig):
     """Compare the policy before and after PPO on the same held-out prompts."""
 
     force: bool = False  # replace the results of an earlier evaluation in `after`
-    second_lm: str = ""  # another language model, hub name or folder, to measure bits per character; empty: none
+    # another language model, to measure bits per character; empty: none
+    second_lm: str = ""  # hub name, folder or .gguf file
 
     prompts: int = 1024  # held-out prompts, the same for both models
     batch_size: int = 64  # episodes per forward pass
@@ -319,14 +320,43 @@ class BenchConfig(Config):
     json: bool = False  # print JSON
 
 
+@dataclass(frozen=True)
+class QualityConfig(DataConfig):
+    """Measure GPT-2s and classifiers by numbers that no training optimizes, to compare old and new models."""
+
+    models: tuple[str, ...] = by_preset(  # FOLDER or NAME=FOLDER of each GPT-2 and classifier; or names on the hub
+        ("finetune_checkpoints/gpt2", "lvwerra/bert-imdb"),
+        mini=("asset/mini/gpt2", "asset/mini/reward", "asset/mini/judge"),
+    )
+    out: str = by_preset("quality/gpt2", mini="quality/mini")  # output folder; results of other models in it are kept
+    positive_label: str = ""  # positive label of the classifiers; empty: POSITIVE, POS or an entry of KNOWN_LABELS
+    second_lm: str = ""  # another language model, to measure bits per character: hub name, folder or .gguf file
+
+    # GPT-2s
+    eval_tokens: int = 100_000  # tokens of the validation stream
+    prompts: int = 3500  # prompts, from the splits evaluation and prompts; at most all their reviews
+    prompt_len: int = 8  # P, tokens of a prompt
+    response_len: int = 40  # T, maximum length of a response, tokens
+    temperature: float = 1.0  # of the responses, except the samples
+    batch_size: int = 64  # prompts per forward pass
+    lm_prompts: int = 512  # number of responses whose bits per character are measured by second_lm
+    samples: int = 10  # number of random prompts whose responses are shown side by side
+
+    # classifiers
+    eval_reviews: int = 2000  # held-out reviews to measure the accuracy on
+    short_words: int = 32  # also evaluate on this many first words, about a prompt and a response
+
+    seed: int = 0  # of sampling
+
+
 # ---- defaults and checks
 
 RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exclude the bound
     "(0, inf)": "adam_eps batch_size block_size clip_eps epochs eval_every eval_reviews eval_tokens grad_clip "
-    "hidden_size keep kl_horizon lr max_crop_words max_prompt_len min_crop_words min_prompt_len minibatch_size muon_lr "
-    "n_embd n_head n_layer n_positions num_heads num_layers ppo_epochs prompts repeats resamples response_len "
-    "sample_every sample_temperature samples_per_prompt save_every short_words steps temperature value_clip vocab_size "
-    "workers",
+    "hidden_size keep kl_horizon lm_prompts lr max_crop_words max_prompt_len min_crop_words min_prompt_len "
+    "minibatch_size muon_lr n_embd n_head n_layer n_positions num_heads num_layers ppo_epochs prompt_len prompts "
+    "repeats resamples response_len sample_every sample_temperature samples_per_prompt save_every short_words steps "
+    "temperature value_clip vocab_size workers",
     "[0, inf)": "alarm_window kl_ceiling kl_coef kl_coefs kl_target micro_batch_size min_lr missing_eos_penalty "
     "positive_epochs sample_prompts samples score_clip seed vf_coef viewer_samples warmup_steps weight_decay",
     "[0, 1]": "crop_share gamma lam lr_end",

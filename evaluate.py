@@ -3,6 +3,7 @@
     python evaluate.py
     python evaluate.py --preset mini
     python evaluate.py --force --second_lm gpt2         # replace the results; bits per character by another model
+    python evaluate.py --force --second_lm MODEL.gguf   # the same with a GGUF file: pip install gguf accelerate
 
 Writes README.md (the model card), results.json, samples.md, viewer.json, report.html and figures into the folder of the
 policy, ppo_checkpoints/<preset>/. Existing results are replaced only with --force. See analysis/ for the metrics, the

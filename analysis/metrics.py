@@ -6,8 +6,10 @@ models are compared prompt by prompt: the same rows are resampled for both.
 Shapes: M responses, B responses of a batch, T tokens of a response, V vocabulary.
 """
 
+import importlib.util
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -162,21 +164,37 @@ def difference(before, after, cfg):
 
 
 def open_second_lm(name, device):
-    """Return (model, tokenizer) of a causal language model in Hugging Face's format; weights only from safetensors."""
+    """Return (model, tokenizer) of a causal language model in Hugging Face's format; weights only from safetensors.
+
+    name: a folder, a name on the hub, or a .gguf file, which has the weights, the config and the tokenizer.
+    """
     from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
-    folder, safe = locate(name), dict(use_safetensors=True, trust_remote_code=False)
+    gguf = check_gguf(name) if name.endswith(".gguf") else {}
+    folder, weights = (Path(name).parent, gguf) if gguf else (locate(name), dict(use_safetensors=True))
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **safe).eval().to(device)
-        tokenizer = load_tokenizer(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **weights)
+        tokenizer = load_tokenizer(folder, **gguf)
     except BadInput:
         raise
     except Exception as error:  # transformers raises exceptions of many types
         raise BadInput(f"second_lm {name} cannot be read: {first_line(error)}") from None
     if not tokenizer.is_fast or (tokenizer.bos_token_id is None and tokenizer.eos_token_id is None):
         raise BadInput(f"second_lm {name}: its tokenizer must be a fast one, with offsets, and have a bos or eos token")
-    return model, tokenizer
+    return model.eval().to(device), tokenizer
+
+
+def check_gguf(name):
+    """Return the argument of transformers for a .gguf file. Raise BadInput if it, or a package to read it, is missing.
+
+    transformers reads the file into float32, whatever its quantization.
+    """
+    if missing := [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]:
+        raise BadInput(f"second_lm {name} needs more packages: pip install {' '.join(missing)}")
+    if not Path(name).is_file():
+        raise BadInput(f"second_lm {name}: no such file")
+    return {"gguf_file": Path(name).name}
 
 
 @torch.no_grad()

@@ -166,8 +166,8 @@ def read_config(folder):
     return config
 
 
-def load_tokenizer(folder, config=None):
-    """Return the tokenizer of a folder. Raise BadInput if it cannot encode a sentence.
+def load_tokenizer(folder, config=None, **file):
+    """Return the tokenizer of a folder, or of one file in it, gguf_file. Raise BadInput if it cannot encode a sentence.
 
     With the config of a GPT-2, raise it also if the decoded sentence differs, if there is no end-of-text
     token, or if there are more ids than config.vocab_size.
@@ -175,7 +175,7 @@ def load_tokenizer(folder, config=None):
     from transformers import AutoTokenizer  # takes seconds to import
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, **file)
         ids = tokenizer.encode(SENTENCE, add_special_tokens=False)
         decoded = tokenizer.decode(ids)
     except Exception as error:  # transformers raises whatever its readers raise

@@ -14,6 +14,7 @@ from config import (
     FrontierConfig,
     GenerateConfig,
     PPOConfig,
+    QualityConfig,
     RewardConfig,
     defaults,
     fields,
@@ -29,6 +30,7 @@ CLASSES = (
     GenerateConfig,
     BenchConfig,
     FrontierConfig,
+    QualityConfig,
 )
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
@@ -66,7 +68,11 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
 @every_class
 def test_every_number_has_a_range(cls):
     ranged = " ".join(RANGES.values()).split()
-    numbers = [f.name for f in fields(cls) if f.type in (int, float) or "tuple" in str(f.type)]
+    numbers = [
+        f.name
+        for f in fields(cls)
+        if f.type in (int, float) or "tuple[float" in str(f.type) or "tuple[int" in str(f.type)
+    ]
     assert not [name for name in numbers if name not in ranged]
     assert len(ranged) == len(set(ranged))
 

@@ -30,6 +30,8 @@ LAYERS = (  # a module imports only from its own layer and those before it
         "analysis.card",
         "analysis.frontier",
         "analysis.bench",
+        "analysis.baseline",
+        "analysis.quality",
     ),
     ("evaluate", "generate"),
 )

@@ -394,3 +394,66 @@ def test_a_response_too_long_for_the_second_model_is_refused(gpt2_folder):
     cfg, limited, unlimited = replace(CFG, batch_size=1), Reader(max_position_embeddings=61), Reader()
     for model in (limited, unlimited):  # not every architecture has a limit
         assert second_nll(model, tokenizer, batch, cfg)[0] > 0
+
+
+def write_gguf(file, tokenizer):
+    """Write a tiny Llama and a byte-level BPE to a GGUF file, as llama.cpp does; return the model.
+
+    With two numbers per head, llama.cpp's order of the rows of queries and keys is that of transformers.
+    """
+    gguf = pytest.importorskip("gguf", reason="gguf is in requirements-dev.txt")
+    pytest.importorskip("accelerate", reason="accelerate is in requirements-dev.txt")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4, initializer_range=1.0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).eval()
+    writer, names = gguf.GGUFWriter(file, "llama"), gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    for add, value in {
+        writer.add_context_length: 64,
+        writer.add_embedding_length: 8,
+        writer.add_feed_forward_length: 16,
+        writer.add_block_count: 1,
+        writer.add_head_count: 4,
+        writer.add_head_count_kv: 4,
+        writer.add_rope_dimension_count: 2,
+        writer.add_layer_norm_rms_eps: model.config.rms_norm_eps,
+        writer.add_vocab_size: len(tokenizer),
+        writer.add_tokenizer_model: "gpt2",
+        writer.add_token_list: tokenizer.convert_ids_to_tokens(range(len(tokenizer))),
+        writer.add_token_merges: [
+            " ".join(m) for m in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        ],
+        writer.add_bos_token_id: 0,
+        writer.add_eos_token_id: 0,
+    }.items():
+        add(value)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def test_a_second_model_in_a_gguf_file_is_that_of_transformers(tmp_path, tokenizer, monkeypatch):
+    """Catches random weights, and a tokenizer other than the one in the file."""
+    reference = write_gguf(tmp_path / "tiny.gguf", tokenizer)
+    batch = {"prompts": [p for p, _ in TEXTS], "texts": [p + r for p, r in TEXTS]}
+    for folder, name in ((tmp_path, "tiny.gguf"), (tmp_path.parent, f"{tmp_path.name}/tiny.gguf")):
+        monkeypatch.chdir(folder)
+        model, theirs = open_second_lm(name, CPU)
+        assert theirs(batch["texts"])["input_ids"] == tokenizer(batch["texts"])["input_ids"]
+        nll = second_nll(model, theirs, batch, CFG)
+        assert nll == pytest.approx(second_nll(reference, tokenizer, batch, CFG), rel=1e-4)
+        assert min(nll) > 1 and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_gguf_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    file = tmp_path / "damaged.gguf"
+    assert "no such file" in message(open_second_lm, str(file), CPU)
+    file.write_bytes(b"GGUF" + bytes(100))
+    assert "damaged.gguf cannot be read" in message(open_second_lm, str(file), CPU)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None if name == "accelerate" else "installed")
+    assert "pip install accelerate" in message(open_second_lm, str(file), CPU)
