@@ -268,6 +268,7 @@ class EvaluateConfig(DataConfig, ComparisonConfig, PromptConfig):
     """Compare the policy before and after PPO on the same held-out prompts."""
 
     force: bool = False  # replace the results of an earlier evaluation in `after`
+    resume: bool = False  # keep the results of an earlier evaluation; evaluate again if some of its files are missing
     second_lm: str = ""  # another language model, hub name or folder, to measure bits per character; empty: none
 
     prompts: int = 1024  # held-out prompts, the same for both models
@@ -317,6 +318,18 @@ class BenchConfig(Config):
     repeats: int = 5  # timed steps, after one warm-up step
     compile: bool = False  # torch.compile, as in ppo.py
     json: bool = False  # print JSON
+
+
+@dataclass(frozen=True)
+class PreflightConfig(Config):
+    """State what the commands of `make full` need, without downloading anything.
+
+    Sizes of files, disk, memory, device and time, of fine-tuning, PPO and evaluation with these flags.
+    """
+
+    finetune: str = ""  # more flags of finetune_gpt2.py, as --finetune="--epochs 2"
+    ppo: str = ""  # more flags of ppo.py
+    evaluate: str = ""  # more flags of evaluate.py
 
 
 # ---- defaults and checks

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from analysis.plot import PANELS, THEMES, curves, png, read_jsonl, read_results, reading
 from analysis.tables import results_rows
+from runtime.checkpoint import write_text
 from runtime.errors import BadInput, print_error
 
 PAGE = "report.html"
@@ -112,7 +113,7 @@ def write(folder):
         viewer=viewer,
     )
     path = folder / PAGE
-    path.write_text(page, encoding="utf-8", errors="replace")  # a lone surrogate in a name becomes "?"
+    write_text(path, page.encode(errors="replace").decode())  # a lone surrogate in a name becomes "?"
     return path
 
 
