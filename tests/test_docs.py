@@ -9,7 +9,16 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from config import BenchConfig, EvaluateConfig, FinetuneConfig, FrontierConfig, GenerateConfig, PPOConfig, RewardConfig
+from config import (
+    BenchConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    FrontierConfig,
+    GenerateConfig,
+    PPOConfig,
+    PreflightConfig,
+    RewardConfig,
+)
 from docs import build
 from runtime.cli import differing, parse
 from runtime.errors import BadInput
@@ -23,6 +32,7 @@ CONFIGS = {  # None: the command takes no flags
     "generate.py": GenerateConfig,
     "analysis.frontier": FrontierConfig,
     "analysis.bench": BenchConfig,
+    "runtime.preflight": PreflightConfig,
     "analysis.plot": None,
     "analysis.report": None,
     "docs.build": None,
