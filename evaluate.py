@@ -32,7 +32,16 @@ from data import load_prompts
 from ppo import gae, response_mask, token_rewards
 from reward import load_rewards
 from runtime import checkpoint
-from runtime.checkpoint import RESULTS, VIEWER, check_finished, is_finished, is_our_card, read_json, write_text
+from runtime.checkpoint import (
+    RESULTS,
+    VIEWER,
+    check_finished,
+    is_finished,
+    is_our_card,
+    read_json,
+    remove_leftovers,
+    write_text,
+)
 from runtime.cli import run
 from runtime.device import pick_device
 from runtime.errors import BadInput, Finished
@@ -153,6 +162,7 @@ def written(out):
 
 def write(out, results, samples, tokens, card):
     """Write everything to the folder of the policy. samples, card: Markdown. tokens: from viewer."""
+    remove_leftovers(out)  # such as checkpoints that a run was deleting when it was killed
     (out / report.PAGE).unlink(missing_ok=True)  # written last: with it, an evaluation is complete
     write_text(out / RESULTS, json.dumps(results, indent=1))
     write_text(out / "samples.md", samples)

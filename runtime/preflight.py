@@ -111,8 +111,11 @@ def disks(needs):
 # ---- memory and time
 
 
-def open_config(name, files):
-    """Return the GPT2Config of a model on this machine. If it is not here yet, GPT-2 124M is assumed."""
+def open_config(finetune, files):
+    """Return the GPT2Config that fine-tuning has saved, else that of its source; if neither is here, of GPT-2 124M."""
+    name = finetune.init_from
+    if Path(finetune.out, "config.json").is_file():
+        return read_config(finetune.out)
     is_here = Path(name).is_dir() or name in files and not files[name][2]
     return read_config(locate(name)) if is_here else GPT2Config()
 
@@ -151,7 +154,7 @@ def main(cfg):
     device, dtype = pick_device(ppo)
     files = hub_files(plan)
     with torch.device("meta"):
-        gpt2 = GPT2(open_config(finetune.init_from, files))
+        gpt2 = GPT2(open_config(finetune, files))
     classifiers = sum(weight_bytes(name, files) for name in (ppo.reward, ppo.judge))
     rows = {}
     for name, (_, _, missing) in files.items():

@@ -24,7 +24,7 @@ from model import GPT2
 from ppo import gae, token_rewards
 from reward import SentimentReward, load_rewards
 from runtime import hub
-from runtime.checkpoint import CARD_MARK
+from runtime.checkpoint import CARD_MARK, SAVING
 from runtime.device import DTYPES
 from runtime.errors import BadInput, Finished
 from runtime.hub import load_policy, open_gpt2
@@ -604,10 +604,12 @@ def test_with_resume_an_interrupted_evaluation_is_replaced_and_a_complete_one_is
 def test_results_that_are_replaced_lose_their_page_first(run, monkeypatch):
     """Otherwise the page of the earlier results would show an interrupted evaluation as complete."""
     out = run()
+    (out / f"{SAVING}x").mkdir()  # left by a kill, and not to be published
     monkeypatch.setattr(evaluate, "write_card", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(force=True)
     assert (out / "results.json").is_file() and not (out / "report.html").is_file()
+    assert not list(out.glob(f"{SAVING}*"))
 
 
 def test_results_of_another_script_are_not_replaced_even_with_force(tmp_path):

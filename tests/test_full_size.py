@@ -24,8 +24,8 @@ GPT2, IMDB = "openai-community/gpt2", "stanfordnlp/imdb"
 BERT_IMDB, SIEBERT = "lvwerra/bert-imdb", "siebert/sentiment-roberta-large-english"
 FLAGS = {  # of make full; they only make it shorter, and save a checkpoint after each step
     "FLAGS": "--device cpu",
-    "FINETUNE": "--epochs 0.3 --batch_size 8 --eval_tokens 2000 --save_every 1 --save_share 1",
-    "PPO": "--steps 4 --save_every 1 --save_share 1",
+    "FINETUNE": "--epochs 0.03 --block_size 64 --batch_size 8 --eval_tokens 2000 --save_every 1 --save_share 1",
+    "PPO": "--steps 4 --batch_size 32 --minibatch_size 32 --save_every 1 --save_share 1",
     "EVALUATE": "--prompts 16",
 }
 FINE_TUNED, TRAINED = "finetune_checkpoints/gpt2", "ppo_checkpoints/gpt2"

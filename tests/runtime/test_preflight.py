@@ -26,12 +26,12 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A CPU with 10 GB of free memory and a peak of 1 TFLOP/s, and disks with 100 GB: a dict to change them."""
+    """A CPU with 10 GB of free memory and a peak of 4 TFLOP/s, and disks with 100 GB: a dict to change them."""
     values = {"device": CPU, "memory": 10e9, "disk": 100e9}
     monkeypatch.setattr(preflight, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(preflight, "pick_device", lambda cfg: (values["device"], torch.float32))
     monkeypatch.setattr(preflight, "free_memory", lambda device: values["memory"])
-    monkeypatch.setattr(preflight, "peak_flops", lambda *args, **sizes: 1e12)
+    monkeypatch.setattr(preflight, "peak_flops", lambda *args, **sizes: 4e12)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, values["disk"]))
     return values
 
@@ -201,6 +201,19 @@ def test_memory_is_that_of_weights_gradients_moments_and_activations(sheet, mach
     assert sheet()["memory"].endswith("for PPO")
 
 
+def test_the_sizes_of_the_model_are_those_of_a_config_on_this_machine(sheet, client, repositories):
+    """That of the fine-tuned model, or of the model in the cache. Here it has one block of width 16."""
+    numbers = 50257 * 16 + 1024 * 16 + 16 * (12 * 16 + 13) + 2 * 16
+    disk = f" and {size(4 * numbers * 4 + 50e6)} for runs"  # two models, each with a copy; and the evaluation
+    assert disk not in sheet()["disk"]
+    locate("gpt2")
+    assert disk in sheet()["disk"]
+    shutil.rmtree("hub")
+    Path("finetune_checkpoints/gpt2").mkdir(parents=True)
+    Path("finetune_checkpoints/gpt2/config.json").write_bytes(repositories["models", GPT2]["config.json"])
+    assert disk in sheet()["disk"]
+
+
 def test_the_weights_of_reward_and_judge_count_for_ppo(client, machine, repositories):
     files = {name: ("model", {"config.json": 9, "model.safetensors": n, "pytorch_model.bin": 7}, {}) for name, n in
              (("a", 1000), ("b", 2000))}  # fmt: skip
@@ -225,17 +238,19 @@ def test_the_time_of_each_stage_is_that_of_its_flops_at_the_assumed_speed(sheet,
     finetune = 2 * tokens * (blocks + head)
     ppo = 200 * 128 * 15 * 2 * (21 * blocks + 16 * head)
     rows = sheet()
-    assert rows["fine-tuning"] == f"about {finetune / 0.6e12 / 60:.0f} min"
-    assert rows["PPO"] == f"about {ppo / 0.6e12 / 60:.0f} min"
-    assert rows["speed"] == "0.6 TFLOP/s, assumed: 60% of a large product"
+    assert rows["fine-tuning"] == f"about {finetune / 2.4e12 / 60:.0f} min"
+    assert rows["PPO"] == f"about {ppo / 2.4e12 / 60:.0f} min"
+    assert rows["speed"] == "2.4 TFLOP/s, assumed: 60% of a large product"
     machine["device"] = GPU
-    assert sheet()["speed"] == "0.1 TFLOP/s, assumed: 10% of a large product"
+    assert sheet()["speed"] == "0.4 TFLOP/s, assumed: 10% of a large product"
     Path("reviews.csv").touch()
     assert sheet(finetune="--dataset reviews.csv")["fine-tuning"] == "an unknown time"
 
 
 def test_flags_of_a_command_change_what_is_stated_and_wrong_ones_are_refused(sheet, client, machine):
-    rows, shorter = sheet(), sheet(ppo="--steps 100 --reward my_reward.py:f", finetune="--epochs 2")
+    reward = "--reward my_reward.py:f"
+    rows = sheet()
+    shorter = sheet(ppo=f"--steps 100 {reward}", finetune="--epochs 2", evaluate=reward)
     assert BERT_IMDB in rows and BERT_IMDB not in shorter
     minutes = [int(r[name].split()[1]) for name in ("PPO", "fine-tuning") for r in (rows, shorter)]
     assert minutes[1] == pytest.approx(minutes[0] / 2, abs=1) and minutes[3] > 1.8 * minutes[2]
