@@ -17,7 +17,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from analysis.plot import PANELS, THEMES, curves, png, read_jsonl, read_results, reading
 from analysis.tables import results_rows
-from runtime.checkpoint import write_text
 from runtime.errors import BadInput, print_error
 
 PAGE = "report.html"
@@ -113,7 +112,9 @@ def write(folder):
         viewer=viewer,
     )
     path = folder / PAGE
-    write_text(path, page.encode(errors="replace").decode())  # a lone surrogate in a name becomes "?"
+    temporary = folder / f".{PAGE}.tmp"  # a page is complete or not there: with it, an evaluation is finished
+    temporary.write_text(page, encoding="utf-8", errors="replace")  # a lone surrogate in a name becomes "?"
+    temporary.replace(path)
     return path
 
 

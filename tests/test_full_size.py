@@ -24,14 +24,14 @@ GPT2, IMDB = "openai-community/gpt2", "stanfordnlp/imdb"
 BERT_IMDB, SIEBERT = "lvwerra/bert-imdb", "siebert/sentiment-roberta-large-english"
 FLAGS = {  # of make full; they only make it shorter, and save a checkpoint after each step
     "FLAGS": "--device cpu",
-    "FINETUNE": "--epochs 0.03 --block_size 64 --batch_size 8 --eval_tokens 2000 --save_every 1 --save_share 1",
-    "PPO": "--steps 4 --batch_size 32 --minibatch_size 32 --save_every 1 --save_share 1",
+    "FINETUNE": "--epochs 0.06 --block_size 64 --batch_size 8 --eval_tokens 2000 --save_every 1 --save_share 1",
+    "PPO": "--steps 8 --batch_size 32 --minibatch_size 32 --save_every 1 --save_share 1",
     "EVALUATE": "--prompts 16",
 }
 FINE_TUNED, TRAINED = "finetune_checkpoints/gpt2", "ppo_checkpoints/gpt2"
 KILLS = {  # make full is killed in each stage, as soon as a file exists: (file, one that does not exist yet)
-    "fine-tuning": (f"{FINE_TUNED}/checkpoints/*1", f"{FINE_TUNED}/results.json"),
-    "PPO": (f"{TRAINED}/checkpoints/*1", f"{TRAINED}/model.safetensors"),
+    "fine-tuning": (f"{FINE_TUNED}/checkpoints/[0-9]*1", f"{FINE_TUNED}/results.json"),
+    "PPO": (f"{TRAINED}/checkpoints/[0-9]*1", f"{TRAINED}/model.safetensors"),
     "evaluation": (f"{TRAINED}/results.json", f"{TRAINED}/report.html"),
 }
 OTHERS = {"reward.py": "--epochs 1", "generate.py": ""}
