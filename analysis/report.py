@@ -112,7 +112,9 @@ def write(folder):
         viewer=viewer,
     )
     path = folder / PAGE
-    path.write_text(page, encoding="utf-8", errors="replace")  # a lone surrogate in a name becomes "?"
+    temporary = folder / f".{PAGE}.tmp"  # a page is complete or not there: with it, an evaluation is finished
+    temporary.write_text(page, encoding="utf-8", errors="replace")  # a lone surrogate in a name becomes "?"
+    temporary.replace(path)
     return path
 
 

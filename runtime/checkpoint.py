@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from runtime.cli import differing
 from runtime.device import release_memory
 from runtime.distributed import ONE_PROCESS
-from runtime.errors import BadInput, Stopped, first_line
+from runtime.errors import BadInput, Finished, Stopped, first_line
 
 RUN_CONFIG = "run_config.json"  # the config of the run, beside Hugging Face's config.json of the model
 RESULTS = "results.json"  # the results of a finished run or of an evaluation
@@ -166,7 +166,7 @@ def write_text(path, text):
 
 
 def check_run(cfg, *results):
-    """Raise BadInput if cfg.out has files that a run of cfg would replace, or if there is nothing to resume.
+    """Raise BadInput if cfg.out has files that a run of cfg would replace, and Finished if nothing is left to resume.
 
     cfg.force allows replacing them. results: the files in cfg.out that a finished run has. Nothing is written here:
     RunLog prepares the folder.
@@ -185,9 +185,16 @@ def check_run(cfg, *results):
         if not cfg.resume and (any(map(latest_checkpoint, parts)) or any(done) and not all(done)):
             raise BadInput(f"{out} contains an unfinished run: --resume resumes it, --force replaces it, {other}")
     started = any((part / CHECKPOINTS).is_dir() for part in parts)  # with --force, over a finished run
-    if all(done) and not started and (cfg.resume or not cfg.force):
-        effect = "there is nothing to resume; without --resume, " if cfg.resume else ""
-        raise BadInput(f"{out} contains a finished run: {effect}--force replaces it, {other}")
+    if all(done) and not started:
+        if cfg.resume:
+            raise Finished(f"{out} contains a finished run: nothing is left to resume")
+        if not cfg.force:
+            raise BadInput(f"{out} contains a finished run: --force replaces it, {other}")
+
+
+def is_finished(out, *results):
+    """Return whether a folder has these results of a finished run, and no checkpoints of an unfinished one."""
+    return all(Path(out, file).is_file() for file in results) and not Path(out, CHECKPOINTS).is_dir()
 
 
 def earlier_files(out):

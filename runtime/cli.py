@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from config import PRESETS, defaults
-from runtime.errors import BadInput, Stopped, print_error
+from runtime.errors import BadInput, Finished, Stopped, print_error
 
 # fields that do not change the result, or only its rounding
 SAME_RESULT = ("force", "resume", "device", "report_to", "micro_batch_size", "compile", "out")
@@ -89,12 +89,14 @@ def run(main, cls):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
         main(parse(cls))
+    except Finished as finished:
+        print(finished)
     except BadInput as error:
         sys.exit(print_error(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        resume = "; --resume resumes from the latest checkpoint" if hasattr(cls, "resume") else ""
+        resume = "; --resume resumes from the latest checkpoint" if hasattr(cls, "keep") else ""
         sys.exit(print_error(f"the disk is full: {error}{resume}"))
     except Stopped as stop:
         print("stopped; --resume resumes the run", file=sys.stderr)

@@ -148,8 +148,22 @@ def rows_that_fit(tokens, width, layers, vocabulary, device, reserved=0):
     if device.type != "cuda":
         return 2048 // tokens
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, free for tensors
-    numbers = 16 * width * layers + 2 * vocabulary  # float32, kept per token for the backward pass
+    numbers = numbers_per_token(width, layers, vocabulary)
     return int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached) - 4 * reserved) // (4 * tokens * numbers)
+
+
+def numbers_per_token(width, layers, vocabulary):
+    """Return how many float32 numbers per token a training pass of a language model keeps for the backward pass."""
+    return 16 * width * layers + 2 * vocabulary
+
+
+def free_memory(device):
+    """Return the bytes of the device's memory that are free; None if that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and (info := Path("/proc/meminfo")).is_file():  # on Linux
+        return next((int(line.split()[1]) * 1024 for line in open(info) if line.startswith("MemAvailable")), None)
+    return None
 
 
 def to_device(tensor, device):

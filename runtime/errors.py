@@ -16,6 +16,10 @@ class Stopped(Exception):
     """A signal ended the run after a checkpoint. The argument is the signal's number; the exit status is 128 more."""
 
 
+class Finished(Exception):
+    """--resume was given and nothing is left to do. The message is shown as it is; the exit status is 0."""
+
+
 def first_line(error):
     """Return the first line of an exception's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

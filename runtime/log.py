@@ -193,6 +193,12 @@ def ppo_flops(cfg, gpt2, rewards):
     return cfg.steps * cfg.batch_size * (passes * gpt2.flops(tokens, cfg.response_len) + classifiers)
 
 
+def finetune_flops(cfg, gpt2, steps, n_validation):
+    """Return the FLOPs of a fine-tuning run: optimizer steps of three forward passes each, and evaluations."""
+    trained, evaluated = steps * cfg.batch_size * cfg.block_size, (math.ceil(steps / cfg.eval_every) + 2) * n_validation
+    return gpt2.flops(3 * trained + evaluated, 3 * trained + evaluated)  # a backward pass takes twice a forward pass
+
+
 # ---- tables
 
 
@@ -220,15 +226,13 @@ def ppo_sheet(cfg, policy, reward_fn, judge, n_prompts, device):
 
 def finetune_sheet(cfg, model, steps, n_reviews, n_tokens, n_held_out, n_validation, device):
     """Return a table of a fine-tuning run before it starts; n_tokens are packed from n_reviews."""
-    trained, evaluated = steps * cfg.batch_size * cfg.block_size, (math.ceil(steps / cfg.eval_every) + 2) * n_validation
-    flops = model.flops(3 * trained + evaluated, 3 * trained + evaluated)  # a backward pass takes twice a forward pass
     rows = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "reviews": f"{n_reviews:,} for training, {n_held_out:,} for validation",
         "tokens": f"{n_tokens:,} packed, for {cfg.epochs} epochs; {n_validation:,} for validation",
         "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
         "device": f"{device}, {DTYPE_NAMES[model.dtype]}",
-        **time_on_cpu(flops, cfg, device),
+        **time_on_cpu(finetune_flops(cfg, model, steps, n_validation), cfg, device),
         "output": cfg.out,
     }
     return sheet(f"fine-tuning {cfg.init_from} on {cfg.dataset}", rows)

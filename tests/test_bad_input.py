@@ -13,6 +13,7 @@ from conftest import ROOT, hf_gpt2, reviews_csv, write_bert
 
 from config import EvaluateConfig, FinetuneConfig, GenerateConfig, PPOConfig, RewardConfig
 from runtime import cli
+from runtime.errors import Finished
 
 CONFIGS = {
     "finetune_gpt2": FinetuneConfig,
@@ -184,6 +185,13 @@ def test_a_process_prints_only_the_error_on_stderr(case, paths, tmp_path):
     command = [sys.executable, str(ROOT / f"{name}.py"), *flags.format(**paths).split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert check(done.returncode, done.stderr, parts)
+
+
+def test_a_run_that_is_finished_ends_without_an_error(monkeypatch, capsys):
+    """Exit status 0, so that a chain of commands continues with the next one."""
+    monkeypatch.setattr(sys, "argv", ["ppo.py"])
+    assert cli.run(Mock(side_effect=Finished("out contains a finished run\nwritten:")), PPOConfig) is None
+    assert capsys.readouterr() == ("out contains a finished run\nwritten:\n", "")
 
 
 def test_other_exceptions_have_a_traceback_but_ctrl_c_has_none(monkeypatch, capsys):

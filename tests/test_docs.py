@@ -16,6 +16,7 @@ from config import (
     FrontierConfig,
     GenerateConfig,
     PPOConfig,
+    PreflightConfig,
     QualityConfig,
     RewardConfig,
 )
@@ -33,6 +34,7 @@ CONFIGS = {  # None: the command takes no flags
     "analysis.frontier": FrontierConfig,
     "analysis.bench": BenchConfig,
     "analysis.quality": QualityConfig,
+    "runtime.preflight": PreflightConfig,
     "analysis.plot": None,
     "analysis.report": None,
     "docs.build": None,

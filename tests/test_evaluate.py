@@ -24,9 +24,9 @@ from model import GPT2
 from ppo import gae, token_rewards
 from reward import SentimentReward, load_rewards
 from runtime import hub
-from runtime.checkpoint import CARD_MARK
+from runtime.checkpoint import CARD_MARK, SAVING
 from runtime.device import DTYPES
-from runtime.errors import BadInput
+from runtime.errors import BadInput, Finished
 from runtime.hub import load_policy, open_gpt2
 from runtime.log import side_by_side
 
@@ -439,16 +439,17 @@ def test_a_model_compared_with_itself_has_differences_of_0(run, capsys, gpt2_fol
     output = capsys.readouterr().out
     assert table_text(results) in output
     assert kl_text(results) in output
-    written = output.split("written:\n")[1].split()
+    written, publish = output.split("written:\n")[1].split("\nto publish it")
     files = [
         "results.json",
-        "samples.md",
         "viewer.json",
-        "README.md",
+        "samples.md",
         "example_results.png",
         "report.html",
+        "README.md",
     ]  # without a log
-    assert written == [f"after/{file}" for file in files]
+    assert written.split() == [f"after/{file}" for file in files]
+    assert publish.endswith("\n  hf upload USER/NAME after\n")
     assert all((out / file).stat().st_size > 0 for file in files)
     page = json.loads((out / "viewer.json").read_text())
     assert "kl_coef" not in page and len(page["samples"]) == 5  # a policy without a run
@@ -578,6 +579,37 @@ def test_any_file_of_an_earlier_evaluation_prevents_another_one(tmp_path, monkey
     (after / name).write_text(text)
     assert message(check_results, cfg).startswith(f"{after / name} already exists, ")
     assert check_results(replace(cfg, force=True)) is None
+
+
+def test_with_resume_an_interrupted_evaluation_is_replaced_and_a_complete_one_is_kept(tmp_path):
+    """It is complete if it has its page, which is written last, and the files of another origin are never replaced."""
+    cfg = EvaluateConfig(after=str(tmp_path), resume=True)
+    (tmp_path / "samples.md").write_text("mine")
+    assert "samples.md already exists" in message(check_results, cfg)
+    (tmp_path / "results.json").write_text('{"difference": {}}')
+    assert check_results(cfg) is None
+    (tmp_path / "report.html").touch()
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "MODEL_CARD.md").write_text(f"\n{CARD_MARK}\n")
+    with pytest.raises(Finished) as finished:
+        check_results(cfg)
+    files = [str(tmp_path / name) for name in ("results.json", "samples.md", "report.html", "MODEL_CARD.md")]
+    assert "\n  ".join(["written:", *files, ""]).rstrip(" ") in f"{finished.value}\n"
+    assert str(finished.value).endswith(f"\n  hf upload USER/NAME {tmp_path}")
+    assert check_results(replace(cfg, force=True)) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert "unfinished run" in message(check_results, cfg)
+
+
+def test_results_that_are_replaced_lose_their_page_first(run, monkeypatch):
+    """Otherwise the page of the earlier results would show an interrupted evaluation as complete."""
+    out = run()
+    (out / f"{SAVING}x").mkdir()  # left by a kill, and not to be published
+    monkeypatch.setattr(evaluate, "write_card", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(force=True)
+    assert (out / "results.json").is_file() and not (out / "report.html").is_file()
+    assert not list(out.glob(f"{SAVING}*"))
 
 
 def test_results_of_another_script_are_not_replaced_even_with_force(tmp_path):

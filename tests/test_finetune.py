@@ -17,7 +17,7 @@ from finetune_gpt2 import blocks, learning_rate, train_step, validate, validatio
 from model import GPT2, GPT2Config
 from runtime import checkpoint
 from runtime.checkpoint import CARD_MARK, fingerprint, latest_checkpoint, load_checkpoint, save_checkpoint
-from runtime.errors import BadInput
+from runtime.errors import BadInput, Finished
 from runtime.hub import load_gpt2, open_gpt2, read_tensors, save_gpt2
 from runtime.log import RunLog
 from runtime.optimizer import Stepper
@@ -376,7 +376,7 @@ def test_a_finished_run_is_not_resumed_and_does_not_change(uninterrupted, monkey
     cfg, folder = uninterrupted
     monkeypatch.chdir(folder)
     weights = (folder / "out/model.safetensors").read_bytes()
-    with pytest.raises(BadInput, match="a finished run"):
+    with pytest.raises(Finished, match="a finished run"):
         finetune_gpt2.main(replace(cfg, resume=True))
     assert (folder / "out/model.safetensors").read_bytes() == weights
 

@@ -1,10 +1,14 @@
-"""The commands of preset gpt2 with their defaults, with the real hub client and a hub server on this machine."""
+"""`make full` and the other commands of preset gpt2, with the real hub client and a hub server on this machine."""
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, message
@@ -18,14 +22,20 @@ from runtime.hub import locate
 
 GPT2, IMDB = "openai-community/gpt2", "stanfordnlp/imdb"
 BERT_IMDB, SIEBERT = "lvwerra/bert-imdb", "siebert/sentiment-roberta-large-english"
-STAGES = {  # in this order; the flags only make them shorter
-    "finetune_gpt2.py": "--epochs 0.02 --eval_tokens 2000",
-    "reward.py": "--epochs 1",
-    "ppo.py": "--steps 1",
-    "evaluate.py": "--prompts 16",
-    "generate.py": "",
+FLAGS = {  # of make full; they only make it shorter, and save a checkpoint after each step
+    "FLAGS": "--device cpu",
+    "FINETUNE": "--epochs 0.06 --block_size 64 --batch_size 8 --eval_tokens 2000 --save_every 1 --save_share 1",
+    "PPO": "--steps 8 --batch_size 32 --minibatch_size 32 --save_every 1 --save_share 1",
+    "EVALUATE": "--prompts 16",
 }
-NEEDED = {  # every file that the five commands read
+FINE_TUNED, TRAINED = "finetune_checkpoints/gpt2", "ppo_checkpoints/gpt2"
+KILLS = {  # make full is killed in each stage, as soon as a file exists: (file, one that does not exist yet)
+    "fine-tuning": (f"{FINE_TUNED}/checkpoints/[0-9]*1", f"{FINE_TUNED}/results.json"),
+    "PPO": (f"{TRAINED}/checkpoints/[0-9]*1", f"{TRAINED}/model.safetensors"),
+    "evaluation": (f"{TRAINED}/results.json", f"{TRAINED}/report.html"),
+}
+OTHERS = {"reward.py": "--epochs 1", "generate.py": ""}
+NEEDED = {  # every file that the commands read
     GPT2: "config.json merges.txt model.safetensors tokenizer.json tokenizer_config.json vocab.json",
     "google-bert/bert-base-cased": "config.json model.safetensors tokenizer.json tokenizer_config.json vocab.txt",
     BERT_IMDB: "config.json pytorch_model.bin special_tokens_map.json tokenizer_config.json vocab.txt",
@@ -71,15 +81,47 @@ def error_line(done):
 
 
 class Run:
-    """The five commands in order: their processes, and the files and requests of the hub."""
+    """All commands in order: their processes, and the files and requests of the hub.
+
+    make full is killed in each stage, started again until it ends, and then once more. outputs: of these five processes
+    of make, by "fine-tuning", "PPO", "evaluation", "end" and "again"; stored: {path: bytes} after each of them.
+    """
 
     def __init__(self, hub, home, folder):
         self.hub, self.home, self.folder, self.done, self.requests = hub, home, folder, {}, {}
-        for script, flags in STAGES.items():
+        for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("Makefile", "runtime", "analysis", "asset"))]:
+            (folder / path.name).symlink_to(path)
+        self.outputs, self.stored = {}, {}
+        for name in (*KILLS, "end", "again"):
+            before = len(hub.requests)
+            self.outputs[name] = self.make_full(*KILLS.get(name, ()))
+            self.requests[name] = hub.requests[before:]
+            files = [path for parent in (FINE_TUNED, TRAINED) for path in (folder / parent).glob("*.*")]
+            self.stored[name] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+        for script, flags in OTHERS.items():
             before = len(hub.requests)
             self.done[script] = run(f"{script} {flags}", hub, home, folder, stdin="The film was\n")
             self.requests[script] = hub.requests[before:]
         self.sent = list(hub.sent)
+
+    def make_full(self, file="", missing=""):
+        """Run make full, which must succeed; or kill it when a file exists. Return its output."""
+        arguments = [f"{name}={value}" for name, value in {"BIN": Path(sys.executable).parent, **FLAGS}.items()]
+        command = ["make", "-o", ".venv/run-time", "full", *arguments]  # -o: install nothing
+        log, env = self.folder / "output", self.hub.environment(self.home)
+        with open(log, "w") as output:
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=env, stdout=output, stderr=output, start_new_session=True
+            )
+        end = time.monotonic() + 200
+        while process.poll() is None and not (file and list(self.folder.glob(file))) and time.monotonic() < end:
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        text, code = log.read_text(), process.wait()
+        assert code == (-signal.SIGKILL if file else 0), text[-3000:]
+        assert not missing or not (self.folder / missing).exists(), text[-3000:]
+        return text
 
     def revisions(self, out):
         """Return the commits in the config of a run, {name: commit}."""
@@ -94,11 +136,54 @@ class Run:
 
 @pytest.fixture(scope="module")
 def full_run(repositories, tmp_path_factory):
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
     with Hub(repositories) as hub:
         yield Run(hub, tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("run"))
 
 
-@pytest.mark.parametrize("script", STAGES)
+def test_make_full_runs_all_stages_and_its_last_lines_say_where_the_results_are_and_how_to_publish_them(full_run):
+    names = [
+        "results.json",
+        "viewer.json",
+        "samples.md",
+        "example_results.png",
+        "learning_curves.png",
+        "report.html",
+        "README.md",
+    ]
+    for name in ("end", "again"):
+        output = full_run.outputs[name].split("written:\n")[1].splitlines()
+        assert output[:-2] == [f"  {TRAINED}/{file}" for file in names]
+        assert output[-2:] == ["to publish it, after hf auth login:", f"  hf upload USER/NAME {TRAINED}"]
+    assert all((full_run.folder / TRAINED / name).stat().st_size > 0 for name in names)
+
+
+def test_make_full_resumes_the_stage_that_was_killed(full_run):
+    """Fine-tuning and PPO from their checkpoints. An evaluation that was killed while it was written is repeated."""
+    outputs = full_run.outputs
+    assert re.findall("resuming from (.*)/", outputs["PPO"]) == [f"{FINE_TUNED}/checkpoints"]
+    assert re.findall("resuming from (.*)/", outputs["evaluation"]) == [f"{TRAINED}/checkpoints"]
+    assert "resuming" not in outputs["fine-tuning"] + outputs["end"] + outputs["again"]
+    assert "held-out prompts" in outputs["end"] and "held-out prompts" not in outputs["again"]
+
+
+def test_make_full_never_changes_what_is_finished(full_run):
+    stored = full_run.stored
+    fine_tuned = {name: data for name, data in stored["PPO"].items() if name.startswith(FINE_TUNED)}
+    trained = {name: stored["evaluation"][name] for name in stored["evaluation"] if "results.json" not in name}
+    assert f"{FINE_TUNED}/model.safetensors" in fine_tuned and f"{TRAINED}/model.safetensors" in trained
+    assert fine_tuned.items() <= stored["evaluation"].items() and trained.items() <= stored["end"].items()
+    assert stored["again"] == stored["end"]
+
+
+def test_a_run_of_make_full_that_is_finished_needs_no_network(full_run):
+    assert full_run.requests["again"] == []
+    rows = re.findall("^  (.*)  finished: (.*)$", full_run.outputs["again"], re.MULTILINE)
+    assert [folder for _, folder in rows] == [FINE_TUNED, TRAINED, TRAINED]
+
+
+@pytest.mark.parametrize("script", OTHERS)
 def test_a_command_works_with_its_defaults(full_run, script):
     done = full_run.done[script]
     assert done.returncode == 0, done.stderr[-2000:]
@@ -134,7 +219,7 @@ def test_the_dataset_s_own_test_part_is_the_evaluation_split(full_run):
 
 def test_the_positive_labels_of_reward_and_judge_are_found(full_run):
     """LABEL_1 of lvwerra/bert-imdb, which has no label names, and POSITIVE of the judge, checked by probe sentences."""
-    gaps = re.findall(r"probe sentences ([-\d.]+) log-odds apart", full_run.done["ppo.py"].stdout)
+    gaps = re.findall(r"probe sentences ([-\d.]+) log-odds apart", full_run.outputs["end"])  # of the evaluation
     assert len(gaps) == 2 and min(map(float, gaps)) > 1
 
 
@@ -157,7 +242,7 @@ def test_generate_prints_the_same_responses_offline(full_run):
 
 
 def test_evaluate_reads_dataset_and_models_from_the_cache_if_the_hub_cannot_be_reached(full_run):
-    flags = f"{STAGES['evaluate.py']} --force"
+    flags = f"{FLAGS['EVALUATE']} --force"
     done = run(f"evaluate.py {flags}", full_run.hub, full_run.home, full_run.folder, HF_ENDPOINT=NOWHERE)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.seconds < 60

@@ -17,6 +17,7 @@ LAYERS = (  # a module imports only from its own layer and those before it
     ("runtime.decoding",),
     ("model", "runtime.checkpoint", "runtime.optimizer"),
     ("runtime.hub", "runtime.self_check", "runtime.log"),
+    ("runtime.preflight",),
     ("data",),
     ("runtime.monitor",),
     ("reward", "finetune_gpt2"),

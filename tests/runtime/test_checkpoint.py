@@ -37,7 +37,7 @@ from runtime.checkpoint import (
     save_checkpoint,
     write_text,
 )
-from runtime.errors import BadInput, Stopped, first_line
+from runtime.errors import BadInput, Finished, Stopped, first_line
 
 # ---- reading
 
@@ -281,11 +281,10 @@ def test_force_replaces_a_run_of_another_config(cfg):
 
 
 FINISHED, UNFINISHED = "contains a finished run: ", "contains an unfinished run: --resume resumes it, --force replaces"
-NOTHING = FINISHED + "there is nothing to resume; without --resume, --force"
-CASES = {  # files of a run with two results: the error without flags, with --resume, with --force
+CASES = {  # files of a run with two results: what is raised without flags, with --resume, with --force
     "": ("", "", ""),
     "one": (UNFINISHED, "", ""),
-    "one two": (FINISHED + "--force replaces", NOTHING, ""),
+    "one two": (FINISHED + "--force replaces", Finished, ""),
     "checkpoints/00000003": (UNFINISHED, "", ""),
     "one checkpoints/00000003": (UNFINISHED, "", ""),
     "reward/checkpoints/00000003": (UNFINISHED, "", ""),
@@ -304,7 +303,10 @@ def test_no_finished_run_is_replaced_without_force(cfg, files, flag):
         path.mkdir(parents=True) if "checkpoints" in name else path.touch()
     expected = dict(zip(("", "resume", "force"), CASES[files]))[flag]
     changed = replace(cfg, **{flag: True}) if flag else cfg
-    if expected:
+    if expected is Finished:
+        with pytest.raises(Finished, match=FINISHED + "nothing is left to resume"):
+            check_run(changed, "one", "two")
+    elif expected:
         assert expected in message(check_run, changed, "one", "two")
     else:
         assert check_run(changed, "one", "two") is None

@@ -24,7 +24,7 @@ from config import FinetuneConfig, PPOConfig, RewardConfig
 from data import load_splits, prompt_pool
 from runtime.checkpoint import SAVING, check_run, latest_checkpoint, load_checkpoint, save_checkpoint
 from runtime.cli import parse
-from runtime.errors import BadInput
+from runtime.errors import BadInput, Finished
 from runtime.hub import load_gpt2, load_tokenizer, open_gpt2, save_gpt2
 from runtime.log import RunLog, read_lines
 
@@ -315,7 +315,8 @@ def test_a_finished_run_is_not_resumed(home, uninterrupted, uninterrupted_reward
     flags = ppo_flags(home, uninterrupted) if script is ppo else reward_flags(home, uninterrupted_reward)
     cfg = parse(PPOConfig if script is ppo else RewardConfig, [*flags, "--resume", "True"])
     before = outcome(cfg.out)
-    assert f"{cfg.out} contains a finished run" in message(script.main, cfg)
+    with pytest.raises(Finished, match=f"{cfg.out} contains a finished run: nothing is left to resume"):
+        script.main(cfg)
     assert outcome(cfg.out) == before
 
 
