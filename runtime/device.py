@@ -162,7 +162,8 @@ def free_memory(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and (info := Path("/proc/meminfo")).is_file():  # on Linux
-        return next((int(line.split()[1]) * 1024 for line in open(info) if line.startswith("MemAvailable")), None)
+        lines = info.read_text(encoding="utf-8").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
     return None
 
 

@@ -15,6 +15,7 @@ from test_full_size import BERT_IMDB, GPT2, IMDB, NEEDED, SIEBERT, client, downl
 
 from config import PreflightConfig
 from runtime import preflight
+from runtime.device import free_memory
 from runtime.hub import locate, snapshot
 from runtime.preflight import main, size
 
@@ -223,6 +224,13 @@ def test_the_weights_of_reward_and_judge_count_for_ppo(client, machine, reposito
     assert preflight.weight_bytes("", files) == preflight.weight_bytes("my_reward.py:f", files) == 0
     local = ROOT / "asset/mini/judge"
     assert preflight.weight_bytes(str(local), files) == os.path.getsize(local / "model.safetensors")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/meminfo")
+def test_the_free_memory_of_a_cpu_is_what_the_system_says_is_available():
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    assert 0.01 * pages * page < free_memory(CPU) <= pages * page
+    assert free_memory(torch.device("mps")) is None
 
 
 def test_too_little_memory_is_a_warning(client, machine, capsys):
