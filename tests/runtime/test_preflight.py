@@ -27,12 +27,13 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A CPU with 10 GB of free memory and a peak of 4 TFLOP/s, and disks with 100 GB: a dict to change them."""
+    """A dict to change a machine: a CPU with 4 TFLOP/s, of which a run reaches 0.6, 10 GB of memory, 100 GB of disk."""
     values = {"device": CPU, "memory": 10e9, "disk": 100e9}
     monkeypatch.setattr(preflight, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(preflight, "pick_device", lambda cfg: (values["device"], torch.float32))
     monkeypatch.setattr(preflight, "free_memory", lambda device: values["memory"])
     monkeypatch.setattr(preflight, "peak_flops", lambda *args, **sizes: 4e12)
+    monkeypatch.setattr(preflight, "CPU_SHARE", 0.6)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, values["disk"]))
     return values
 
