@@ -157,7 +157,14 @@ def blocks():
     sample = rises[len(rises) // 2]
     example = [("prompt", sample["prompt"]), *((f"{side} PPO", sample[side]["text"]) for side in ("before", "after"))]
     example = [
-        textwrap.fill(printable(text), 100, initial_indent=f"{name:12}", subsequent_indent=" " * 12)
+        textwrap.fill(
+            printable(text),
+            width=116,
+            initial_indent=f"{name:12}",
+            subsequent_indent=" " * 12,
+            max_lines=2,
+            placeholder=" …",
+        )
         for name, text in example
     ]
     return {
