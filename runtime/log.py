@@ -21,7 +21,7 @@ from runtime.errors import BadInput, printable
 
 SIDES = ("before PPO", "after PPO")  # titles of two columns
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CPU_SHARE = 0.55  # a PPO step on a CPU reaches 0.48 to 0.73 of the speed of a large product, see docs/performance.md
+CPU_SHARE = 0.55  # a PPO step on a CPU reaches 0.48 to 0.65 of the speed of a large product, see docs/performance.md
 
 
 class RunLog:
