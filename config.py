@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from runtime.errors import BadInput
 
-Preset = Literal["gpt2", "mini"]
+Preset = Literal["gpt2", "medium", "mini"]
 PRESETS = get_args(Preset)
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -30,7 +30,7 @@ def by_preset(gpt2, **others):
 class Config:
     """The fields of every script."""
 
-    preset: Preset = "gpt2"  # gpt2: full size, from the Hugging Face hub; mini: small models, offline on a CPU
+    preset: Preset = "gpt2"  # gpt2: full size, from the Hugging Face hub; mini, medium: small models, offline on a CPU
     device: Device = "auto"  # auto: CUDA if available, else MPS (not in preset mini), else CPU
     # the transformers of policy, reward and judge; the policy's logits, values and losses are always fp32
     dtype: Dtype = "auto"  # autocast dtype; auto: bf16 on CUDA, or fp16 on cards without bf16 (T4, RTX 20xx); else fp32
@@ -81,8 +81,12 @@ class ClassifierConfig(Config):
 class ComparisonConfig(ClassifierConfig):
     """The models before and after PPO."""
 
-    before: str = by_preset("finetune_checkpoints/gpt2", mini="asset/mini/gpt2")  # the fine-tuned model: the reference
-    after: str = by_preset("ppo_checkpoints/gpt2", mini="ppo_checkpoints/mini")  # the policy; evaluate.py writes here
+    before: str = by_preset(  # the fine-tuned model: the reference
+        "finetune_checkpoints/gpt2", medium="finetune_checkpoints/medium", mini="asset/mini/gpt2"
+    )
+    after: str = by_preset(  # the policy; evaluate.py writes here
+        "ppo_checkpoints/gpt2", medium="ppo_checkpoints/medium", mini="ppo_checkpoints/mini"
+    )
 
     def check(self):
         super().check()
@@ -113,17 +117,23 @@ class FinetuneConfig(TrainConfig):
     """Fine-tune GPT-2 on movie reviews as a language model."""
 
     # hub name or folder of a GPT-2, or "scratch": random weights and a new tokenizer
-    init_from: str = by_preset("gpt2", mini="asset/mini/gpt2")  # the model to start from
+    init_from: str = by_preset("gpt2", medium="scratch", mini="asset/mini/gpt2")  # the model to start from
     out: str = by_preset(  # output folder
-        "finetune_checkpoints/gpt2", mini="finetune_checkpoints/mini", mini_scratch="finetune_checkpoints/scratch"
+        "finetune_checkpoints/gpt2",
+        medium="finetune_checkpoints/medium",
+        mini="finetune_checkpoints/mini",
+        mini_scratch="finetune_checkpoints/scratch",
     )
+    # a GPT-2 with the same tokenizer to distill; empty: none
+    teacher: str = by_preset("", medium="", mini_scratch="finetune_checkpoints/medium")  # the teacher
+    teacher_share: float = 0.5  # weight of the teacher's probabilities in the targets; the rest is the next token's
     reviews: Literal["all", "positive"] = "all"  # positive: train on positive reviews only, a baseline for PPO
 
     # the model, if init_from is "scratch"
     vocab_size: int = 8192  # tokens of the byte-level BPE, which is trained on the same reviews
-    n_layer: int = 4  # transformer blocks
-    n_head: int = 4  # attention heads
-    n_embd: int = 256  # width
+    n_layer: int = by_preset(4, medium=8)  # transformer blocks
+    n_head: int = by_preset(4, medium=8)  # attention heads
+    n_embd: int = by_preset(256, medium=512)  # width
     n_positions: int = by_preset(512, mini_scratch=256)  # longest context, tokens
 
     # optimization: AdamW with the betas and the clipping of GPT-3 (Brown et al. 2020, appendix B), or Muon for matrices
@@ -207,8 +217,12 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     The judge may be empty here: it is only logged. Constants of preset gpt2 are close to those of TRL's gpt2-sentiment.
     """
 
-    policy: str = by_preset("finetune_checkpoints/gpt2", mini="asset/mini/gpt2")  # initial policy and frozen reference
-    out: str = by_preset("ppo_checkpoints/gpt2", mini="ppo_checkpoints/mini")  # output folder
+    policy: str = by_preset(  # initial policy and frozen reference
+        "finetune_checkpoints/gpt2", medium="finetune_checkpoints/medium", mini="asset/mini/gpt2"
+    )
+    out: str = by_preset(  # output folder
+        "ppo_checkpoints/gpt2", medium="ppo_checkpoints/medium", mini="ppo_checkpoints/mini"
+    )
 
     # rollouts
     steps: int = by_preset(200, mini=40)  # number of rollouts
@@ -296,7 +310,7 @@ class GenerateConfig(ComparisonConfig):
 class FrontierConfig(Config):
     """Reward and judge against KL: PPO, RLOO, GRPO and two baselines, and ablations of implementation details."""
 
-    out: str = by_preset("frontier/gpt2", mini="frontier/mini")  # output folder; a sweep that was stopped is resumed
+    out: str = by_preset("frontier/gpt2", medium="frontier/medium", mini="frontier/mini")  # a stopped sweep is resumed
     seeds: int = 3  # runs per setting
     steps: int = by_preset(200, mini=24)  # rollouts of a run
     response_len: int = by_preset(16, mini=24)  # T, maximum length of a response, tokens
@@ -382,10 +396,15 @@ RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exc
 
 
 def defaults(cls, preset="gpt2", init_from=""):
-    """The config of a script with the values of a preset."""
-    keys = [f"{preset}_scratch"] * (init_from == "scratch") + [preset]
-    values = {f.name: next((f.metadata[key] for key in keys if key in f.metadata), f.default) for f in fields(cls)}
-    return cls(**values | {"preset": preset})
+    """The config of a script with the values of a preset; what medium has no value for is as in mini."""
+
+    def value(f, keys):
+        return next((f.metadata[key] for key in keys if key in f.metadata), f.default)
+
+    presets = ["medium", "mini"] if preset == "medium" else [preset]
+    starts = [init_from or value(f, presets) for f in fields(cls) if f.name == "init_from"]
+    keys = [key for p in presets for key in [f"{p}_scratch"] * (starts == ["scratch"]) + [p]]
+    return cls(**{f.name: value(f, keys) for f in fields(cls)} | {"preset": preset})
 
 
 def check_ranges(cfg):

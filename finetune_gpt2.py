@@ -92,14 +92,25 @@ def validation_texts(texts, tokenizer, n_tokens):
     return texts[: np.searchsorted(ends, n_tokens) + 1]
 
 
-def train_step(stepper, x, y, cfg):
+@torch.no_grad()
+def soft_targets(teacher, x, y, share):
+    """Return share * the probabilities of the teacher + (1 - share) * those of the next tokens (Hinton et al. 2015).
+
+    x, y: (B, L) ids. Returns (B * L, V).
+    """
+    probs = teacher(x).flatten(0, 1).softmax(-1).mul_(share)
+    return probs.scatter_add_(1, y.view(-1, 1), torch.full_like(probs[:, :1], 1 - share))
+
+
+def train_step(stepper, x, y, cfg, teacher=None):
     """Accumulate the gradients of the mean loss over a batch (B, block_size) in micro-batches. Return the loss.
 
     x, y: this process's share of the batch. Shares are equal, so the mean of their losses is the loss of the batch.
     """
     loss, size = 0.0, cfg.micro_batch_size // stepper.ranks.size
     for xs, ys in zip(x.split(size), y.split(size)):
-        part = F.cross_entropy(stepper.model(xs).flatten(0, 1), ys.flatten(), reduction="sum") / y.numel()
+        targets = soft_targets(teacher, xs, ys, cfg.teacher_share) if teacher else ys.flatten()
+        part = F.cross_entropy(stepper.model(xs).flatten(0, 1), targets, reduction="sum") / y.numel()
         stepper.backward(part)
         loss += part.detach()
     return loss
@@ -115,6 +126,18 @@ def initial_model(cfg, opened, texts, dtype):
     torch.manual_seed(cfg.seed)
     config = GPT2Config(len(tokenizer), cfg.n_positions, cfg.n_embd, cfg.n_layer, cfg.n_head)
     return GPT2(config, dtype=dtype).init_weights(), tokenizer
+
+
+def load_teacher(cfg, tokenizer, dtype, device):
+    """Return the GPT2 cfg.teacher, or None if it is empty. Raise BadInput if it cannot teach the model."""
+    if not cfg.teacher:
+        return None
+    folder, config, its_tokenizer = open_gpt2(cfg.teacher)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise BadInput(f"teacher {cfg.teacher} has another tokenizer than the model, which it cannot teach")
+    if cfg.block_size > config.n_positions:
+        raise BadInput(f"block_size {cfg.block_size} is over the {config.n_positions} positions of {cfg.teacher}")
+    return load_gpt2(folder, config, len(tokenizer), dtype).to(device).requires_grad_(False)
 
 
 class BestModel(BestWeights):
@@ -149,6 +172,7 @@ def main(cfg):
     texts = language_model_texts(splits, cfg.reviews)
     model, tokenizer = initial_model(cfg, opened, texts, dtype)
     model.to(device)
+    teacher = load_teacher(cfg, tokenizer, dtype, device)
     size = micro_batch_size(cfg, cfg.batch_size, cfg.block_size, model, 3, device, ranks)
     cfg = replace(cfg, micro_batch_size=size)
     stream, data = pack(texts, tokenizer), fingerprint(*texts)
@@ -183,7 +207,7 @@ def main(cfg):
             x, y = (to_device(t, device) for t in blocks(stream, ranks.share(numbers), cfg.block_size))
             lr = learning_rate(step, steps, cfg)
             stepper.set_lr(lr / cfg.lr)
-            loss = train_step(stepper, x, y, cfg).item()
+            loss = train_step(stepper, x, y, cfg, teacher).item()
             metrics |= ranks.mean(dict(loss=loss)) | dict(lr=lr, grad_norm=stepper.step())
             metrics["skipped_steps"] = stepper.skipped
             speed = metrics["tokens_per_second"] = len(numbers) * cfg.block_size / (time.time() - start)
