@@ -134,11 +134,11 @@ class FinetuneConfig(TrainConfig):
     n_layer: int = by_preset(4, medium=8)  # transformer blocks
     n_head: int = by_preset(4, medium=8)  # attention heads
     n_embd: int = by_preset(256, medium=512)  # width
-    n_positions: int = by_preset(512, mini_scratch=256)  # longest context, tokens
+    n_positions: int = 512  # longest context, tokens
 
     # optimization: AdamW with the betas and the clipping of GPT-3 (Brown et al. 2020, appendix B), or Muon for matrices
-    block_size: int = by_preset(512, mini=256)  # context of a training example, tokens
-    batch_size: int = by_preset(32, mini=8, mini_scratch=16)  # blocks per optimizer step
+    block_size: int = by_preset(512, mini=256, mini_scratch=512)  # context of a training example, tokens
+    batch_size: int = by_preset(32, mini=8, mini_scratch=8)  # blocks per optimizer step
     micro_batch_size: int = 0  # blocks per forward pass, does not change the result; 0: see runtime/device.py
     epochs: float = by_preset(1.0, mini=0.0135, mini_scratch=4.0)  # passes over the packed reviews
     optimizer: Literal["adamw", "muon"] = by_preset("adamw", mini_scratch="muon")  # muon: for matrices of the blocks
@@ -327,7 +327,8 @@ class FrontierConfig(Config):
 class BenchConfig(Config):
     """Measure the time of each phase of a PPO step.
 
-    Preset gpt2: GPT-2 124M and BERT-base, 32 episodes of 8 + 24 tokens; mini: 128 episodes of 6 + 24 tokens.
+    Preset gpt2: GPT-2 124M and BERT-base, 32 episodes of 8 + 24 tokens; mini: 128 episodes of 6 + 24 tokens;
+    medium: the same with a GPT-2 of 30 M parameters.
     """
 
     repeats: int = 5  # timed steps, after one warm-up step
@@ -386,7 +387,7 @@ RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exc
     "temperature value_clip vocab_size workers",
     "[0, inf)": "alarm_window kl_ceiling kl_coef kl_coefs kl_target micro_batch_size min_lr missing_eos_penalty "
     "positive_epochs sample_prompts samples score_clip seed vf_coef viewer_samples warmup_steps weight_decay",
-    "[0, 1]": "crop_share gamma lam lr_end",
+    "[0, 1]": "crop_share gamma lam lr_end teacher_share",
     "[0, 1)": "beta1 beta2 dropout",
     "(0, 1]": "save_share",
     "[1, inf)": "best_of",

@@ -2,7 +2,8 @@
 
     python finetune_gpt2.py                                      # gpt2 from the hub on IMDB
     python finetune_gpt2.py --preset mini                        # on a CPU: train asset/mini/gpt2 for another minute
-    python finetune_gpt2.py --preset mini --init_from scratch    # as asset/mini/gpt2 was trained, in hours
+    python finetune_gpt2.py --preset medium                      # a GPT-2 of 30 M parameters from scratch, in hours
+    python finetune_gpt2.py --preset mini --init_from scratch    # as asset/mini/gpt2 was trained: medium is its teacher
     python finetune_gpt2.py --reviews positive                   # a baseline for PPO: positive reviews only
     torchrun --nproc_per_node 8 finetune_gpt2.py                 # on eight GPUs
 
@@ -186,13 +187,14 @@ def main(cfg):
     optimizers = make_optimizers(model, matrices, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), muon_lr=cfg.muon_lr)
     stepper, best = Stepper(model, optimizers, cfg.grad_clip, ranks, dtype), BestModel(model, tokenizer, cfg)
     inputs = {"texts": data, "tokenizer": fingerprint(tokenizer_text(tokenizer))}
+    inputs["teacher"] = fingerprint(teacher) if teacher else ""
     saved = {"stepper": stepper, "best": best}
     checkpoints = Checkpoints(cfg, cfg.out, model, optimizers, inputs, saved, ranks, best.write)
     log = RunLog(cfg, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
         model.compile(dynamic=True)  # the last block of the validation stream is shorter
     counts = len(texts), len(stream), len(held_out), len(validation)
-    print(finetune_sheet(cfg, model, steps, *counts, device), flush=True)
+    print(finetune_sheet(cfg, model, teacher, steps, *counts, device), flush=True)
 
     for step in log.progress(checkpoints, steps + 1, "fine-tune", "step"):
         metrics = {}

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import BenchConfig, PPOConfig, defaults
+from config import BenchConfig, FinetuneConfig, PPOConfig, defaults
 from data import load_splits, prompt_batch, prompt_pool
 from model import GPT2, GPT2Config, Policy, compile_passes
 from ppo import rollout, update
@@ -45,6 +45,12 @@ WORKS = {  # preset: the PPO config to time; prompts have one length, so that ea
     ),
     "mini": replace(MINI, micro_batch_size=32, min_prompt_len=6, max_prompt_len=6, response_len=24),
 }
+WORKS["medium"] = WORKS["mini"]
+MEDIUM = defaults(FinetuneConfig, "medium")
+SIZES = {
+    "gpt2": GPT2Config(),
+    "medium": GPT2Config(MEDIUM.vocab_size, MEDIUM.n_positions, MEDIUM.n_embd, MEDIUM.n_layer, MEDIUM.n_head),
+}
 
 
 class Folded:
@@ -63,15 +69,17 @@ class Folded:
 
 
 def load(name, device, dtype):
-    """Return (policy, tokenizer, reward_fn): the models of preset mini, or random weights of the published sizes."""
+    """Return (policy, tokenizer, reward_fn) of a preset: the models of mini, or random weights of the preset's sizes."""
     opened = open_gpt2(MINI.policy)
     reward_fn = SentimentReward.load(MINI.reward, device=device, dtype=dtype)
     if name == "mini":
         return load_policy(*opened, dtype).to(device), opened[2], reward_fn
+    policy = Policy(GPT2(SIZES[name], dtype=dtype).init_weights()).to(device)  # the time does not depend on the weights
+    if name == "medium":
+        return policy, opened[2], reward_fn
     from transformers import BertConfig, BertForSequenceClassification
 
-    bert = BertForSequenceClassification(BertConfig(num_labels=2))  # the time does not depend on the weights
-    policy = Policy(GPT2(GPT2Config(), dtype=dtype).init_weights()).to(device)
+    bert = BertForSequenceClassification(BertConfig(num_labels=2))
     return policy, opened[2], SentimentReward(bert, reward_fn.tokenizer, positive=1, device=device, dtype=dtype)
 
 
@@ -99,7 +107,7 @@ def measure(ppo, model, texts, cfg):
 
     phases: {name: {"seconds": [one per step], "flops": n, "host_waits": n}}; host_waits is None on other devices than
     CUDA. Machine data: "device", "dtypes" of the products, "peak_flops" (FLOP/s, one per step), "peak_memory_gb".
-    model: "mini" or "gpt2", see load. texts: the prompts are their beginnings.
+    model: the preset, see load. texts: the prompts are their beginnings.
     """
     device, dtype = pick_device(cfg)
     ppo, dtypes = replace(ppo, compile=cfg.compile), dict.fromkeys([torch.float32, dtype])

@@ -107,6 +107,18 @@ def test_init_from_scratch_sets_more_constants_and_a_flag_overrides_them():
     assert parse(FinetuneConfig, ["--init_from", "scratch"]) == FinetuneConfig(init_from="scratch")
 
 
+def test_preset_medium_has_the_constants_of_mini_except_its_own():
+    """It is trained from scratch without a flag, and without a teacher, which it is itself."""
+    medium, mini = defaults(FinetuneConfig, "medium"), defaults(FinetuneConfig, "mini", "scratch")
+    assert (medium.init_from, medium.teacher, medium.out) == ("scratch", "", "finetune_checkpoints/medium")
+    assert (medium.optimizer, medium.dataset, medium.lr) == (mini.optimizer, mini.dataset, mini.lr)
+    assert medium.n_embd > mini.n_embd and mini.teacher == medium.out
+    medium, mini = defaults(PPOConfig, "medium"), defaults(PPOConfig, "mini")
+    different = {name for name, value in vars(mini).items() if getattr(medium, name) != value}
+    assert different == {"preset", "policy", "out"}
+    assert defaults(EvaluateConfig, "medium").after == medium.out
+
+
 def test_a_config_cannot_be_changed_after_it_was_checked():
     with pytest.raises(AttributeError):
         PPOConfig().lr = -1.0

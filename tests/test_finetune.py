@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import reviews_csv
+from conftest import message, reviews_csv
 
 import finetune_gpt2
 from config import FinetuneConfig
 from data import block_order, encode, language_model_texts, load_splits, pack
-from finetune_gpt2 import blocks, learning_rate, train_step, validate, validation_texts
+from finetune_gpt2 import blocks, learning_rate, load_teacher, soft_targets, train_step, validate, validation_texts
 from model import GPT2, GPT2Config
 from runtime import checkpoint
 from runtime.checkpoint import CARD_MARK, fingerprint, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -78,6 +78,45 @@ def test_a_target_is_the_next_token_also_if_that_is_the_end_of_text():
     assert x.tolist() == [[7, 8, 0], [5, 6, 0]]
     assert y.tolist() == [[8, 0, 9], [6, 0, 7]]
     assert x.dtype == y.dtype == torch.int64
+
+
+# ---- a teacher
+
+
+def test_the_targets_mix_the_probabilities_of_the_teacher_and_the_next_token():
+    teacher, (x, y) = tiny(), torch.randint(20, (2, 3, 4), generator=torch.Generator().manual_seed(0))
+    targets = soft_targets(teacher, x, y, 0.3)
+    probs = teacher(x).softmax(-1).flatten(0, 1)
+    for target, p, token in zip(targets, probs, y.flatten()):
+        one_hot = torch.eye(20, dtype=torch.float64)[token]
+        torch.testing.assert_close(target, 0.3 * p + 0.7 * one_hot)
+    assert not targets.requires_grad
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_the_gradient_is_zero_for_a_model_that_equals_its_teacher(micro_batch_size):
+    """If the targets are the teacher's probabilities only. Otherwise it is a share of the gradient without a teacher."""
+    x, y = torch.randint(20, (2, 4, 8), generator=torch.Generator().manual_seed(0))
+
+    def gradient(share, teacher):
+        model = tiny()
+        cfg = FinetuneConfig(batch_size=4, micro_batch_size=micro_batch_size, teacher_share=share)
+        train_step(Stepper(model, [], 1.0), x, y, cfg, teacher)
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    assert gradient(1.0, tiny()).abs().max() < 1e-12
+    torch.testing.assert_close(gradient(0.25, tiny()), 0.75 * gradient(0.0, None))
+
+
+def test_a_teacher_needs_the_tokenizer_of_the_model_and_its_context(gpt2_folder, tokenizer, tmp_path):
+    cfg = FinetuneConfig(teacher=str(gpt2_folder), block_size=8)
+    teacher = load_teacher(cfg, tokenizer, torch.float32, "cpu")
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert load_teacher(replace(cfg, teacher=""), tokenizer, torch.float32, "cpu") is None
+    too_long = replace(cfg, block_size=teacher.config.n_positions + 1)
+    assert "block_size" in message(load_teacher, too_long, tokenizer, torch.float32, "cpu")
+    other = finetune_gpt2.train_bpe(["a film of another town"] * 9, 300)
+    assert "another tokenizer" in message(load_teacher, cfg, other, torch.float32, "cpu")
 
 
 # ---- perplexity
@@ -252,6 +291,21 @@ def test_a_run_from_scratch_logs_every_step_and_the_validation_perplexity_falls(
     assert lines[3]["tokens"] == 3 * 8 * 32
     assert lines[0]["lr"] == pytest.approx(cfg.lr / 6)
     assert lines[steps - 1]["lr"] == pytest.approx(cfg.min_lr)
+
+
+def test_a_run_with_a_teacher_follows_it(scratch_run, tmp_path, capsys):
+    """The student starts from other weights. Its teacher's log-probabilities become its own, nearer than the data's."""
+    cfg, lines = scratch_run
+    student = replace(cfg, out=str(tmp_path / "student"), teacher=cfg.out, teacher_share=1.0, seed=1, epochs=3)
+    finetune_gpt2.main(student)
+    assert f"teacher          {cfg.out}" in capsys.readouterr().out.replace("\n", " ")
+    folders = {name: open_gpt2(str(name)) for name in (cfg.out, student.out)}
+    x = torch.tensor(folders[cfg.out][2].encode("A good film. A bad film. I liked it."))[None]
+    taught, own = (load_gpt2(f, c, len(t))(x).log_softmax(-1) for f, c, t in folders.values())
+    assert (taught.exp() * (taught - own)).sum(-1).mean() < 0.1
+    assert json.loads((tmp_path / "student/log.jsonl").read_text().splitlines()[-1])["val_perplexity"] < 1.2 * min(
+        line["val_perplexity"] for line in lines if "val_perplexity" in line
+    )
 
 
 def test_the_folder_has_the_best_weights_and_the_config_of_the_run(scratch_run):
