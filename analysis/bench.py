@@ -69,7 +69,7 @@ class Folded:
 
 
 def load(name, device, dtype):
-    """Return (policy, tokenizer, reward_fn) of a preset: the models of mini, or random weights of the preset's sizes."""
+    """Return (policy, tokenizer, reward_fn): the models of preset mini, or random weights of the sizes of a preset."""
     opened = open_gpt2(MINI.policy)
     reward_fn = SentimentReward.load(MINI.reward, device=device, dtype=dtype)
     if name == "mini":

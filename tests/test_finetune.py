@@ -95,7 +95,7 @@ def test_the_targets_mix_the_probabilities_of_the_teacher_and_the_next_token():
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_the_gradient_is_zero_for_a_model_that_equals_its_teacher(micro_batch_size):
-    """If the targets are the teacher's probabilities only. Otherwise it is a share of the gradient without a teacher."""
+    """If all targets are its probabilities. Otherwise it is a share of the gradient without a teacher."""
     x, y = torch.randint(20, (2, 4, 8), generator=torch.Generator().manual_seed(0))
 
     def gradient(share, teacher):
