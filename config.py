@@ -124,9 +124,10 @@ class FinetuneConfig(TrainConfig):
         mini="finetune_checkpoints/mini",
         mini_scratch="finetune_checkpoints/scratch",
     )
-    # a GPT-2 with the same tokenizer to distill; empty: none
-    teacher: str = by_preset("", medium="", mini_scratch="finetune_checkpoints/medium")  # the teacher
-    teacher_share: float = 0.5  # weight of the teacher's probabilities in the targets; the rest is the next token's
+    teachers: tuple[str, ...] = by_preset(  # GPT-2s with the same tokenizer to distill; empty: none
+        (), medium=(), mini_scratch=("finetune_checkpoints/medium",)
+    )
+    teacher_share: float = 0.5  # weight of the teachers' mean probabilities in the targets; the rest: the next tokens
     reviews: Literal["all", "positive"] = "all"  # positive: train on positive reviews only, a baseline for PPO
 
     # the model, if init_from is "scratch"
@@ -147,6 +148,7 @@ class FinetuneConfig(TrainConfig):
     muon_lr: float = by_preset(0.02, mini_scratch=0.03)  # peak learning rate of Muon, same schedule
     warmup_steps: int = by_preset(40, mini=10, mini_scratch=40)  # optimizer steps of linear warm-up
     weight_decay: float = by_preset(0.1, mini_scratch=0.02)  # of matrices; biases and gains have none
+    dropout: float = by_preset(0.0, medium=0.1)  # of embeddings and residual branches, only in fine-tuning
     beta1: float = 0.9  # decay of AdamW's first moment
     beta2: float = 0.95  # decay of AdamW's second moment
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -180,6 +182,7 @@ class RewardConfig(TrainConfig):
         "reward_checkpoints/gpt2", mini="reward_checkpoints/mini", mini_scratch="reward_checkpoints/scratch"
     )
     teacher: str = by_preset("", mini_scratch="reward_checkpoints/teacher")  # a run to distill; empty: use the labels
+    only: Literal["", "reward", "judge"] = ""  # train only one of the two; empty: both
 
     # the BERT, if init_from is "scratch"
     vocab_size: int = 8192  # tokens of the WordPiece, which is trained on the same reviews

@@ -28,7 +28,7 @@ from data import block_order, encode, language_model_texts, load_splits, pack, t
 from model import GPT2, GPT2Config
 from runtime.checkpoint import RESULTS, BestWeights, Checkpoints, check_run, delete_checkpoints, fingerprint, write_text
 from runtime.cli import run
-from runtime.device import DTYPES, micro_batch_size, pick_device, to_device
+from runtime.device import DTYPES, micro_batch_size, pick_device, seed_of, to_device
 from runtime.distributed import join
 from runtime.errors import BadInput
 from runtime.hub import load_gpt2, open_gpt2, save_gpt2, tokenizer_text
@@ -74,6 +74,7 @@ def validate(model, stream, characters, block_size, batch_size, eos_id):
     all negative log-likelihoods is divided once, so that the batch size does not change the result.
     """
     device = next(model.parameters()).device
+    model.eval()  # no dropout
     stream = torch.as_tensor(stream, dtype=torch.long)
     inputs, targets = torch.cat([torch.tensor([eos_id]), stream[:-1]]), stream
     whole = len(stream) // block_size * block_size
@@ -84,6 +85,7 @@ def validate(model, stream, characters, block_size, batch_size, eos_id):
         F.cross_entropy(model(x.to(device)).flatten(0, 1), y.to(device).flatten(), reduction="sum").item()
         for x, y in batches
     )
+    model.train()
     return math.exp(nll / len(stream)), nll / math.log(2) / characters
 
 
@@ -94,23 +96,23 @@ def validation_texts(texts, tokenizer, n_tokens):
 
 
 @torch.no_grad()
-def soft_targets(teacher, x, y, share):
-    """Return share * the probabilities of the teacher + (1 - share) * those of the next tokens (Hinton et al. 2015).
+def soft_targets(teachers, x, y, share):
+    """Return share * the teachers' mean probabilities + (1 - share) * the next tokens' (Hinton et al. 2015, section 2).
 
     x, y: (B, L) ids. Returns (B * L, V).
     """
-    probs = teacher(x).flatten(0, 1).softmax(-1).mul_(share)
+    probs = sum(teacher(x).flatten(0, 1).softmax(-1) for teacher in teachers).mul_(share / len(teachers))
     return probs.scatter_add_(1, y.view(-1, 1), torch.full_like(probs[:, :1], 1 - share))
 
 
-def train_step(stepper, x, y, cfg, teacher=None):
+def train_step(stepper, x, y, cfg, teachers=()):
     """Accumulate the gradients of the mean loss over a batch (B, block_size) in micro-batches. Return the loss.
 
     x, y: this process's share of the batch. Shares are equal, so the mean of their losses is the loss of the batch.
     """
     loss, size = 0.0, cfg.micro_batch_size // stepper.ranks.size
     for xs, ys in zip(x.split(size), y.split(size)):
-        targets = soft_targets(teacher, xs, ys, cfg.teacher_share) if teacher else ys.flatten()
+        targets = soft_targets(teachers, xs, ys, cfg.teacher_share) if teachers else ys.flatten()
         part = F.cross_entropy(stepper.model(xs).flatten(0, 1), targets, reduction="sum") / y.numel()
         stepper.backward(part)
         loss += part.detach()
@@ -129,16 +131,17 @@ def initial_model(cfg, opened, texts, dtype):
     return GPT2(config, dtype=dtype).init_weights(), tokenizer
 
 
-def load_teacher(cfg, tokenizer, dtype, device):
-    """Return the GPT2 cfg.teacher, or None if it is empty. Raise BadInput if it cannot teach the model."""
-    if not cfg.teacher:
-        return None
-    folder, config, its_tokenizer = open_gpt2(cfg.teacher)
-    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise BadInput(f"teacher {cfg.teacher} has another tokenizer than the model, which it cannot teach")
-    if cfg.block_size > config.n_positions:
-        raise BadInput(f"block_size {cfg.block_size} is over the {config.n_positions} positions of {cfg.teacher}")
-    return load_gpt2(folder, config, len(tokenizer), dtype).to(device).requires_grad_(False)
+def load_teachers(cfg, tokenizer, dtype, device):
+    """Return the GPT2s cfg.teachers. Raise BadInput for one that cannot teach the model."""
+    teachers = []
+    for name in cfg.teachers:
+        folder, config, its_tokenizer = open_gpt2(name)
+        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise BadInput(f"teacher {name} has another tokenizer than the model, which it cannot teach")
+        if cfg.block_size > config.n_positions:
+            raise BadInput(f"block_size {cfg.block_size} is over the {config.n_positions} positions of teacher {name}")
+        teachers.append(load_gpt2(folder, config, len(tokenizer), dtype).to(device).requires_grad_(False))
+    return teachers
 
 
 class BestModel(BestWeights):
@@ -172,8 +175,8 @@ def main(cfg):
     splits = load_splits(cfg.dataset, cfg.text_column, cfg.label_column)
     texts = language_model_texts(splits, cfg.reviews)
     model, tokenizer = initial_model(cfg, opened, texts, dtype)
-    model.to(device)
-    teacher = load_teacher(cfg, tokenizer, dtype, device)
+    model.to(device).set_dropout(cfg.dropout)
+    teachers = load_teachers(cfg, tokenizer, dtype, device)
     size = micro_batch_size(cfg, cfg.batch_size, cfg.block_size, model, 3, device, ranks)
     cfg = replace(cfg, micro_batch_size=size)
     stream, data = pack(texts, tokenizer), fingerprint(*texts)
@@ -187,14 +190,14 @@ def main(cfg):
     optimizers = make_optimizers(model, matrices, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), muon_lr=cfg.muon_lr)
     stepper, best = Stepper(model, optimizers, cfg.grad_clip, ranks, dtype), BestModel(model, tokenizer, cfg)
     inputs = {"texts": data, "tokenizer": fingerprint(tokenizer_text(tokenizer))}
-    inputs["teacher"] = fingerprint(teacher) if teacher else ""
+    inputs["teachers"] = fingerprint(*teachers) if teachers else ""
     saved = {"stepper": stepper, "best": best}
     checkpoints = Checkpoints(cfg, cfg.out, model, optimizers, inputs, saved, ranks, best.write)
     log = RunLog(cfg, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
         model.compile(dynamic=True)  # the last block of the validation stream is shorter
     counts = len(texts), len(stream), len(held_out), len(validation)
-    print(finetune_sheet(cfg, model, teacher, steps, *counts, device), flush=True)
+    print(finetune_sheet(cfg, model, teachers, steps, *counts, device), flush=True)
 
     for step in log.progress(checkpoints, steps + 1, "fine-tune", "step"):
         metrics = {}
@@ -209,7 +212,8 @@ def main(cfg):
             x, y = (to_device(t, device) for t in blocks(stream, ranks.share(numbers), cfg.block_size))
             lr = learning_rate(step, steps, cfg)
             stepper.set_lr(lr / cfg.lr)
-            loss = train_step(stepper, x, y, cfg, teacher).item()
+            torch.manual_seed(seed_of(cfg.seed, step, ranks.rank))  # of dropout
+            loss = train_step(stepper, x, y, cfg, teachers).item()
             metrics |= ranks.mean(dict(loss=loss)) | dict(lr=lr, grad_norm=stepper.step())
             metrics["skipped_steps"] = stepper.skipped
             speed = metrics["tokens_per_second"] = len(numbers) * cfg.block_size / (time.time() - start)

@@ -88,14 +88,15 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, x, layer, cache):
-        x = x + self.attn(self.ln_1(x), layer, cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.dropout(self.attn(self.ln_1(x), layer, cache))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
 class GPT2(nn.Module):
-    """The language model. It has no dropout, since PPO computes the same log-probabilities twice.
+    """The language model. It has no dropout unless set_dropout is called: PPO computes log-probabilities twice.
 
     n_tokens: size of the tokenizer. If the embedding has more rows (such as 50,304 for 50,257 tokens), the extra ones
     have no logits, so they are never sampled and get no probability. dtype: of the autocast in which the transformer
@@ -109,6 +110,12 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(0.0)
+
+    def set_dropout(self, p):
+        """Set the dropout, in train mode, of the embeddings and of what each layer adds to the residual stream."""
+        for module in (self, *self.h):
+            module.dropout.p = p
 
     def init_weights(self):
         """Initialize like GPT-2: N(0, 0.02), projections into the residual stream divided by sqrt(2 n_layer)."""
@@ -139,7 +146,7 @@ class GPT2(nn.Module):
         The result has the dtype of the weights, also under autocast: residual stream and layer norms keep it.
         """
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            x = self.wte(ids) + self.wpe.weight[positions]
+            x = self.dropout(self.wte(ids) + self.wpe.weight[positions])
             for layer, block in enumerate(self.h):
                 x = block(x, layer, cache)
             return self.ln_f(x)

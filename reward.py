@@ -463,9 +463,10 @@ def each(folder):
 
 
 def main(cfg):
-    check_run(cfg, f"reward/{RESULTS}", f"judge/{RESULTS}")
+    names = [cfg.only] if cfg.only else ["reward", "judge"]
+    check_run(cfg, *(f"{name}/{RESULTS}" for name in names))
     device, dtype = pick_device(cfg)
-    starts, teachers = each(cfg.init_from), each(cfg.teacher)
+    starts, teachers = ({name: each(folder)[name] for name in names} for folder in (cfg.init_from, cfg.teacher))
     for name in (*starts.values(), *teachers.values()):
         if name not in ("scratch", ""):
             locate(name)

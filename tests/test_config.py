@@ -110,9 +110,9 @@ def test_init_from_scratch_sets_more_constants_and_a_flag_overrides_them():
 def test_preset_medium_has_the_constants_of_mini_except_its_own():
     """It is trained from scratch without a flag, and without a teacher, which it is itself."""
     medium, mini = defaults(FinetuneConfig, "medium"), defaults(FinetuneConfig, "mini", "scratch")
-    assert (medium.init_from, medium.teacher, medium.out) == ("scratch", "", "finetune_checkpoints/medium")
+    assert (medium.init_from, medium.teachers, medium.out) == ("scratch", (), "finetune_checkpoints/medium")
     assert (medium.optimizer, medium.dataset, medium.lr) == (mini.optimizer, mini.dataset, mini.lr)
-    assert medium.n_embd > mini.n_embd and mini.teacher == medium.out
+    assert medium.n_embd > mini.n_embd and mini.teachers == (medium.out,)
     medium, mini = defaults(PPOConfig, "medium"), defaults(PPOConfig, "mini")
     different = {name for name, value in vars(mini).items() if getattr(medium, name) != value}
     assert different == {"preset", "policy", "out"}
