@@ -109,6 +109,8 @@ class Run:
         arguments = [f"{name}={value}" for name, value in {"BIN": Path(sys.executable).parent, **FLAGS}.items()]
         command = ["make", "-o", ".venv/run-time", "full", *arguments]  # -o: install nothing
         log, env = self.folder / "output", self.hub.environment(self.home)
+        for name in ("MAKELEVEL", "MAKEFLAGS"):  # set by `make test`: make would also print which folder it leaves
+            env.pop(name, None)
         with open(log, "w") as output:
             process = subprocess.Popen(
                 command, cwd=self.folder, env=env, stdout=output, stderr=output, start_new_session=True

@@ -17,11 +17,14 @@ import pytest
 import torch
 from conftest import ROOT
 
+import finetune_gpt2
 import ppo
+import reward
 from analysis import bench
 from analysis.bench import host_waits
-from config import BenchConfig, PPOConfig, defaults
-from data import load_splits
+from config import BenchConfig, FinetuneConfig, PPOConfig, RewardConfig, defaults
+from data import language_model_texts, load_splits, pack
+from finetune_gpt2 import validate, validation_texts
 from model import GPT2, GPT2Config, Policy, compile_passes, draw
 from ppo import rollout, update
 from reward import SentimentReward, check_reward
@@ -142,6 +145,7 @@ def test_pick_device_returns_the_gpu_and_bf16_if_it_is_native(dtype):
     assert picked == (low if ON_GPU and dtype == "auto" else torch.float32)
 
 
+@NEEDS_GPU
 def test_pick_device_keeps_tf32_off():
     pick_device(CFG)
     show("precision of fp32 products", current=torch.get_float32_matmul_precision(), expected="highest")
@@ -385,6 +389,41 @@ def test_main_trains_and_saves_the_policy(tmp_path, monkeypatch, counters, compi
     assert len(lines) == 2 and (tmp_path / "model.safetensors").is_file()
     largest = max(line["first_max_log_ratio"] for line in lines)
     at_most("first log ratio", largest=(largest, 0.05 if ON_GPU else 1e-3))
+
+
+# ---- the other scripts
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "auto"])
+def test_fine_tuning_has_the_perplexity_of_the_cpu(tmp_path, monkeypatch, opened, dtype):
+    """Before and after a few steps with dropout and a teacher; in low precision, the LM head computes in TF32."""
+    monkeypatch.chdir(ROOT)
+    cfg = replace(defaults(FinetuneConfig, "mini"), dataset="movie-reviews", device=NAME, dtype=dtype, out=str(tmp_path))
+    cfg = replace(cfg, epochs=0.003, eval_tokens=20_000, report_to="none", dropout=0.1, teachers=(MODELS["policy"],))
+    finetune_gpt2.main(cfg)
+    show("precision of fp32 products", dtype=dtype, precision=torch.get_float32_matmul_precision())
+    results = json.loads((tmp_path / "results.json").read_text())
+    splits, tokenizer = load_splits("movie-reviews"), opened[2]
+    texts = validation_texts(language_model_texts(splits, names=["prompts"]), tokenizer, cfg.eval_tokens)
+    stream, characters = pack(texts, tokenizer), sum(map(len, texts))
+    sizes = cfg.block_size, 8, tokenizer.eos_token_id
+    models = {"before": load_policy(*opened).gpt2, "after": load_policy(*open_gpt2(str(tmp_path))).gpt2}
+    expected = {when: validate(gpt2, stream, characters, *sizes)[0] for when, gpt2 in models.items()}
+    errors = {when: abs(results[when]["perplexity"] / perplexity - 1) for when, perplexity in expected.items()}
+    at_most("perplexity against the CPU", **{when: (error, 5e-3) for when, error in errors.items()})
+    at_most("perplexity", after=(results["after"]["perplexity"], 1.05 * results["before"]["perplexity"]))
+
+
+def test_a_classifier_is_trained_from_a_teacher(tmp_path, monkeypatch):
+    """Its accuracy does not fall in a few steps."""
+    monkeypatch.chdir(ROOT)
+    cfg = replace(defaults(RewardConfig, "mini"), dataset="movie-reviews", device=NAME, out=str(tmp_path), only="judge")
+    reward.main(replace(cfg, epochs=0.05, eval_reviews=400, teacher=str(ROOT / "asset/mini"), report_to="none"))
+    results = json.loads((tmp_path / "judge/results.json").read_text())
+    figures = {when: results[when]["reviews"]["accuracy"] for when in ("before", "after")}
+    show("accuracy of the judge", **figures)
+    assert figures["after"] > figures["before"] - 0.03
+    assert not (tmp_path / "reward").exists()
 
 
 # ---- decoding by CUDA graphs

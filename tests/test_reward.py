@@ -1066,6 +1066,21 @@ def test_a_student_is_trained_on_its_teachers_probabilities_and_not_on_the_label
         assert np.corrcoef(teacher.log_odds(texts), student.log_odds(texts))[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("only, other", [("reward", "judge"), ("judge", "reward")])
+def test_one_of_the_two_is_trained_alone_and_as_with_the_other(trained, tmp_path, only, other):
+    """A judge can have another shape and another teacher than the reward. The folder of the other is not needed."""
+    folder, cfg, _ = trained
+    out = tmp_path / "out"
+    shutil.copytree(folder / only, tmp_path / "start" / only)
+    changes = dict(init_from=str(tmp_path / "start"), epochs=0.2)
+    reward.main(replace(cfg, **changes, only=only, out=str(out)))
+    assert [path.name for path in out.iterdir() if path.is_dir()] == [only]
+    assert "finished run" in message(reward.main, replace(cfg, **changes, only=only, out=str(out)))
+    reward.main(replace(cfg, **changes | {"init_from": str(folder)}, out=str(tmp_path / "both")))
+    alone, both = (json.loads((f / only / "results.json").read_text()) for f in (out, tmp_path / "both"))
+    assert alone["after"] == both["after"] and alone["data"] == both["data"]
+
+
 def test_a_teacher_reads_the_texts_that_its_student_reads(trained, tmp_path):
     """Also crops: the probability of a whole review is wrong for a part of it."""
     folder, cfg, _ = trained
