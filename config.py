@@ -127,36 +127,36 @@ class FinetuneConfig(TrainConfig):
     teachers: tuple[str, ...] = by_preset(  # GPT-2s with the same tokenizer to distill; empty: none
         (), medium=(), mini_scratch=("finetune_checkpoints/medium",)
     )
-    teacher_share: float = 0.5  # weight of the teachers' mean probabilities in the targets; the rest: the next tokens
+    teacher_share: float = 0.8  # weight of the teachers' mean probabilities in the targets; the rest: the next tokens
     reviews: Literal["all", "positive"] = "all"  # positive: train on positive reviews only, a baseline for PPO
 
     # the model, if init_from is "scratch"
     vocab_size: int = 8192  # tokens of the byte-level BPE, which is trained on the same reviews
     n_layer: int = by_preset(4, medium=8)  # transformer blocks
-    n_head: int = by_preset(4, medium=8)  # attention heads
-    n_embd: int = by_preset(256, medium=512)  # width
+    n_head: int = by_preset(4, medium=8, mini_scratch=5)  # attention heads
+    n_embd: int = by_preset(256, medium=512, mini_scratch=320)  # width
     n_positions: int = 512  # longest context, tokens
 
     # optimization: AdamW with the betas and the clipping of GPT-3 (Brown et al. 2020, appendix B), or Muon for matrices
     block_size: int = by_preset(512, mini=256, mini_scratch=512)  # context of a training example, tokens
-    batch_size: int = by_preset(32, mini=8, mini_scratch=8)  # blocks per optimizer step
+    batch_size: int = by_preset(32, mini=8, mini_scratch=32)  # blocks per optimizer step
     micro_batch_size: int = 0  # blocks per forward pass, does not change the result; 0: see runtime/device.py
-    epochs: float = by_preset(1.0, mini=0.0135, mini_scratch=4.0)  # passes over the packed reviews
+    epochs: float = by_preset(1.0, mini=0.0135, medium=8.0, mini_scratch=9.0)  # passes over the packed reviews
     optimizer: Literal["adamw", "muon"] = by_preset("adamw", mini_scratch="muon")  # muon: for matrices of the blocks
-    lr: float = by_preset(5e-5, mini=1e-4, mini_scratch=5e-3)  # peak learning rate of AdamW, after the warm-up
+    lr: float = by_preset(5e-5, mini=1e-4, mini_scratch=3e-3)  # peak learning rate of AdamW, after the warm-up
     min_lr: float = by_preset(5e-6, mini=1e-5, mini_scratch=5e-5)  # learning rate of the last step of the cosine
     muon_lr: float = by_preset(0.02, mini_scratch=0.03)  # peak learning rate of Muon, same schedule
     warmup_steps: int = by_preset(40, mini=10, mini_scratch=40)  # optimizer steps of linear warm-up
-    weight_decay: float = by_preset(0.1, mini_scratch=0.02)  # of matrices; biases and gains have none
+    weight_decay: float = by_preset(0.1, medium=0.2, mini_scratch=0.05)  # of matrices; biases and gains have none
     dropout: float = by_preset(0.0, medium=0.1)  # of embeddings and residual branches, only in fine-tuning
     beta1: float = 0.9  # decay of AdamW's first moment
     beta2: float = 0.95  # decay of AdamW's second moment
     grad_clip: float = 1.0  # largest norm of the gradient
 
-    eval_every: int = by_preset(50, mini=20, mini_scratch=300)  # optimizer steps between evaluations
+    eval_every: int = by_preset(50, mini=20, mini_scratch=415)  # optimizer steps between evaluations
     eval_tokens: int = by_preset(200_000, mini=40_000, mini_scratch=100_000)  # tokens of the validation stream
     weights: Literal["best", "last"] = "best"  # the weights to keep: the best on the validation stream, or the last
-    save_every: int = by_preset(500, mini_scratch=150)  # optimizer steps between checkpoints
+    save_every: int = by_preset(500, mini_scratch=50)  # optimizer steps between checkpoints
     save_dtype: SaveDtype = by_preset("fp32", mini="fp16")  # dtype of the saved weights
     compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
 
