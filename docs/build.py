@@ -65,6 +65,9 @@ def sources():
         "reward": read("asset/mini/reward/results.json"),
         "judge": read("asset/mini/judge/results.json"),
         "performance": read("asset/performance.json"),
+        "full": read("asset/gpt2/results.json"),
+        "full fine-tuning": read("asset/gpt2/finetune_results.json"),
+        "medium": read("asset/medium/results.json"),
         "frontier": {},
         "ablation": {},
         "mutation": mutation(),
@@ -170,6 +173,7 @@ def blocks():
     return {
         "results": f"{table}\n\nMeasured {recorded['date']} on {recorded['machine']}, commit {recorded['commit']}.",
         "demo": table_text(results),
+        "full": table_text(read("asset/gpt2/results.json")),
         "example": "\n".join(["```text", *example, "```"]),
         "runs": frontier.runs_table(rows),
         **{name: frontier.methods_table(rows, name) for name in ("score", "positive_by_judge", "perplexity")},

@@ -194,10 +194,10 @@ def ppo_flops(cfg, gpt2, rewards):
 
 
 def finetune_flops(cfg, gpt2, steps, n_validation, teachers=()):
-    """Return the FLOPs of a fine-tuning run: optimizer steps of three forward passes each, teachers, and evaluations."""
+    """Return the FLOPs of a fine-tuning run: steps of three forward passes each, teachers, and evaluations."""
     trained, evaluated = steps * cfg.batch_size * cfg.block_size, (math.ceil(steps / cfg.eval_every) + 2) * n_validation
-    flops = sum(teacher.flops(trained, trained) for teacher in teachers)
-    return flops + gpt2.flops(3 * trained + evaluated, 3 * trained + evaluated)  # a backward pass takes two forward passes
+    taught = sum(teacher.flops(trained, trained) for teacher in teachers)
+    return taught + gpt2.flops(3 * trained + evaluated, 3 * trained + evaluated)  # a backward pass takes twice a forward
 
 
 # ---- tables

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+from config import FinetuneConfig
 from data import key, language_model_texts, load_splits, pack
 from finetune_gpt2 import validate, validation_texts
 from reward import SentimentReward, check_reward
 from runtime.checkpoint import fingerprint
+from runtime.cli import differing, parse
 from runtime.hub import load_gpt2, open_gpt2, read_tensors
 
 MINI = ROOT / "asset" / "mini"
@@ -55,6 +57,8 @@ def test_no_review_of_the_evaluation_or_of_the_prompts_was_trained_on(splits):
         "reward": splits["reward"].texts,
         "judge": splits["judge"].texts,
     }
+    teacher = json.loads((ROOT / "asset/medium/results.json").read_text())
+    assert teacher["data"] == fingerprint(*trained["gpt2"])
     held_out = {key(text) for name in ("evaluation", "prompts") for text in splits[name].texts}
     for name, texts in trained.items():
         assert results(name)["data"] == fingerprint(*texts)
@@ -71,12 +75,35 @@ def test_gpt2_has_the_bits_per_character_of_its_card_and_the_logits_of_transform
     stream = pack(texts, tokenizer)
     model = load_gpt2(folder, config, len(tokenizer))
     _, bits = validate(model, stream, sum(map(len, texts)), config.n_positions, 8, tokenizer.eos_token_id)
-    assert results("gpt2")["after"]["bits_per_character"] <= 1.5
+    assert results("gpt2")["after"]["bits_per_character"] <= 1.42
     assert bits == pytest.approx(results("gpt2")["after"]["bits_per_character"], rel=0.03)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.from_numpy(stream[None, :256]).long()
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "folder, flags", [("mini/gpt2", "--preset mini --init_from scratch"), ("medium", "--preset medium")]
+)
+def test_the_command_on_the_card_of_a_gpt2_has_the_constants_of_its_training(folder, flags):
+    """Catches a preset that was changed without training the model again."""
+    saved = json.loads((ROOT / "asset" / folder / "run_config.json").read_text())
+    free = ("save_every", "teacher_share") if folder == "medium" else ("save_every",)  # without effect on the result
+    cfg = parse(FinetuneConfig, flags.split())
+    assert differing(cfg, saved | {name: getattr(cfg, name) for name in free}) == []
+    card = (ROOT / "asset" / folder / "README.md").read_text()
+    assert f"python finetune_gpt2.py {flags}" in card
+    assert saved["teachers"] == ([] if folder == "medium" else [parse(FinetuneConfig, ["--preset", "medium"]).out])
+
+
+def test_the_card_of_medium_has_the_numbers_of_its_results():
+    card = (ROOT / "asset/medium/README.md").read_text()
+    values = json.loads((ROOT / "asset/medium/results.json").read_text())
+    after = values["after"]
+    numbers = [values["data"], f"{values['parameters']:,}", f"{values['tokens']:,}", f"{values['seconds']:.0f} s"]
+    assert all(n in card for n in [*numbers, f"{after['perplexity']:.1f}", f"{after['bits_per_character']:.3f}"])
+    assert 25e6 <= values["parameters"] <= 35e6
 
 
 @every_classifier

@@ -119,16 +119,13 @@ def test_the_committed_results_are_of_the_current_preset():
 
 
 def test_the_committed_run_became_positive_and_stayed_near_its_start():
-    """By the judge, a rise of at least 0.35; KL at most 8 nats; perplexity within a quarter, distinct-2 within a fifth.
-
-    asset/experiments.md has the reason for the last bound.
-    """
+    """By the judge, a rise of at least 0.35; KL at most 8 nats; perplexity within a quarter, distinct-2 within .15."""
     results = json.loads((ROOT / "asset" / "results.json").read_text())
     before, after = ({name: entry["value"] for name, entry in results[side].items()} for side in ("before", "after"))
     assert after["positive_by_judge"] - before["positive_by_judge"] >= 0.35
     assert after["kl"] <= 8
     assert 0.75 <= after["perplexity"] / before["perplexity"] <= 1.25
-    assert after["distinct_2"] / before["distinct_2"] >= 0.8
+    assert after["distinct_2"] / before["distinct_2"] >= 0.85
 
 
 # ---- links, commands and names

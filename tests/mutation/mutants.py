@@ -413,9 +413,21 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_finetune::test_a_model_trained_on_reviews_of_three_tokens_stops_after_three": [
             (
                 "<|endoftext|> is ignored as padding in fine-tuning",
-                'ys.flatten(), reduction="sum") / y.numel()',
-                'ys.flatten(), reduction="sum", ignore_index=0) / y.numel()',
+                'targets, reduction="sum") / y.numel()',
+                'targets, reduction="sum", ignore_index=0) / y.numel()',
             ),
+        ],
+        "test_finetune::test_the_targets_mix_the_mean_probabilities_of_the_teachers_and_the_next_token": [
+            (
+                "the weights of the teachers and of the next token are swapped",
+                "mul_(share / len(teachers))",
+                "mul_((1 - share) / len(teachers))",
+            ),
+            ("the teachers' probabilities are summed", "mul_(share / len(teachers))", "mul_(share)"),
+        ],
+        "test_finetune::test_dropout_changes_the_training_loss_and_not_the_validation": [
+            ("validation has dropout", "    model.eval()  # no dropout\n", ""),
+            ("training after the first validation has no dropout", "    model.train()\n", ""),
         ],
     },
     "reward.py": {
