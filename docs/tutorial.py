@@ -522,9 +522,9 @@ assert no_mask_many.ended.float().mean() < short_many.ended.float().mean() - 0.2
 # %% [markdown]
 # <details><summary>Why? Click, and open the next cell</summary>
 #
-# After five steps without the mask, look at a response that has ended. The score is on the last padding token. The
-# steps made padding more probable, although the policy never chose it, so each padding token has a KL. The penalty for
-# it takes away most of what a short response gains, or all of it, and the policy learns not to end.
+# After one step without the mask, look at a response that has ended. The score is on the last padding token. The step
+# made padding more probable, although the policy never chose it, so each padding token has a KL. The penalty for it
+# takes away most of what a short response gains, or all of it, and the policy learns not to end.
 #
 # </details>
 
@@ -532,7 +532,7 @@ assert no_mask_many.ended.float().mean() < short_many.ended.float().mean() - 0.2
 # %% [solution]
 # @title Solution 3, continued
 with patch.object(ppo, "response_mask", no_mask):
-    early_policy, _ = train(replace(cfg, steps=5, lr_end=1.0), short)
+    early_policy, _ = train(replace(cfg, steps=1, lr_end=1.0), short)
     early = respond(early_policy, others, short)
 real = ppo.response_mask(early.sequences[:, early.prompt_len :], tokenizer.eos_token_id)
 rewards = ppo.token_rewards(early.scores, early.kl, early.mask, cfg.kl_coef)

@@ -197,7 +197,9 @@ def finetune_flops(cfg, gpt2, steps, n_validation, teachers=()):
     """Return the FLOPs of a fine-tuning run: steps of three forward passes each, teachers, and evaluations."""
     trained, evaluated = steps * cfg.batch_size * cfg.block_size, (math.ceil(steps / cfg.eval_every) + 2) * n_validation
     taught = sum(teacher.flops(trained, trained) for teacher in teachers)
-    return taught + gpt2.flops(3 * trained + evaluated, 3 * trained + evaluated)  # a backward pass takes twice a forward
+    return taught + gpt2.flops(
+        3 * trained + evaluated, 3 * trained + evaluated
+    )  # a backward pass takes twice a forward
 
 
 # ---- tables
