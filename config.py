@@ -124,10 +124,10 @@ class FinetuneConfig(TrainConfig):
         mini="finetune_checkpoints/mini",
         mini_scratch="finetune_checkpoints/scratch",
     )
-    teachers: tuple[str, ...] = by_preset(  # GPT-2s with the same tokenizer to distill; empty: none
-        (), medium=(), mini_scratch=("finetune_checkpoints/medium",)
+    teacher: str = by_preset(  # a GPT-2 with the same tokenizer to distill; empty: none
+        "", medium="", mini_scratch="finetune_checkpoints/medium"
     )
-    teacher_share: float = 0.8  # weight of the teachers' mean probabilities in the targets; the rest: the next tokens
+    teacher_share: float = 0.8  # weight of the teacher's probabilities in the targets; the rest: the next token
     reviews: Literal["all", "positive"] = "all"  # positive: train on positive reviews only, a baseline for PPO
 
     # the model, if init_from is "scratch"

@@ -96,23 +96,23 @@ def validation_texts(texts, tokenizer, n_tokens):
 
 
 @torch.no_grad()
-def soft_targets(teachers, x, y, share):
-    """Return share * the teachers' mean probabilities + (1 - share) * the next tokens' (Hinton et al. 2015, section 2).
+def soft_targets(teacher, x, y, share):
+    """Return share * the teacher's probabilities + (1 - share) * those of the next token: (B, L) ids -> (B * L, V).
 
-    x, y: (B, L) ids. Returns (B * L, V).
+    Hinton et al. 2015, section 2, at temperature 1.
     """
-    probs = sum(teacher(x).flatten(0, 1).softmax(-1) for teacher in teachers).mul_(share / len(teachers))
+    probs = teacher(x).flatten(0, 1).softmax(-1).mul_(share)
     return probs.scatter_add_(1, y.view(-1, 1), torch.full_like(probs[:, :1], 1 - share))
 
 
-def train_step(stepper, x, y, cfg, teachers=()):
+def train_step(stepper, x, y, cfg, teacher=None):
     """Accumulate the gradients of the mean loss over a batch (B, block_size) in micro-batches. Return the loss.
 
     x, y: this process's share of the batch. Shares are equal, so the mean of their losses is the loss of the batch.
     """
     loss, size = 0.0, cfg.micro_batch_size // stepper.ranks.size
     for xs, ys in zip(x.split(size), y.split(size)):
-        targets = soft_targets(teachers, xs, ys, cfg.teacher_share) if teachers else ys.flatten()
+        targets = soft_targets(teacher, xs, ys, cfg.teacher_share) if teacher else ys.flatten()
         part = F.cross_entropy(stepper.model(xs).flatten(0, 1), targets, reduction="sum") / y.numel()
         stepper.backward(part)
         loss += part.detach()
@@ -131,17 +131,16 @@ def initial_model(cfg, opened, texts, dtype):
     return GPT2(config, dtype=dtype).init_weights(), tokenizer
 
 
-def load_teachers(cfg, tokenizer, dtype, device):
-    """Return the GPT2s cfg.teachers. Raise BadInput for one that cannot teach the model."""
-    teachers = []
-    for name in cfg.teachers:
-        folder, config, its_tokenizer = open_gpt2(name)
-        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise BadInput(f"teacher {name} has another tokenizer than the model, which it cannot teach")
-        if cfg.block_size > config.n_positions:
-            raise BadInput(f"block_size {cfg.block_size} is over the {config.n_positions} positions of teacher {name}")
-        teachers.append(load_gpt2(folder, config, len(tokenizer), dtype).to(device).requires_grad_(False))
-    return teachers
+def load_teacher(cfg, opened, tokenizer, dtype, device):
+    """Return the GPT2 that open_gpt2 returned, or None for None. Raise BadInput if it cannot teach the model."""
+    if not opened:
+        return None
+    folder, config, its_tokenizer = opened
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise BadInput(f"teacher {cfg.teacher} has another tokenizer than the model, which it cannot teach")
+    if cfg.block_size > config.n_positions:
+        raise BadInput(f"block_size {cfg.block_size} is over the {config.n_positions} positions of {cfg.teacher}")
+    return load_gpt2(folder, config, len(tokenizer), dtype).to(device).requires_grad_(False)
 
 
 class BestModel(BestWeights):
@@ -171,6 +170,7 @@ def main(cfg):
         torch.set_float32_matmul_precision("high")  # TF32 in the LM head; no ratio of probabilities depends on it
     ranks = join(device, cfg, "micro_batch_size")
     opened = None if cfg.init_from == "scratch" else open_gpt2(cfg.init_from)
+    opened_teacher = open_gpt2(cfg.teacher) if cfg.teacher else None
     if opened and cfg.block_size > opened[1].n_positions:
         raise BadInput(f"block_size {cfg.block_size} is over the {opened[1].n_positions} positions of {cfg.init_from}")
 
@@ -178,7 +178,7 @@ def main(cfg):
     texts = language_model_texts(splits, cfg.reviews)
     model, tokenizer = initial_model(cfg, opened, texts, dtype)
     model.to(device).set_dropout(cfg.dropout)
-    teachers = load_teachers(cfg, tokenizer, dtype, device)
+    teacher = load_teacher(cfg, opened_teacher, tokenizer, dtype, device)
     size = micro_batch_size(cfg, cfg.batch_size, cfg.block_size, model, 3, device, ranks)
     cfg = replace(cfg, micro_batch_size=size)
     stream, data = pack(texts, tokenizer), fingerprint(*texts)
@@ -192,14 +192,14 @@ def main(cfg):
     optimizers = make_optimizers(model, matrices, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), muon_lr=cfg.muon_lr)
     stepper, best = Stepper(model, optimizers, cfg.grad_clip, ranks, dtype), BestModel(model, tokenizer, cfg)
     inputs = {"texts": data, "tokenizer": fingerprint(tokenizer_text(tokenizer))}
-    inputs["teachers"] = fingerprint(*teachers) if teachers else ""
+    inputs["teacher"] = fingerprint(teacher) if teacher else ""
     saved = {"stepper": stepper, "best": best}
     checkpoints = Checkpoints(cfg, cfg.out, model, optimizers, inputs, saved, ranks, best.write)
     log = RunLog(cfg, first_step=checkpoints.first_step, rank=ranks.rank)
     if cfg.compile:
         model.compile(dynamic=True)  # the last block of the validation stream is shorter
     counts = len(texts), len(stream), len(held_out), len(validation)
-    print(finetune_sheet(cfg, model, teachers, steps, *counts, device), flush=True)
+    print(finetune_sheet(cfg, model, teacher, steps, *counts, device), flush=True)
 
     for step in log.progress(checkpoints, steps + 1, "fine-tune", "step"):
         metrics = {}
@@ -215,7 +215,7 @@ def main(cfg):
             lr = learning_rate(step, steps, cfg)
             stepper.set_lr(lr / cfg.lr)
             torch.manual_seed(seed_of(cfg.seed, step, ranks.rank))  # of dropout
-            loss = train_step(stepper, x, y, cfg, teachers).item()
+            loss = train_step(stepper, x, y, cfg, teacher).item()
             metrics |= ranks.mean(dict(loss=loss)) | dict(lr=lr, grad_norm=stepper.step())
             metrics["skipped_steps"] = stepper.skipped
             speed = metrics["tokens_per_second"] = len(numbers) * cfg.block_size / (time.time() - start)

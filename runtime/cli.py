@@ -3,7 +3,6 @@
 import argparse
 import errno
 import inspect
-import json
 import re
 import sys
 from dataclasses import fields
@@ -76,8 +75,7 @@ def differing(cfg, other):
     A field that `other` does not have, since an earlier version wrote it, counts as the default of the preset.
     """
     default = vars(defaults(type(cfg), cfg.preset, getattr(cfg, "init_from", "")))
-    values = json.loads(json.dumps([default | dict(other), vars(cfg)]))  # JSON has no tuples
-    changes = [(name, values[0][name], value) for name, value in values[1].items()]
+    changes = [(name, other.get(name, default[name]), value) for name, value in vars(cfg).items()]
     return [f"{name} {old!r} -> {new!r}" for name, old, new in changes if name not in SAME_RESULT and old != new]
 
 

@@ -193,10 +193,10 @@ def ppo_flops(cfg, gpt2, rewards):
     return cfg.steps * cfg.batch_size * (passes * gpt2.flops(tokens, cfg.response_len) + classifiers)
 
 
-def finetune_flops(cfg, gpt2, steps, n_validation, teachers=()):
-    """Return the FLOPs of a fine-tuning run: steps of three forward passes each, teachers, and evaluations."""
+def finetune_flops(cfg, gpt2, steps, n_validation, teacher=None):
+    """Return the FLOPs of a fine-tuning run: steps of three forward passes and one of the teacher, and evaluations."""
     trained, evaluated = steps * cfg.batch_size * cfg.block_size, (math.ceil(steps / cfg.eval_every) + 2) * n_validation
-    taught = sum(teacher.flops(trained, trained) for teacher in teachers)
+    taught = teacher.flops(trained, trained) if teacher else 0
     return taught + gpt2.flops(
         3 * trained + evaluated, 3 * trained + evaluated
     )  # a backward pass takes twice a forward
@@ -227,16 +227,16 @@ def ppo_sheet(cfg, policy, reward_fn, judge, n_prompts, device):
     return sheet("PPO", rows)
 
 
-def finetune_sheet(cfg, model, teachers, steps, n_reviews, n_tokens, n_held_out, n_validation, device):
+def finetune_sheet(cfg, model, teacher, steps, n_reviews, n_tokens, n_held_out, n_validation, device):
     """Return a table of a fine-tuning run before it starts; n_tokens are packed from n_reviews."""
     rows = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "reviews": f"{n_reviews:,} for training, {n_held_out:,} for validation",
         "tokens": f"{n_tokens:,} packed, for {cfg.epochs} epochs; {n_validation:,} for validation",
         "optimizer steps": f"{steps:,} of {cfg.batch_size} x {cfg.block_size} tokens",
-        "teachers": ", ".join(cfg.teachers) or "none",
+        "teacher": cfg.teacher or "none",
         "device": f"{device}, {DTYPE_NAMES[model.dtype]}",
-        **time_on_cpu(finetune_flops(cfg, model, steps, n_validation, teachers), cfg, device),
+        **time_on_cpu(finetune_flops(cfg, model, steps, n_validation, teacher), cfg, device),
         "output": cfg.out,
     }
     return sheet(f"fine-tuning {cfg.init_from} on {cfg.dataset}", rows)

@@ -23,7 +23,7 @@ CONFIGS = {
     "generate": GenerateConfig,
 }
 SMALL = "--vocab_size 300 --n_layer 1 --n_head 1 --n_embd 8 --report_to none --device cpu"
-FINETUNE = f"--preset mini --init_from scratch --dataset {{csv}} --out out {SMALL}"
+FINETUNE = f"--preset mini --init_from scratch --teacher= --dataset {{csv}} --out out {SMALL}"
 FROM_FOLDER = "--dataset {csv} --out out --init_from {gpt2} --report_to none --device cpu"
 REWARD = "--preset mini --init_from {bert} --dataset {csv} --out out --report_to none --device cpu"
 MODELS = "--policy {gpt2} --reward {bert} --judge {judge}"
@@ -58,6 +58,13 @@ CASES = {  # name: (script, flags, parts of the message); if a flag is repeated,
     "no such dataset": ("finetune_gpt2", f"{FINETUNE} --dataset nothing.csv", ["nothing.csv"]),
     "empty dataset": ("reward", f"{REWARD} --dataset {{empty}}", ["empty.csv"]),
     "a dataset smaller than a batch": ("ppo", f"{PPO} --self_check False", ["batch_size 128", "prompts"]),
+    "no such teacher": ("finetune_gpt2", f"{FINETUNE} --teacher nowhere/medium", ["nowhere/medium"]),
+    "a teacher that was not trained yet": (
+        "finetune_gpt2",
+        "--preset mini --init_from scratch --dataset {csv}",
+        ["finetune_checkpoints/medium has no config.json", "python finetune_gpt2.py --preset medium"],
+    ),
+    "a teacher with another tokenizer": ("finetune_gpt2", f"{FINETUNE} --teacher {{gpt2}}", ["another tokenizer"]),
     "a dataset smaller than a block": (
         "finetune_gpt2",
         f"{FINETUNE} --block_size 20000 --n_positions 20000",

@@ -102,7 +102,7 @@ def test_a_flag_overrides_the_preset_and_the_preset_overrides_the_default():
 def test_init_from_scratch_sets_more_constants_and_a_flag_overrides_them():
     """Catches a training from scratch with the constants of further training."""
     cfg = parse(FinetuneConfig, ["--preset", "mini", "--init_from", "scratch", "--lr", "0.5"])
-    assert (cfg.epochs, cfg.optimizer, cfg.out, cfg.lr) == (4.0, "muon", "finetune_checkpoints/scratch", 0.5)
+    assert (cfg.epochs, cfg.optimizer, cfg.out, cfg.lr) == (9.0, "muon", "finetune_checkpoints/scratch", 0.5)
     assert cfg.dataset == "movie-reviews" and cfg.save_dtype == "fp16"  # as without --init_from scratch
     assert parse(FinetuneConfig, ["--init_from", "scratch"]) == FinetuneConfig(init_from="scratch")
 
@@ -110,9 +110,9 @@ def test_init_from_scratch_sets_more_constants_and_a_flag_overrides_them():
 def test_preset_medium_has_the_constants_of_mini_except_its_own():
     """It is trained from scratch without a flag, and without a teacher, which it is itself."""
     medium, mini = defaults(FinetuneConfig, "medium"), defaults(FinetuneConfig, "mini", "scratch")
-    assert (medium.init_from, medium.teachers, medium.out) == ("scratch", (), "finetune_checkpoints/medium")
+    assert (medium.init_from, medium.teacher, medium.out) == ("scratch", "", "finetune_checkpoints/medium")
     assert (medium.optimizer, medium.dataset, medium.lr) == (mini.optimizer, mini.dataset, mini.lr)
-    assert medium.n_embd > mini.n_embd and mini.teachers == (medium.out,)
+    assert medium.n_embd > mini.n_embd and mini.teacher == medium.out
     medium, mini = defaults(PPOConfig, "medium"), defaults(PPOConfig, "mini")
     different = {name for name, value in vars(mini).items() if getattr(medium, name) != value}
     assert different == {"preset", "policy", "out"}
@@ -153,7 +153,7 @@ def test_a_config_cannot_be_changed_after_it_was_checked():
         (FinetuneConfig, "--micro_batch_size 5", ["micro_batch_size 5", "batch_size 32"]),
         (FinetuneConfig, "--beta1 1", ["beta1"]),
         (FinetuneConfig, "--epochs nan", ["epochs", "nan"]),
-        (FinetuneConfig, "--preset mini --init_from scratch --n_head 3", ["n_head 3", "n_embd 256"]),
+        (FinetuneConfig, "--preset mini --init_from scratch --n_head 3", ["n_head 3", "n_embd 320"]),
         (FinetuneConfig, "--preset mini --init_from scratch --vocab_size 256", ["vocab_size", "257"]),
         (FinetuneConfig, "--init_from scratch --block_size 513", ["block_size 513", "n_positions 512"]),
         (RewardConfig, "--dropout 1", ["dropout"]),

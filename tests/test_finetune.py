@@ -13,7 +13,7 @@ from conftest import message, reviews_csv
 import finetune_gpt2
 from config import FinetuneConfig
 from data import block_order, encode, language_model_texts, load_splits, pack
-from finetune_gpt2 import blocks, learning_rate, load_teachers, soft_targets, train_step, validate, validation_texts
+from finetune_gpt2 import blocks, learning_rate, load_teacher, soft_targets, train_step, validate, validation_texts
 from model import GPT2, GPT2Config
 from runtime import checkpoint
 from runtime.checkpoint import CARD_MARK, fingerprint, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -83,12 +83,10 @@ def test_a_target_is_the_next_token_also_if_that_is_the_end_of_text():
 # ---- a teacher
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_the_targets_mix_the_mean_probabilities_of_the_teachers_and_the_next_token(n):
-    teachers = [tiny(n_layer=i + 1) for i in range(n)]
-    x, y = torch.randint(20, (2, 3, 4), generator=torch.Generator().manual_seed(0))
-    targets = soft_targets(teachers, x, y, 0.3)
-    probs = torch.stack([teacher(x).softmax(-1).flatten(0, 1) for teacher in teachers]).mean(0)
+def test_the_targets_mix_the_probabilities_of_the_teacher_and_the_next_token():
+    teacher, (x, y) = tiny(), torch.randint(20, (2, 3, 4), generator=torch.Generator().manual_seed(0))
+    targets = soft_targets(teacher, x, y, 0.3)
+    probs = teacher(x).softmax(-1).flatten(0, 1)
     for target, p, token in zip(targets, probs, y.flatten()):
         one_hot = torch.eye(20, dtype=torch.float64)[token]
         torch.testing.assert_close(target, 0.3 * p + 0.7 * one_hot)
@@ -100,25 +98,26 @@ def test_the_gradient_is_zero_for_a_model_that_equals_its_teacher(micro_batch_si
     """If all targets are its probabilities. Otherwise it is a share of the gradient without a teacher."""
     x, y = torch.randint(20, (2, 4, 8), generator=torch.Generator().manual_seed(0))
 
-    def gradient(share, teachers):
+    def gradient(share, teacher):
         model = tiny()
         cfg = FinetuneConfig(batch_size=4, micro_batch_size=micro_batch_size, teacher_share=share)
-        train_step(Stepper(model, [], 1.0), x, y, cfg, teachers)
+        train_step(Stepper(model, [], 1.0), x, y, cfg, teacher)
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    assert gradient(1.0, [tiny()]).abs().max() < 1e-12
-    torch.testing.assert_close(gradient(0.25, [tiny()]), 0.75 * gradient(0.0, []))
+    assert gradient(1.0, tiny()).abs().max() < 1e-12
+    torch.testing.assert_close(gradient(0.25, tiny()), 0.75 * gradient(0.0, None))
 
 
 def test_a_teacher_needs_the_tokenizer_of_the_model_and_its_context(gpt2_folder, tokenizer, tmp_path):
-    cfg = FinetuneConfig(teachers=(str(gpt2_folder),), block_size=8)
-    (teacher,) = load_teachers(cfg, tokenizer, torch.float32, "cpu")
+    cfg = FinetuneConfig(teacher=str(gpt2_folder), block_size=8)
+    opened = open_gpt2(cfg.teacher)
+    teacher = load_teacher(cfg, opened, tokenizer, torch.float32, "cpu")
     assert not any(p.requires_grad for p in teacher.parameters())
-    assert load_teachers(replace(cfg, teachers=()), tokenizer, torch.float32, "cpu") == []
+    assert load_teacher(cfg, None, tokenizer, torch.float32, "cpu") is None
     too_long = replace(cfg, block_size=teacher.config.n_positions + 1)
-    assert "block_size" in message(load_teachers, too_long, tokenizer, torch.float32, "cpu")
+    assert "block_size" in message(load_teacher, too_long, opened, tokenizer, torch.float32, "cpu")
     other = finetune_gpt2.train_bpe(["a film of another town"] * 9, 300)
-    assert "another tokenizer" in message(load_teachers, cfg, other, torch.float32, "cpu")
+    assert "another tokenizer" in message(load_teacher, cfg, opened, other, torch.float32, "cpu")
 
 
 # ---- dropout
@@ -320,9 +319,9 @@ def test_a_run_from_scratch_logs_every_step_and_the_validation_perplexity_falls(
 def test_a_run_with_a_teacher_follows_it(scratch_run, tmp_path, capsys):
     """The student starts from other weights. Its teacher's log-probabilities become its own, nearer than the data's."""
     cfg, lines = scratch_run
-    student = replace(cfg, out=str(tmp_path / "student"), teachers=(cfg.out,), teacher_share=1.0, seed=1, epochs=3)
+    student = replace(cfg, out=str(tmp_path / "student"), teacher=cfg.out, teacher_share=1.0, seed=1, epochs=3)
     finetune_gpt2.main(student)
-    assert f"teachers         {cfg.out}" in capsys.readouterr().out.replace("\n", " ")
+    assert f"teacher          {cfg.out}" in capsys.readouterr().out.replace("\n", " ")
     folders = {name: open_gpt2(str(name)) for name in (cfg.out, student.out)}
     x = torch.tensor(folders[cfg.out][2].encode("A good film. A bad film. I liked it."))[None]
     taught, own = (load_gpt2(f, c, len(t))(x).log_softmax(-1) for f, c, t in folders.values())

@@ -400,7 +400,7 @@ def test_fine_tuning_has_the_perplexity_of_the_cpu(tmp_path, monkeypatch, opened
     monkeypatch.chdir(ROOT)
     cfg = replace(defaults(FinetuneConfig, "mini"), dataset="movie-reviews", device=NAME, dtype=dtype, dropout=0.1)
     cfg = replace(cfg, out=str(tmp_path), epochs=0.003, eval_tokens=20_000, report_to="none")
-    cfg = replace(cfg, teachers=(MODELS["policy"],))
+    cfg = replace(cfg, teacher=MODELS["policy"])
     finetune_gpt2.main(cfg)
     show("precision of fp32 products", dtype=dtype, precision=torch.get_float32_matmul_precision())
     results = json.loads((tmp_path / "results.json").read_text())

@@ -417,13 +417,12 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
                 'targets, reduction="sum", ignore_index=0) / y.numel()',
             ),
         ],
-        "test_finetune::test_the_targets_mix_the_mean_probabilities_of_the_teachers_and_the_next_token": [
+        "test_finetune::test_the_targets_mix_the_probabilities_of_the_teacher_and_the_next_token": [
             (
-                "the weights of the teachers and of the next token are swapped",
-                "mul_(share / len(teachers))",
-                "mul_((1 - share) / len(teachers))",
+                "the next token has weight 1 besides the teacher",
+                "torch.full_like(probs[:, :1], 1 - share)",
+                "torch.full_like(probs[:, :1], 1)",
             ),
-            ("the teachers' probabilities are summed", "mul_(share / len(teachers))", "mul_(share)"),
         ],
         "test_finetune::test_dropout_changes_the_training_loss_and_not_the_validation": [
             ("validation has dropout", "    model.eval()  # no dropout\n", ""),

@@ -229,8 +229,8 @@ def test_the_table_of_a_fine_tuning_shows_its_device_and_its_time(monkeypatch):
     calls = []
     monkeypatch.setattr(log, "time_on_cpu", lambda *args: calls.append(args) or {})
     cfg = FinetuneConfig()
-    assert "cuda:0, bf16" in finetune_sheet(cfg, GPT2(SHAPE, dtype=torch.bfloat16), 20, 1, 1, 1, 1, GPU)
-    assert "cpu, fp32" in finetune_sheet(cfg, GPT2(SHAPE), 20, 1, 1, 1, 1, CPU)
+    assert "cuda:0, bf16" in finetune_sheet(cfg, GPT2(SHAPE, dtype=torch.bfloat16), None, 20, 1, 1, 1, 1, GPU)
+    assert "cpu, fp32" in finetune_sheet(cfg, GPT2(SHAPE), None, 20, 1, 1, 1, 1, CPU)
     assert [args[1:] for args in calls] == [(cfg, GPU), (cfg, CPU)]
 
 

@@ -121,13 +121,13 @@ def test_the_table_of_a_run_has_its_time_only_on_a_cpu(gigaflops):
     policy = Policy(GPT2(SHAPE))
     for device in (CPU, GPU):
         assert ("on this CPU" in ppo_sheet(ppo, policy, len, None, 10, device)) == (device == CPU)
-        assert ("on this CPU" in finetune_sheet(finetune, policy.gpt2, 20, 1, 1, 1, 1, device)) == (device == CPU)
+        assert ("on this CPU" in finetune_sheet(finetune, policy.gpt2, None, 20, 1, 1, 1, 1, device)) == (device == CPU)
 
 
 def test_the_rows_of_the_table_of_fine_tuning(gigaflops):
-    text = finetune_sheet(FinetuneConfig(lr=1.0), GPT2(SHAPE), 20, 1000, 2, 3, 4, GPU)
+    text = finetune_sheet(FinetuneConfig(lr=1.0), GPT2(SHAPE), None, 20, 1000, 2, 3, 4, GPU)
     names = [line.split("  ")[1] for line in text.splitlines()[1:]]
-    assert names == ["parameters", "reviews", "tokens", "optimizer steps", "device", "output"]
+    assert names == ["parameters", "reviews", "tokens", "optimizer steps", "teacher", "device", "output"]
     assert "1,000 for training, 3 for validation" in text and "fp32" in text
 
 
@@ -136,6 +136,6 @@ def test_a_step_of_fine_tuning_takes_three_forward_passes_and_an_evaluation_one(
     monkeypatch.setattr(log, "time_on_cpu", lambda flops, *args: estimated.append(flops) or {})
     cfg, gpt2 = FinetuneConfig(eval_every=10, batch_size=4, block_size=8), GPT2(SHAPE)
     for steps, evaluations in ((20, 4), (21, 5)):  # at steps 0, 10, 20, at the last one, and of the stored weights
-        finetune_sheet(cfg, gpt2, steps, 1, 1, 1, 100, CPU)
+        finetune_sheet(cfg, gpt2, None, steps, 1, 1, 1, 100, CPU)
         tokens = 3 * steps * 4 * 8 + evaluations * 100
         assert estimated.pop() == gpt2.flops(tokens, tokens)
