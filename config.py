@@ -140,7 +140,7 @@ class FinetuneConfig(TrainConfig):
     # optimization: AdamW with the betas and the clipping of GPT-3 (Brown et al. 2020, appendix B), or Muon for matrices
     block_size: int = by_preset(512, mini=256, mini_scratch=512)  # context of a training example, tokens
     batch_size: int = by_preset(32, mini=8, mini_scratch=32)  # blocks per optimizer step
-    micro_batch_size: int = 0  # blocks per forward pass, does not change the result; 0: see runtime/device.py
+    micro_batch_size: int = 0  # blocks per forward pass, changes only what dropout drops; 0: see runtime/device.py
     epochs: float = by_preset(1.0, mini=0.0135, medium=8.0, mini_scratch=9.0)  # passes over the packed reviews
     optimizer: Literal["adamw", "muon"] = by_preset("adamw", mini_scratch="muon")  # muon: for matrices of the blocks
     lr: float = by_preset(5e-5, mini=1e-4, mini_scratch=3e-3)  # peak learning rate of AdamW, after the warm-up

@@ -406,6 +406,7 @@ def uninterrupted(tmp_path_factory, request):
         vocab_size=400, n_layer=1, n_head=2, n_embd=32, n_positions=32, block_size=32, batch_size=8,
         micro_batch_size=4, epochs=1.3, lr=1e-2, warmup_steps=2, eval_every=4, eval_tokens=200, save_every=3,
         save_share=1.0, optimizer=request.param, save_dtype="fp16", report_to="none",
+        dropout=0.1 if request.param == "muon" else 0.0,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -428,6 +428,13 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
             ("validation has dropout", "    model.eval()  # no dropout\n", ""),
             ("training after the first validation has no dropout", "    model.train()\n", ""),
         ],
+        "test_finetune::test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit": [
+            (
+                "a resumed run drops other units than an uninterrupted one",
+                "            torch.manual_seed(seed_of(cfg.seed, step, ranks.rank))  # of dropout\n",
+                "",
+            ),
+        ],
     },
     "reward.py": {
         "test_reward::test_the_order_of_the_labels_changes_no_score": [
