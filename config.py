@@ -3,7 +3,8 @@
 Edit the values here, or override one for a run: `python ppo.py --kl_coef 0.1`. `--help` prints the comments.
 `by_preset(1.41e-5, mini=4e-4)` is 1.41e-5 in preset gpt2 (GPT-2 124M at full size) and 4e-4 with `--preset mini` (small
 models from asset/mini, offline on a CPU). mini_scratch is the value with `--preset mini --init_from scratch`, which is
-how the models in asset/mini were made. A plain value holds for every preset.
+how the models in asset/mini were made. Preset medium is a GPT-2 of another size, trained from scratch: where it has no
+value of its own (medium, medium_scratch), that of mini holds. A plain value holds for every preset.
 """
 
 from dataclasses import dataclass, field, fields
@@ -30,7 +31,7 @@ def by_preset(gpt2, **others):
 class Config:
     """The fields of every script."""
 
-    preset: Preset = "gpt2"  # gpt2: full size, from the Hugging Face hub; mini, medium: small models, offline on a CPU
+    preset: Preset = "gpt2"  # gpt2: full size, from the hub; mini: small, offline on a CPU; medium: a larger GPT-2
     device: Device = "auto"  # auto: CUDA if available, else MPS (not in preset mini), else CPU
     # the transformers of policy, reward and judge; the policy's logits, values and losses are always fp32
     dtype: Dtype = "auto"  # autocast dtype; auto: bf16 on CUDA, or fp16 on cards without bf16 (T4, RTX 20xx); else fp32
@@ -125,7 +126,7 @@ class FinetuneConfig(TrainConfig):
         mini_scratch="finetune_checkpoints/scratch",
     )
     teacher: str = by_preset(  # a GPT-2 with the same tokenizer to distill; empty: none
-        "", medium="", mini_scratch="finetune_checkpoints/medium"
+        "", medium_scratch="", mini_scratch="finetune_checkpoints/medium"
     )
     teacher_share: float = 0.8  # weight of the teacher's probabilities in the targets; the rest: the next token
     reviews: Literal["all", "positive"] = "all"  # positive: train on positive reviews only, a baseline for PPO
@@ -141,14 +142,14 @@ class FinetuneConfig(TrainConfig):
     block_size: int = by_preset(512, mini=256, mini_scratch=512)  # context of a training example, tokens
     batch_size: int = by_preset(32, mini=8, mini_scratch=32)  # blocks per optimizer step
     micro_batch_size: int = 0  # blocks per forward pass, changes only what dropout drops; 0: see runtime/device.py
-    epochs: float = by_preset(1.0, mini=0.0135, medium=8.0, mini_scratch=9.0)  # passes over the packed reviews
+    epochs: float = by_preset(1.0, mini=0.0135, medium_scratch=8.0, mini_scratch=9.0)  # passes over the packed reviews
     optimizer: Literal["adamw", "muon"] = by_preset("adamw", mini_scratch="muon")  # muon: for matrices of the blocks
     lr: float = by_preset(5e-5, mini=1e-4, mini_scratch=3e-3)  # peak learning rate of AdamW, after the warm-up
     min_lr: float = by_preset(5e-6, mini=1e-5, mini_scratch=5e-5)  # learning rate of the last step of the cosine
     muon_lr: float = by_preset(0.02, mini_scratch=0.03)  # peak learning rate of Muon, same schedule
     warmup_steps: int = by_preset(40, mini=10, mini_scratch=40)  # optimizer steps of linear warm-up
-    weight_decay: float = by_preset(0.1, medium=0.2, mini_scratch=0.05)  # of matrices; biases and gains have none
-    dropout: float = by_preset(0.0, medium=0.1)  # of embeddings and residual branches, only in fine-tuning
+    weight_decay: float = by_preset(0.1, medium_scratch=0.2, mini_scratch=0.05)  # of matrices only
+    dropout: float = by_preset(0.0, medium_scratch=0.1)  # of embeddings and residual branches, only in fine-tuning
     beta1: float = 0.9  # decay of AdamW's first moment
     beta2: float = 0.95  # decay of AdamW's second moment
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -158,7 +159,7 @@ class FinetuneConfig(TrainConfig):
     weights: Literal["best", "last"] = "best"  # the weights to keep: the best on the validation stream, or the last
     save_every: int = by_preset(500, mini_scratch=50)  # optimizer steps between checkpoints
     save_dtype: SaveDtype = by_preset("fp32", mini="fp16")  # dtype of the saved weights
-    compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
+    compile: bool = False  # torch.compile the model: not run on CUDA
 
     def check(self):
         divides(self, "micro_batch_size", "batch_size")
@@ -182,7 +183,7 @@ class RewardConfig(TrainConfig):
         "reward_checkpoints/gpt2", mini="reward_checkpoints/mini", mini_scratch="reward_checkpoints/scratch"
     )
     teacher: str = by_preset("", mini_scratch="reward_checkpoints/teacher")  # a run to distill; empty: use the labels
-    only: Literal["", "reward", "judge"] = ""  # train only one of the two; empty: both
+    only: Literal["", "reward", "judge"] = ""  # train only one of the two, with an --out of its own; empty: both
 
     # the BERT, if init_from is "scratch"
     vocab_size: int = 8192  # tokens of the WordPiece, which is trained on the same reviews
@@ -266,7 +267,7 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     sample_prompts: int = 4  # number of prompts that are sampled; 0: no samples
     save_every: int = by_preset(20, mini=10)  # rollouts between checkpoints, and to average over for the best policy
     self_check: bool = True  # check policy and reward before training; False only for random weights
-    compile: bool = False  # torch.compile the model: faster on CUDA after a minute of compiling
+    compile: bool = False  # torch.compile the model: failed on CUDA, see docs/performance.md
 
     def check(self):
         super().check()

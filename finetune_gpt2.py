@@ -74,6 +74,7 @@ def validate(model, stream, characters, block_size, batch_size, eos_id):
     all negative log-likelihoods is divided once, so that the batch size does not change the result.
     """
     device = next(model.parameters()).device
+    training = model.training
     model.eval()  # no dropout
     stream = torch.as_tensor(stream, dtype=torch.long)
     inputs, targets = torch.cat([torch.tensor([eos_id]), stream[:-1]]), stream
@@ -85,7 +86,7 @@ def validate(model, stream, characters, block_size, batch_size, eos_id):
         F.cross_entropy(model(x.to(device)).flatten(0, 1), y.to(device).flatten(), reduction="sum").item()
         for x, y in batches
     )
-    model.train()
+    model.train(training)
     return math.exp(nll / len(stream)), nll / math.log(2) / characters
 
 
@@ -137,7 +138,10 @@ def load_teacher(cfg, opened, tokenizer, dtype, device):
         return None
     folder, config, its_tokenizer = opened
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise BadInput(f"teacher {cfg.teacher} has another tokenizer than the model, which it cannot teach")
+        raise BadInput(
+            f"teacher {cfg.teacher} has another tokenizer than the model: train it on the same reviews with the same "
+            "vocab_size, or train without one by --teacher ''"
+        )
     if cfg.block_size > config.n_positions:
         raise BadInput(f"block_size {cfg.block_size} is over the {config.n_positions} positions of {cfg.teacher}")
     return load_gpt2(folder, config, len(tokenizer), dtype).to(device).requires_grad_(False)
@@ -167,7 +171,9 @@ def main(cfg):
     check_run(cfg, "model.safetensors")
     device, dtype = pick_device(cfg)
     if device.type == "cuda" and dtype != torch.float32:
-        torch.set_float32_matmul_precision("high")  # TF32 in the LM head; no ratio of probabilities depends on it
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32 in the LM head and in Muon: no ratio of probabilities depends on it
     ranks = join(device, cfg, "micro_batch_size")
     opened = None if cfg.init_from == "scratch" else open_gpt2(cfg.init_from)
     opened_teacher = open_gpt2(cfg.teacher) if cfg.teacher else None
@@ -192,7 +198,8 @@ def main(cfg):
     optimizers = make_optimizers(model, matrices, cfg.lr, cfg.weight_decay, (cfg.beta1, cfg.beta2), muon_lr=cfg.muon_lr)
     stepper, best = Stepper(model, optimizers, cfg.grad_clip, ranks, dtype), BestModel(model, tokenizer, cfg)
     inputs = {"texts": data, "tokenizer": fingerprint(tokenizer_text(tokenizer))}
-    inputs["teacher"] = fingerprint(teacher) if teacher else ""
+    if teacher:
+        inputs["teacher"] = fingerprint(teacher)
     saved = {"stepper": stepper, "best": best}
     checkpoints = Checkpoints(cfg, cfg.out, model, optimizers, inputs, saved, ranks, best.write)
     log = RunLog(cfg, first_step=checkpoints.first_step, rank=ranks.rank)

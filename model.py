@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model. It has no dropout unless set_dropout is called: PPO computes log-probabilities twice.
+    """The language model. It has no dropout, since PPO computes the same log-probabilities twice; see set_dropout.
 
     n_tokens: size of the tokenizer. If the embedding has more rows (such as 50,304 for 50,257 tokens), the extra ones
     have no logits, so they are never sampled and get no probability. dtype: of the autocast in which the transformer
@@ -113,7 +113,7 @@ class GPT2(nn.Module):
         self.dropout = nn.Dropout(0.0)
 
     def set_dropout(self, p):
-        """Set the dropout, in train mode, of the embeddings and of what each layer adds to the residual stream."""
+        """Set the dropout of embeddings and residual branches in train mode, for fine-tuning."""
         for module in (self, *self.h):
             module.dropout.p = p
 

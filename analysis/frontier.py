@@ -30,7 +30,7 @@ from analysis.plot import frontier as draw
 from analysis.plot import save
 from analysis.responses import prompt_groups, respond
 from analysis.tables import markdown
-from config import EvaluateConfig, FrontierConfig
+from config import EvaluateConfig, FrontierConfig, PPOConfig, defaults
 from data import load_prompts
 from reward import load_judge, load_reward, scored
 from runtime import cli
@@ -85,6 +85,7 @@ class Run:
 def runs_of(cfg):
     """Return the runs of the sweep, seed by seed, so that the methods can be compared before all seeds are done."""
     sizes = ("--steps", cfg.steps, "--response_len", cfg.response_len)
+    start = ("--init_from", defaults(PPOConfig, "medium").policy) if cfg.preset == "medium" else ()  # not "scratch"
     runs = []
     for seed in range(cfg.seeds):
         for method, advantage in METHODS.items():
@@ -92,7 +93,7 @@ def runs_of(cfg):
                 flags = (*sizes, "--advantage", advantage, "--kl_coef", coef, "--kl_target", 0)
                 runs.append(Run(method, f"{coef:g}", seed, "ppo.py", flags))
         for epochs in cfg.positive_epochs:
-            flags = ("--reviews", "positive", "--epochs", epochs, "--weights", "last")
+            flags = (*start, "--reviews", "positive", "--epochs", epochs, "--weights", "last")
             runs.append(Run(POSITIVE_ONLY, f"{epochs:g}", seed, "finetune_gpt2.py", flags))
         for detail, change in ABLATIONS.items() if cfg.ablation else ():
             patch, flags = (change, ()) if change.endswith(".patch") else ("", tuple(change.split()))

@@ -12,7 +12,7 @@ from typing import get_args
 from config import PRESETS, defaults
 from runtime.errors import BadInput, Finished, Stopped, print_error
 
-# fields that do not change the result, or only its rounding
+# fields that do not change the result, or only its rounding and what dropout drops
 SAME_RESULT = ("force", "resume", "device", "report_to", "micro_batch_size", "compile", "out")
 SAME_RESULT += ("keep", "save_share", "sample_every", "sample_prompts")
 

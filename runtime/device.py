@@ -134,7 +134,8 @@ def micro_batch_size(cfg, rows, tokens, gpt2, copies, device, ranks):
     if cfg.micro_batch_size:
         return cfg.micro_batch_size
     weights = sum(p.numel() for p in gpt2.parameters())
-    fit = rows_that_fit(tokens, gpt2.config.n_embd, gpt2.config.n_layer, gpt2.n_tokens, device, copies * weights)
+    vocabulary = gpt2.n_tokens * (2 if getattr(cfg, "teacher", "") else 1)  # a teacher's targets are as large as logits
+    fit = rows_that_fit(tokens, gpt2.config.n_embd, gpt2.config.n_layer, vocabulary, device, copies * weights)
     sizes = [n for n in range(ranks.size, rows + 1, ranks.size) if rows % n == 0]
     size = max([n for n in sizes if n <= fit * ranks.size], default=ranks.size)
     return rows - ranks.any(rows - size)  # the smallest of all processes

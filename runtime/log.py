@@ -196,10 +196,8 @@ def ppo_flops(cfg, gpt2, rewards):
 def finetune_flops(cfg, gpt2, steps, n_validation, teacher=None):
     """Return the FLOPs of a fine-tuning run: steps of three forward passes and one of the teacher, and evaluations."""
     trained, evaluated = steps * cfg.batch_size * cfg.block_size, (math.ceil(steps / cfg.eval_every) + 2) * n_validation
-    taught = teacher.flops(trained, trained) if teacher else 0
-    return taught + gpt2.flops(
-        3 * trained + evaluated, 3 * trained + evaluated
-    )  # a backward pass takes twice a forward
+    passes = 3 * trained + evaluated  # a backward pass takes twice as long as a forward pass
+    return gpt2.flops(passes, passes) + (teacher.flops(trained, trained) if teacher else 0)
 
 
 # ---- tables

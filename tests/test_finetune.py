@@ -138,6 +138,8 @@ def test_dropout_changes_the_training_loss_and_not_the_validation():
         return validate(model, STREAM, 100, 8, 2, eos_id=3)
 
     assert loss(0.0) == loss(0.0, seed=1)
+    model.set_dropout(0.5)
+    assert [module.dropout.p for module in (model, *model.h)] == [0.5, 0.5]
     assert validation(0.0) == validation(0.5)
     assert loss(0.5) == loss(0.5) and loss(0.5) != loss(0.5, seed=1) != loss(0.0)
 
@@ -317,18 +319,21 @@ def test_a_run_from_scratch_logs_every_step_and_the_validation_perplexity_falls(
 
 
 def test_a_run_with_a_teacher_follows_it(scratch_run, tmp_path, capsys):
-    """The student starts from other weights. Its teacher's log-probabilities become its own, nearer than the data's."""
+    """The student starts from other weights, and its distribution becomes the teacher's; without a teacher, less so."""
     cfg, lines = scratch_run
-    student = replace(cfg, out=str(tmp_path / "student"), teacher=cfg.out, teacher_share=1.0, seed=1, epochs=3)
-    finetune_gpt2.main(student)
-    assert f"teacher          {cfg.out}" in capsys.readouterr().out.replace("\n", " ")
-    folders = {name: open_gpt2(str(name)) for name in (cfg.out, student.out)}
-    x = torch.tensor(folders[cfg.out][2].encode("A good film. A bad film. I liked it."))[None]
-    taught, own = (load_gpt2(f, c, len(t))(x).log_softmax(-1) for f, c, t in folders.values())
-    assert (taught.exp() * (taught - own)).sum(-1).mean() < 0.1
-    assert json.loads((tmp_path / "student/log.jsonl").read_text().splitlines()[-1])["val_perplexity"] < 1.2 * min(
-        line["val_perplexity"] for line in lines if "val_perplexity" in line
-    )
+    x = torch.tensor(open_gpt2(cfg.out)[2].encode("A good film. A bad film. I liked it."))[None]
+
+    def logprobs(out):
+        folder, config, tokenizer = open_gpt2(out)
+        return load_gpt2(folder, config, len(tokenizer))(x).log_softmax(-1)
+
+    taught, distances = logprobs(cfg.out), {}
+    for teacher in (cfg.out, ""):
+        out = str(tmp_path / f"student{len(teacher)}")
+        finetune_gpt2.main(replace(cfg, out=out, teacher=teacher, teacher_share=1.0, seed=1, epochs=3))
+        assert f"  teacher          {teacher or 'none'}\n" in capsys.readouterr().out
+        distances[teacher] = (taught.exp() * (taught - logprobs(out))).sum(-1).mean().item()
+    assert distances[cfg.out] < 0.1 and distances[cfg.out] < 0.5 * distances[""], distances
 
 
 def test_the_folder_has_the_best_weights_and_the_config_of_the_run(scratch_run):

@@ -30,13 +30,24 @@ from analysis.frontier import (
     summary,
 )
 from analysis.responses import respond
-from config import FinetuneConfig, FrontierConfig, PPOConfig
+from config import PRESETS, FinetuneConfig, FrontierConfig, PPOConfig
 from data import load_splits
 from reward import SentimentReward
 from runtime.cli import parse
 from runtime.hub import load_policy, open_gpt2
 
 CFG = FrontierConfig(seeds=2, kl_coefs=(0.1, 0.3), best_of=(1, 2), positive_epochs=(0.5,), prompts=8, device="cpu")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_positive_only_baseline_starts_from_a_trained_model(preset):
+    """Preset medium fine-tunes random weights by default."""
+    starts = {
+        parse(FinetuneConfig, ["--preset", preset, *map(str, run.flags)]).init_from
+        for run in runs_of(replace(CFG, preset=preset))
+        if run.script == "finetune_gpt2.py"
+    }
+    assert starts == {{"gpt2": "gpt2", "mini": "asset/mini/gpt2", "medium": "finetune_checkpoints/medium"}[preset]}
 
 
 def test_every_method_has_a_run_for_every_coefficient_and_seed_with_the_same_settings():

@@ -424,9 +424,12 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
                 "torch.full_like(probs[:, :1], 1)",
             ),
         ],
+        "test_finetune::test_a_run_with_a_teacher_follows_it": [
+            ("a run ignores its teacher", "train_step(stepper, x, y, cfg, teacher)", "train_step(stepper, x, y, cfg)"),
+        ],
         "test_finetune::test_dropout_changes_the_training_loss_and_not_the_validation": [
             ("validation has dropout", "    model.eval()  # no dropout\n", ""),
-            ("training after the first validation has no dropout", "    model.train()\n", ""),
+            ("training after the first validation has no dropout", "    model.train(training)\n", ""),
         ],
         "test_finetune::test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit": [
             (

@@ -139,3 +139,6 @@ def test_a_step_of_fine_tuning_takes_three_forward_passes_and_an_evaluation_one(
         finetune_sheet(cfg, gpt2, None, steps, 1, 1, 1, 100, CPU)
         tokens = 3 * steps * 4 * 8 + evaluations * 100
         assert estimated.pop() == gpt2.flops(tokens, tokens)
+        finetune_sheet(cfg, gpt2, gpt2, steps, 1, 1, 1, 100, CPU)  # with a teacher of the same size
+        tokens += steps * 4 * 8
+        assert estimated.pop() == gpt2.flops(tokens, tokens)
