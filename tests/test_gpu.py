@@ -403,6 +403,8 @@ def test_fine_tuning_has_the_perplexity_of_the_cpu(tmp_path, monkeypatch, opened
     cfg = replace(cfg, teacher=MODELS["policy"])
     finetune_gpt2.main(cfg)
     show("precision of fp32 products", dtype=dtype, precision=torch.get_float32_matmul_precision())
+    if ON_GPU:
+        assert torch.get_float32_matmul_precision() == {"fp32": "highest", "auto": "high"}[dtype]
     results = json.loads((tmp_path / "results.json").read_text())
     splits, tokenizer = load_splits("movie-reviews"), opened[2]
     texts = validation_texts(language_model_texts(splits, names=["prompts"]), tokenizer, cfg.eval_tokens)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT, message
 from test_full_size import BERT_IMDB, GPT2, IMDB, NEEDED, SIEBERT, client, download_as_transformers, repositories
 
-from config import PreflightConfig
+from config import FinetuneConfig, PreflightConfig, defaults
 from runtime import preflight
 from runtime.device import free_memory
 from runtime.hub import locate, snapshot
@@ -273,3 +274,10 @@ def test_a_cpu_that_takes_more_than_a_day_is_a_warning(client, machine, monkeypa
     finish("fine-tuning", "PPO")
     main(PreflightConfig())
     assert not capsys.readouterr().err
+
+
+def test_a_model_from_scratch_has_the_sizes_of_its_config(tmp_path):
+    """Not those of GPT-2 124M, whose weights would be four times as large as those of preset medium."""
+    cfg = replace(defaults(FinetuneConfig, "medium"), out=str(tmp_path))
+    shape = preflight.open_config(cfg, {})
+    assert (shape.n_layer, shape.n_embd, shape.vocab_size, shape.n_positions) == (8, 512, 8192, 512)
