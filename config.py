@@ -199,7 +199,7 @@ class RewardConfig(TrainConfig):
     batch_size: int = by_preset(32, mini=64)  # texts per optimizer step
     lr: float = by_preset(3e-5, mini_scratch=7e-4)  # peak learning rate: 10 % linear warm-up, then linear decay to 0
     weight_decay: float = 0.01  # of matrices
-    dropout: float = 0.1  # during training
+    dropout: float = 0.1  # of embeddings and residual branches, in training
     grad_clip: float = 1.0  # largest norm of the gradient
 
     save_every: int = 200  # optimizer steps between checkpoints

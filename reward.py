@@ -163,7 +163,7 @@ def open_classifier(name, dropout=None):
     changes = {}
     if dropout is not None:
         logging.set_verbosity_error()  # no warning that the head is new
-        changes = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **LABELS)
+        changes = LABELS | dropouts(dropout)
     folder = locate(name)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes)
@@ -173,6 +173,16 @@ def open_classifier(name, dropout=None):
     if dropout is not None:  # copied, since its weights are mapped to a file, which Windows would not replace
         model = copy.deepcopy(model)
     return model, load_tokenizer(folder)
+
+
+def dropouts(p):
+    """Return the entries of config.json for a dropout of p, by the names of BERT and of GPT-2.
+
+    Attention weights have none: with it, all of them (B x heads x L x L) would be kept for the backward pass.
+    """
+    hidden = "hidden_dropout_prob", "embd_pdrop", "resid_pdrop"
+    attention = "attention_probs_dropout_prob", "attn_pdrop"
+    return dict.fromkeys(hidden, p) | dict.fromkeys(attention, 0.0)
 
 
 def log_odds(logits, positive):
@@ -361,8 +371,8 @@ def small_classifier(texts, cfg):
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers,
         num_attention_heads=cfg.num_heads, intermediate_size=4 * cfg.hidden_size,
-        max_position_embeddings=cfg.max_length, hidden_dropout_prob=cfg.dropout,
-        attention_probs_dropout_prob=cfg.dropout, pad_token_id=tokenizer.pad_token_id, **LABELS,
+        max_position_embeddings=cfg.max_length, hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id, **LABELS,
     )  # fmt: skip
     return BertForSequenceClassification(config), tokenizer
 

@@ -737,15 +737,18 @@ def test_a_small_classifier_has_the_sizes_of_the_config_and_our_labels():
     model, tokenizer = reward.small_classifier(TEXTS, cfg)
     c = model.config
     assert (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.intermediate_size) == (24, 3, 4, 96)
-    assert (c.max_position_embeddings, c.hidden_dropout_prob, c.attention_probs_dropout_prob) == (40, 0.3, 0.3)
+    assert (c.max_position_embeddings, c.hidden_dropout_prob, c.attention_probs_dropout_prob) == (40, 0.3, 0.0)
     assert c.vocab_size == len(tokenizer) <= 90 and c.pad_token_id == tokenizer.pad_token_id
     assert (c.id2label, c.label2id) == LABELS
 
 
-def test_an_encoder_that_is_opened_for_training_has_our_labels_and_the_given_dropout(tmp_path):
+def test_a_model_that_is_opened_for_training_has_our_labels_and_the_given_dropout(tmp_path):
+    """A GPT-2 too. The attention weights have none."""
     write_bert(tmp_path, labels=("a", "b"), hidden_dropout_prob=0.4, attention_probs_dropout_prob=0.5)
     c = open_classifier(str(tmp_path), dropout=0.3)[0].config
-    assert (c.hidden_dropout_prob, c.attention_probs_dropout_prob, c.id2label, c.label2id) == (0.3, 0.3, *LABELS)
+    assert (c.hidden_dropout_prob, c.attention_probs_dropout_prob, c.id2label, c.label2id) == (0.3, 0.0, *LABELS)
+    c = open_classifier(str(ROOT / "asset/mini/gpt2"), dropout=0.3)[0].config
+    assert (c.resid_pdrop, c.embd_pdrop, c.attn_pdrop, c.id2label, c.label2id) == (0.3, 0.3, 0.0, *LABELS)
 
 
 BRIEF = RewardConfig(
