@@ -170,10 +170,6 @@ class BestModel(BestWeights):
 def main(cfg):
     check_run(cfg, "model.safetensors")
     device, dtype = pick_device(cfg)
-    if device.type == "cuda" and dtype != torch.float32:
-        torch.set_float32_matmul_precision(
-            "high"
-        )  # TF32 in the LM head and in Muon: no ratio of probabilities depends on it
     ranks = join(device, cfg, "micro_batch_size")
     opened = None if cfg.init_from == "scratch" else open_gpt2(cfg.init_from)
     opened_teacher = open_gpt2(cfg.teacher) if cfg.teacher else None

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from runtime.decoding import decoder, uses_graphs
 from runtime.linear import Linear, linear
+from runtime.passes import passes
 
 STOP_CHECK = 16  # tokens between checks whether all rows have ended: a check makes the host wait for the GPU
 
@@ -252,8 +253,14 @@ class Policy(nn.Module):
         """Return log-probabilities (nats) and values of the response tokens: sequences (B, P + T) -> (B, T) each.
 
         This is the only shift by one: the hidden state before a token gives its logits and its value. Only these T
-        states are multiplied by the embedding.
+        states are multiplied by the embedding. On CUDA, passes with gradients are CUDA graphs, see runtime/passes.py.
         """
+        if torch.is_grad_enabled() and uses_graphs(sequences.device) and not torch.compiler.is_compiling():
+            return passes(self)(self.outputs, sequences, prompt_len, temperature)
+        return self.outputs(sequences, prompt_len, temperature)
+
+    def outputs(self, sequences, prompt_len, temperature):
+        """Compute what forward returns."""
         hidden = self.gpt2.trunk(sequences[:, :-1])[:, prompt_len - 1 :]  # (B, T, C)
         logits = self.gpt2.logits(hidden / temperature)  # (B, T, V), larger than hidden: it is not divided
         values = self.value_head(hidden).squeeze(-1)
@@ -279,5 +286,7 @@ def compile_passes(policy, ref_policy, enabled):
     """torch.compile the forward passes that a rollout and an update call."""
     if not enabled:
         return
+    # in torch 2.11, this analysis of the compiler for GPUs fails with an AssertionError if lengths are symbolic
+    torch._inductor.config.triton.coalesce_tiling_analysis = False
     policy.compile(dynamic=True)  # the lengths of prompts and responses differ between rollouts
     ref_policy.compile(dynamic=True)

@@ -73,6 +73,7 @@ class SentimentReward:
         self.batch_tokens = 2048 if self.device.type == "cpu" else 16384
         self.max_length = token_limit(model.config, tokenizer)
         self.truncated_frac = 0.0  # share of texts in the last call that were too long
+        self.fingerprint = None  # of the weights as they were read, if they were converted
         if tokenizer.pad_token is None:  # GPT-2 has none
             tokenizer.pad_token = tokenizer.eos_token
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -85,7 +86,13 @@ class SentimentReward:
         """
         model, tokenizer = open_classifier(name)
         positive = positive_index(model.config.id2label, positive_label, name, flag)
-        return cls(model, tokenizer, positive, kind, device, dtype)
+        classifier = cls(model, tokenizer, positive, kind, device, dtype)
+        if dtype != torch.float32:
+            classifier.fingerprint = reward_fingerprint(classifier)
+            for module in model.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.to(dtype)  # once, instead of in each call by autocast
+        return classifier
 
     def autocast(self):
         """Return the context in which the model runs."""
@@ -299,6 +306,8 @@ def scored(reward_fn, texts):
 def reward_fingerprint(reward_fn):
     """Return the fingerprint of a classifier and its tokenizer, or of the file of a user's function; "" for others."""
     if isinstance(reward_fn, SentimentReward):
+        if reward_fn.fingerprint:
+            return reward_fn.fingerprint
         config = {name: value for name, value in reward_fn.model.config.to_dict().items() if "version" not in name}
         return fingerprint(reward_fn.model, str(config), str(reward_fn.positive), tokenizer_text(reward_fn.tokenizer))
     return fingerprint(Path(reward_fn.file).read_text(encoding="latin-1")) if hasattr(reward_fn, "file") else ""

@@ -5,6 +5,7 @@ state.json everything else. The state of a random number generator is not in it:
 the step alone (device.random_generator), so that a resumed run draws the same ones.
 """
 
+import gc
 import hashlib
 import json
 import math
@@ -351,6 +352,9 @@ class Checkpoints:
         before = {number: signal.signal(number, self.handle) for number in numbers}
         device = next(self.model.parameters()).device
         self.start = time.monotonic()
+        # what exists now stays: the garbage collector must not spend 50 ms on it again and again
+        gc.collect()
+        gc.freeze()
         try:
             for step in range(self.first_step, end):
                 self.step, stop = step, self.ranks.any(self.signal)
@@ -361,6 +365,7 @@ class Checkpoints:
                 yield step
                 release_memory(device)
         finally:
+            gc.unfreeze()
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -19,6 +19,12 @@ def uses_graphs(device):
     return device.type == "cuda"
 
 
+def end_failed_capture(device):
+    """Give the device's default random generator a new state: the old one would still wait for the end of the capture."""
+    fresh = torch.Generator(device).manual_seed(torch.cuda.initial_seed())
+    torch.cuda.default_generators[device.index or 0].graphsafe_set_state(fresh.graphsafe_get_state())
+
+
 class StaticKVCache:
     """A KV cache of fixed shape. The position to write to is a tensor, and each token attends to all places, the empty
     ones masked."""
@@ -82,6 +88,7 @@ class Step:
                 self.decode()
             self.graph = graph
         except RuntimeError as error:
+            end_failed_capture(self.new.device)
             warn(f"no CUDA graph of a decoding step, so generation is slower: {first_line(error)}")
 
 

@@ -23,8 +23,9 @@ INSTALL_CUDA = "pip install --force-reinstall torch --index-url https://download
 def pick_device(cfg):
     """Return (torch.device, torch.dtype): where to compute, and the autocast dtype of the transformers.
 
-    Raises BadInput if device or dtype is not available. fp32 products are computed in fp32: TF32 is turned off, also
-    if an environment variable turned it on. If `auto` picks the CPU of a machine with an NVIDIA GPU, warn and say why.
+    Raises BadInput if device or dtype is not available. If `auto` picks the CPU of a machine with an NVIDIA GPU, warn and
+    say why. On CUDA, the products that stay in fp32 are computed in TF32, except with fp32 as the autocast dtype: then
+    TF32 is turned off, also if an environment variable turned it on.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -56,6 +57,8 @@ def pick_device(cfg):
         # of that call are off by 1e-4 (in 1 of 500 processes). A single number is computed by one thread.
         torch.zeros(1).exp()
     if name == "cuda":
+        if dtype != "fp32":  # TF32 rounds to 10 bits; what comes from the transformer was already rounded to 7 or 10
+            torch.set_float32_matmul_precision("high")
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process of a machine
     return torch.device(name), DTYPES[dtype]
 

@@ -84,7 +84,8 @@ class Stepper:
 
     def __init__(self, model, optimizers, grad_clip, ranks=ONE_PROCESS, dtype=torch.float32):
         self.model, self.optimizers, self.grad_clip, self.ranks = model, optimizers, grad_clip, ranks
-        self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=dtype == torch.float16)
+        self.parameters = list(model.parameters())  # listing them takes a millisecond for GPT-2
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=dtype == torch.float16)
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.skipped = self.in_a_row = 0
 
@@ -122,7 +123,7 @@ class Stepper:
         self.ranks.average_gradients(self.model)  # before the check, so that all processes find the same overflows
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip).item()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip).item()
         if math.isfinite(norm):
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -132,7 +133,8 @@ class Stepper:
         else:
             self.skip(f"the gradient was not finite (norm {norm}): lower lr")
         self.scaler.update()
-        self.model.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         return norm
 
     def skip(self, reason):

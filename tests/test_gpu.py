@@ -35,6 +35,7 @@ from runtime.distributed import ONE_PROCESS
 from runtime.hub import load_policy, open_gpt2
 from runtime.monitor import rollout_metrics
 from runtime.optimizer import Stepper, make_optimizers
+from runtime.passes import passes
 from runtime.self_check import ROUNDING, cached_logprobs, check_policy
 
 NAME = os.environ.get("CHECK_DEVICE", "cuda")
@@ -65,10 +66,11 @@ def at_most(what, **figures):
 
 
 @pytest.fixture(autouse=True)
-def default_precision():
-    """Set the precision of fp32 products to torch's default, which another test may have changed."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+def default_precision(request):
+    """Set the precision of fp32 products as pick_device does for the test's dtype, for fp32 if it has none."""
+    before, dtype = torch.get_float32_matmul_precision(), getattr(request.node, "callspec", None)
+    low = dtype is not None and dtype.params.get("dtype") in (torch.bfloat16, torch.float16)
+    torch.set_float32_matmul_precision("high" if ON_GPU and low else "highest")
     yield
     torch.set_float32_matmul_precision(before)
 
@@ -146,10 +148,11 @@ def test_pick_device_returns_the_gpu_and_bf16_if_it_is_native(dtype):
 
 
 @NEEDS_GPU
-def test_pick_device_keeps_tf32_off():
-    pick_device(CFG)
-    show("precision of fp32 products", current=torch.get_float32_matmul_precision(), expected="highest")
-    assert torch.get_float32_matmul_precision() == "highest"
+@pytest.mark.parametrize("dtype, expected", [("auto", "high"), ("fp32", "highest")])
+def test_pick_device_allows_tf32_only_next_to_a_low_precision(dtype, expected):
+    pick_device(replace(CFG, dtype=dtype))
+    show(f"precision of fp32 products, dtype {dtype}", current=torch.get_float32_matmul_precision(), expected=expected)
+    assert torch.get_float32_matmul_precision() == expected
 
 
 @pytest.mark.parametrize("tokens", [24, 512, 1024])
@@ -495,6 +498,55 @@ def test_if_a_step_cannot_be_captured_it_runs_without_a_graph(monkeypatch, capsy
     for _ in range(2):
         assert torch.equal(gpt2.generate(prompts, 16, 1.0, -1, random_generator(DEVICE, 0)), expected)
     assert capsys.readouterr().err.count("warning: no CUDA graph") == 1
+    torch.rand(1, device=DEVICE)  # the default generator of the GPU still works
+
+
+# ---- updates by CUDA graphs
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("micro_batch_size", [8, 16])
+def test_an_update_by_graphs_equals_one_by_kernels(monkeypatch, opened, dtype, bound, micro_batch_size):
+    """Three rollouts of two lengths, two epochs each: some passes launch kernels, some capture, the others replay."""
+    cfg, policies, metrics = replace(CFG, micro_batch_size=micro_batch_size), [], []
+    for graphs in (False, True):
+        monkeypatch.setattr("model.uses_graphs", lambda device, graphs=graphs: graphs)
+        policy = load_policy(*opened, dtype).to(DEVICE)
+        ref_policy, stepper = copy.deepcopy(policy).requires_grad_(False), adam_stepper(policy)
+        for step, length in enumerate((5, 7, 5)):
+            with monkeypatch.context() as decoding:  # the same responses
+                decoding.setattr("model.uses_graphs", lambda device: True)
+                batch = make_rollout(policy, ref_policy, opened[2], cfg, step, length)
+            result = update(policy, stepper, batch, cfg, random_generator("cpu", step))
+        metrics.append(result)
+        policies.append(flat(policy.parameters()) - flat(ref_policy.parameters()))
+    assert len(passes(policy).passes) == 2 and all(passes(policy).passes.values())
+    assert policies[0].norm() > 0
+    at_most(
+        f"an update by graphs against one by kernels, {dtype}",
+        relative_error=(relative_error(policies[1], policies[0]), bound),
+        first_log_ratio=(metrics[1]["first_max_log_ratio"], 1e-3 if dtype == torch.float32 else 0.05),
+    )
+
+
+@NEEDS_GPU
+def test_a_pass_of_an_update_is_one_cuda_graph_launch(opened):
+    cfg = replace(CFG, micro_batch_size=16)
+    policy = load_policy(*opened, torch.bfloat16).to(DEVICE)
+    ref_policy, stepper = copy.deepcopy(policy).requires_grad_(False), adam_stepper(policy)
+    batch = make_rollout(policy, ref_policy, opened[2], cfg)
+    args = policy, stepper, batch, cfg, random_generator("cpu", 0)
+    update(*args)
+    with torch.profiler.profile() as profile:
+        update(*args)
+        torch.cuda.synchronize()
+    calls = Counter(event.name for event in profile.events())
+    launches = {name: calls[name] for name in ("cudaGraphLaunch", "cudaLaunchKernel")}
+    show("launches of an update of two steps", **launches, expected="4 of graphs")
+    if not sum(launches.values()):
+        pytest.skip("the profiler records no CUDA calls here")
+    assert launches["cudaGraphLaunch"] == 4
 
 
 # ---- torch.compile

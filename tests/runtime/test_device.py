@@ -62,14 +62,18 @@ def test_mps_computes_in_float32(only_a_cpu, monkeypatch):
             pick_device(FinetuneConfig(dtype=name))
 
 
-@pytest.mark.parametrize("dtype", ["auto", "fp32"])
-def test_fp32_products_are_computed_in_fp32_also_on_a_gpu(only_a_cpu, monkeypatch, dtype):
-    """In TF32 a log-probability is off by about .005 nats, which the self-check would refuse."""
+@pytest.mark.parametrize(
+    "dtype, precision", [("auto", "high"), ("bf16", "high"), ("fp16", "high"), ("fp32", "highest")]
+)
+def test_a_gpu_computes_fp32_products_in_tf32_only_next_to_a_low_precision(only_a_cpu, monkeypatch, dtype, precision):
+    """In TF32 a log-probability is off by up to .005 nats, which the self-check of fp32 would refuse."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    pick_device(FinetuneConfig(dtype=dtype))
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert not torch.backends.cuda.matmul.allow_tf32
+    for before in ("highest", "high"):
+        torch.set_float32_matmul_precision(before)
+        pick_device(FinetuneConfig(dtype=dtype))
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cuda.matmul.allow_tf32 == (precision == "high")
 
 
 # ---- a GPU that PyTorch cannot use
@@ -286,11 +290,11 @@ def test_a_micro_batch_has_2048_tokens_on_a_cpu_unless_its_size_is_given():
         assert micro_batch_size(cfg, 64, tokens, gpt2, 4, torch.device("cpu"), ONE_PROCESS) == expected
 
 
-def test_tf32_is_off_also_if_an_environment_variable_turned_it_on():
+def test_with_fp32_tf32_is_off_also_if_an_environment_variable_turned_it_on():
     code = (
         "import torch; from config import PPOConfig; from runtime.device import pick_device; "
         "torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda **_: True; "
-        "before = torch.backends.cuda.matmul.allow_tf32; pick_device(PPOConfig()); "
+        "before = torch.backends.cuda.matmul.allow_tf32; pick_device(PPOConfig(dtype='fp32')); "
         "print(before, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)"
     )
     environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
