@@ -182,7 +182,8 @@ class RewardConfig(TrainConfig):
     out: str = by_preset(  # output folder, with reward/ and judge/ inside
         "reward_checkpoints/gpt2", mini="reward_checkpoints/mini", mini_scratch="reward_checkpoints/scratch"
     )
-    teacher: str = by_preset("", mini_scratch="reward_checkpoints/teacher")  # a run to distill; empty: use the labels
+    # runs to distill, separated by commas: their mean log-odds; "linear": a linear classifier; empty: use the labels
+    teacher: str = by_preset("", mini_scratch="reward_checkpoints/teacher")  # runs to distill, see above
     only: Literal["", "reward", "judge"] = ""  # train only one of the two, with an --out of its own; empty: both
 
     # the BERT, if init_from is "scratch"

@@ -286,7 +286,5 @@ def compile_passes(policy, ref_policy, enabled):
     """torch.compile the forward passes that a rollout and an update call."""
     if not enabled:
         return
-    # in torch 2.11, this analysis of the compiler for GPUs fails with an AssertionError if lengths are symbolic
-    torch._inductor.config.triton.coalesce_tiling_analysis = False
     policy.compile(dynamic=True)  # the lengths of prompts and responses differ between rollouts
     ref_policy.compile(dynamic=True)

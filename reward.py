@@ -22,6 +22,7 @@ import math
 import os
 import traceback
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,17 @@ class ControlledReward(SentimentReward):
         logits = super().logits([text[len(control) :] for text, control in zip(texts, controls)])
         negative = torch.tensor([control == CONTROLS[0] for control in controls])
         return torch.where(negative[:, None], logits.flip(1), logits)
+
+
+class Teachers:
+    """Several classifiers as one teacher: the mean of their log-odds."""
+
+    def __init__(self, classifiers):
+        self.classifiers = classifiers
+
+    def log_odds(self, texts):
+        """Return log(p / (1 - p)) of the positive label, (len(texts),) float32."""
+        return torch.stack([classifier.log_odds(texts).float() for classifier in self.classifiers]).mean(0)
 
 
 CLASSIFIERS = {"positive": SentimentReward, "controlled": ControlledReward}  # by task
@@ -305,6 +317,8 @@ def scored(reward_fn, texts):
 
 def reward_fingerprint(reward_fn):
     """Return the fingerprint of a classifier and its tokenizer, or of the file of a user's function; "" for others."""
+    if isinstance(reward_fn, Teachers):
+        return fingerprint(*map(reward_fingerprint, reward_fn.classifiers))
     if isinstance(reward_fn, SentimentReward):
         if reward_fn.fingerprint:
             return reward_fn.fingerprint
@@ -389,7 +403,7 @@ def small_classifier(texts, cfg):
 def train(name, classifier, reviews, cfg, teacher=None):
     """Train a SentimentReward on reviews and write it to <out>/<name>; return the seconds of the run.
 
-    With a teacher, another SentimentReward, the targets are its probabilities instead of the labels (Hinton et al.
+    With a teacher, which has a method log_odds, the targets are its probabilities instead of the labels (Hinton et al.
     2015): many crops of a positive review are neutral. Batches contain texts of similar length.
     """
     seed, out = cfg.seed + (name == "judge"), Path(cfg.out, name)
@@ -470,6 +484,23 @@ def report(classifier, reviews, cfg):
     return results | {"histogram": {"edges": edges.tolist(), "negative": negative, "positive": positive}}
 
 
+def load_teacher(names, reviews, cfg, device, dtype):
+    """Return the classifiers with these names as one teacher, or None if there are none.
+
+    "linear" is a linear classifier of words and word pairs, trained here on the labels of the reviews.
+    """
+    teachers = []
+    for name in names:
+        if name == "linear":
+            from analysis.baseline import sentiment_baseline  # needs scikit-learn
+
+            print("training the linear teacher", flush=True)
+            teachers.append(sentiment_baseline([reviews], cfg))
+        else:
+            teachers.append(SentimentReward.load(name, device=device, dtype=dtype))
+    return Teachers(teachers) if teachers else None
+
+
 def tokens_of(texts, cfg):
     """Return about how many tokens of these texts a classifier reads: one per 4 characters."""
     return sum(min(cfg.max_length, len(text) / 4) for text in texts)
@@ -485,9 +516,11 @@ def main(cfg):
     names = [cfg.only] if cfg.only else ["reward", "judge"]
     check_run(cfg, *(f"{name}/{RESULTS}" for name in names))
     device, dtype = pick_device(cfg)
-    starts, teachers = ({name: each(folder)[name] for name in names} for folder in (cfg.init_from, cfg.teacher))
-    for name in (*starts.values(), *teachers.values()):
-        if name not in ("scratch", ""):
+    starts = {name: each(cfg.init_from)[name] for name in names}
+    folders = cfg.teacher.split(",") if cfg.teacher else []
+    teachers = {name: [each(folder)[name] for folder in folders] for name in names}
+    for name in (*starts.values(), *chain(*teachers.values())):
+        if name not in ("scratch", "linear"):
             locate(name)
     splits = load_splits(cfg.dataset, cfg.text_column, cfg.label_column)
     held_out = Reviews(*(rows[: cfg.eval_reviews] for rows in splits["evaluation"]))
@@ -511,7 +544,7 @@ def main(cfg):
         flops = classifier_flops(model, passes * cfg.epochs * trained + 2 * evaluated)
         rows = {
             "from": start,
-            "teacher": teachers[name] or "none: the labels",
+            "teacher": " and ".join(teachers[name]) or "none: the labels",
             "reviews": f"{len(reviews.texts):,} for training, {len(held_out.texts):,} held out",
             "device": device,
             **time_on_cpu(flops, cfg, device),
@@ -519,7 +552,7 @@ def main(cfg):
         print(sheet(f"training the {name}", rows), flush=True)
         tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)  # longer texts are truncated
         classifier = SentimentReward(model, tokenizer, positive=1, device=device, dtype=dtype)
-        teacher = SentimentReward.load(teachers[name], device=device, dtype=dtype) if cfg.teacher else None
+        teacher = load_teacher(teachers[name], reviews, cfg, device, dtype)
         before = report(classifier, held_out, cfg)
         del before["histogram"]
         seconds = train(name, classifier, reviews, cfg, teacher)

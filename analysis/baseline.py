@@ -1,6 +1,6 @@
-"""A linear classifier of texts by their words and word pairs: a simple baseline for classifiers, and a discriminator.
+"""A linear classifier of texts by words and word pairs: a baseline and a teacher for classifiers, and a discriminator.
 
-Needs scikit-learn, which is in requirements-dev.txt. The training and evaluation scripts do not use it.
+Needs scikit-learn, which is in requirements-dev.txt. Of the scripts, only reward.py --teacher linear uses it.
 """
 
 import numpy as np
@@ -47,13 +47,13 @@ class LinearClassifier:
         return self.regression.coef_.size + 1
 
 
-def sentiment_baseline(splits, names, crops):
-    """Return a LinearClassifier of sentiment, trained on the labelled reviews of the splits with these names.
+def sentiment_baseline(parts, crops):
+    """Return a LinearClassifier of sentiment, trained on parts, a list of Reviews.
 
     It is trained on whole reviews, and on crops as the reward's: crops is its RewardConfig, see reward.training_texts.
     """
     texts, labels = [], []
-    for reviews in (splits[name] for name in names):
+    for reviews in parts:
         texts += reviews.texts + [text for i in range(EPOCHS) for text in training_texts(reviews.texts, i, crops)]
         labels += reviews.labels.tolist() * (1 + EPOCHS)
     return LinearClassifier().fit(texts, labels)

@@ -141,7 +141,7 @@ def baselines(splits, preset):
     """Return {name: LinearClassifier}, trained on the reviews of both classifiers, and of each one alone."""
     names = (("reward", "judge"), ("reward",), ("judge",))
     return {
-        f"linear, {' + '.join(part)}": sentiment_baseline(splits, part, defaults(RewardConfig, preset))
+        f"linear, {' + '.join(part)}": sentiment_baseline([splits[n] for n in part], defaults(RewardConfig, preset))
         for part in names
     }
 

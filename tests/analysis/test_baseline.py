@@ -61,7 +61,7 @@ def test_the_baseline_is_trained_on_crops_of_its_splits_only_with_their_labels(m
     monkeypatch.setattr(baseline.LinearClassifier, "fit", lambda self, texts, labels: fitted.append((texts, labels)))
     crops = RewardConfig(crop_share=0.5, max_crop_words=20)
     for part in (("reward", "judge"), ("judge",)):
-        sentiment_baseline(splits, part, crops)
+        sentiment_baseline([splits[name] for name in part], crops)
         texts, labels = fitted.pop()
         whole = {splits[name].texts[0] for name in part}
         assert len(texts) == len(labels) == 2 * (1 + EPOCHS) * len(part)
