@@ -33,7 +33,7 @@ class Config:
 
     preset: Preset = "gpt2"  # gpt2: full size, from the hub; mini: small, offline on a CPU; medium: a larger GPT-2
     device: Device = "auto"  # auto: CUDA if available, else MPS (not in preset mini), else CPU
-    # the transformers of policy, reward and judge; the policy's logits, values and losses are always fp32
+    # the transformers of policy, reward and judge; the policy's logits, values and losses stay in fp32
     dtype: Dtype = "auto"  # autocast dtype; auto: bf16 on CUDA, or fp16 on cards without bf16 (T4, RTX 20xx); else fp32
 
     def __post_init__(self):

@@ -20,7 +20,7 @@ def uses_graphs(device):
 
 
 def end_failed_capture(device):
-    """Give the device's default random generator a new state: the old one would still wait for the end of the capture."""
+    """Give the default random generator of the device a new state: the old one still waits for the capture's end."""
     fresh = torch.Generator(device).manual_seed(torch.cuda.initial_seed())
     torch.cuda.default_generators[device.index or 0].graphsafe_set_state(fresh.graphsafe_get_state())
 

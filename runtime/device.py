@@ -23,9 +23,9 @@ INSTALL_CUDA = "pip install --force-reinstall torch --index-url https://download
 def pick_device(cfg):
     """Return (torch.device, torch.dtype): where to compute, and the autocast dtype of the transformers.
 
-    Raises BadInput if device or dtype is not available. If `auto` picks the CPU of a machine with an NVIDIA GPU, warn and
-    say why. On CUDA, the products that stay in fp32 are computed in TF32, except with fp32 as the autocast dtype: then
-    TF32 is turned off, also if an environment variable turned it on.
+    Raises BadInput if device or dtype is not available. If `auto` picks the CPU of a machine with an NVIDIA GPU, warn
+    and say why. On CUDA, the products that stay in fp32 are computed in TF32, except with fp32 as the autocast dtype:
+    then TF32 is turned off, also if an environment variable turned it on.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

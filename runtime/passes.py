@@ -17,13 +17,15 @@ MAX_SHAPES = 32  # sequences of further shapes launch their kernels one by one
 class Passes:
     """The graphs of a policy, for each shape of the sequences.
 
-    The first call for a shape initializes libraries, the second one captures its graphs. If that fails, all calls launch
-    their kernels one by one. Graphs add to gradients that stay where they are: a call makes these the parameters' .grad.
+    The first call for a shape initializes libraries, the second one captures its graphs. If that fails, all calls
+    launch their kernels one by one. Graphs add to gradients that stay where they are: a call makes them the parameters'
+    .grad.
     """
 
     def __init__(self, policy):
         self.parameters = list(policy.parameters())
         self.grads = [torch.zeros_like(parameter) for parameter in self.parameters]
+        torch._foreach_add_(self.grads, self.grads)  # loads its kernels: a capture failed when it had to load them
         self.passes, self.latest, self.usable = {}, None, True
         self.pool = None  # the memory that all graphs share
         self.anchor = torch.zeros((), requires_grad=True)  # an input with a gradient, without which autograd stops

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 
 import reward
+from analysis import baseline
 from config import EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig
 from data import EOS, Reviews, encode, load_splits
 from ppo import rollout
@@ -402,6 +403,18 @@ def test_scores_in_low_precision_are_near_those_in_fp32(name, dtype, bound):
     texts = [text for pair in PROBES for text in pair] + [20 * pair[0] for pair in PROBES]
     errors = (low.log_odds(texts) - exact.log_odds(texts)).abs()
     assert 0 < errors.max() < bound and low.logits(texts).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_weights_of_linear_layers_are_converted_once_with_the_scores_of_autocast(dtype):
+    """And with the fingerprint of the weights in the folder, so that a run can be resumed in another dtype."""
+    name = str(ROOT / "asset/mini/reward")
+    converted, texts = SentimentReward.load(name, dtype=dtype), [text for pair in PROBES for text in pair]
+    by_autocast = SentimentReward(*open_classifier(name), positive=1, dtype=dtype)
+    assert torch.equal(converted.logits(texts), by_autocast.logits(texts))
+    dtypes = {type(m).__name__: {p.dtype for p in m.parameters(recurse=False)} for m in converted.model.modules()}
+    assert dtypes["Linear"] == {dtype} and dtypes["LayerNorm"] == dtypes["Embedding"] == {torch.float32}
+    assert len({reward.reward_fingerprint(c) for c in (converted, by_autocast, SentimentReward.load(name))}) == 1
 
 
 def test_reward_and_judge_are_loaded_in_the_dtype_of_the_run(bert_folder):
@@ -869,10 +882,10 @@ def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
     earlier.write_text("{}")
     cfg = RewardConfig(
         dataset=str(tmp_path / "toy.csv"), text_column="what", label_column="mood", out=str(out), force=True,
-        init_from=str(tmp_path / "encoder"), teacher=str(judge_folder), dropout=0.3, short_words=3, eval_reviews=9,
-        device="cpu", dtype="bf16",
+        init_from=str(tmp_path / "encoder"), teacher=f"{judge_folder},linear", dropout=0.3, short_words=3,
+        eval_reviews=9, device="cpu", dtype="bf16",
     )  # fmt: skip
-    trained, estimates = {}, []
+    trained, estimates, linear = {}, [], []
 
     def train(name, classifier, reviews, cfg, teacher):
         assert not (out / name / "results.json").exists() and (name == "judge" or not earlier.exists())
@@ -883,6 +896,7 @@ def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
         return 1.5
 
     monkeypatch.setattr(reward, "train", train)
+    monkeypatch.setattr(baseline, "sentiment_baseline", lambda *args: linear.append(args) or len(linear))
     monkeypatch.setattr(reward, "time_on_cpu", lambda *args: estimates.append(args) or {"time": "short"})
     reward.main(cfg)
     printed, splits = capsys.readouterr().out, load_splits(cfg.dataset, "what", "mood")
@@ -895,14 +909,16 @@ def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
     assert not torch.equal(*(classifier.model.classifier.weight for classifier, *_ in trained.values()))
     encoder = fingerprint(BertModel.from_pretrained(bert_folder))
     assert {fingerprint(classifier.model.bert) for classifier, *_ in trained.values()} == {encoder}
-    for name, (classifier, reviews, teacher) in trained.items():
+    for number, (name, (classifier, reviews, teachers)) in enumerate(trained.items(), 1):
+        teacher, last = teachers.classifiers
+        assert last == number and linear[number - 1] == ([reviews], cfg)
         assert reviews.texts == splits[name].texts and classifier.model.config.hidden_dropout_prob == 0.3
         assert classifier.dtype == teacher.dtype == torch.bfloat16
-        assert reward.reward_fingerprint(teacher) == reward.reward_fingerprint(SentimentReward.load(cfg.teacher))
+        assert reward.reward_fingerprint(teacher) == reward.reward_fingerprint(SentimentReward.load(str(judge_folder)))
         table = dict(re.findall(r"^  (\w+) +(.+)$", printed.partition(f"training the {name}\n")[2], re.M)[:6])
         assert table == {
-            "from": cfg.init_from, "teacher": cfg.teacher, "reviews": f"{len(reviews.texts)} for training, 9 held out",
-            "device": "cpu", "time": "short",
+            "from": cfg.init_from, "teacher": f"{judge_folder} and linear",
+            "reviews": f"{len(reviews.texts)} for training, 9 held out", "device": "cpu", "time": "short",
         }  # fmt: skip
         results = read_json(out / name / "results.json")
         held_out = Reviews(splits["evaluation"].texts[:9], splits["evaluation"].labels[:9])
@@ -916,6 +932,28 @@ def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
         }  # fmt: skip
         for texts in ("reviews", "first 3 words"):
             assert re.search(rf"^{name}, 9 held-out {texts}: .* {share:.1%} after; calibration error", printed, re.M)
+
+
+def test_several_teachers_are_the_mean_of_their_log_odds(bert_folder, judge_folder):
+    """A teacher may return them in float64, as the linear one does."""
+    classifiers = [SentimentReward.load(str(folder)) for folder in (bert_folder, judge_folder)]
+    odds = [classifier.log_odds(TEXTS) for classifier in classifiers]
+    mean = reward.Teachers(classifiers).log_odds(TEXTS)
+    assert torch.allclose(mean, (odds[0] + odds[1]) / 2) and not torch.allclose(odds[0], odds[1])
+    double = SimpleNamespace(log_odds=lambda texts: odds[1].double())
+    assert torch.equal(reward.Teachers([classifiers[0], double]).log_odds(TEXTS), mean)
+    prints = [
+        reward.reward_fingerprint(reward.Teachers(part)) for part in (classifiers, classifiers[:1], classifiers[1:])
+    ]
+    assert len(set(prints)) == 3
+
+
+def test_a_linear_teacher_is_fitted_to_the_labels_of_the_reviews():
+    reviews = Reviews(["a good film"] * 9 + ["a bad film"] * 9, np.repeat([1, 0], 9))
+    teacher = reward.load_teacher(["linear"], reviews, RewardConfig(), "cpu", torch.float32)
+    good, bad = teacher.log_odds(["good", "bad"])
+    assert good > 1 and bad < -1
+    assert reward.load_teacher([], reviews, RewardConfig(), "cpu", torch.float32) is None
 
 
 def test_the_table_of_a_training_without_a_teacher_names_the_labels(bert_folder, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Reading and writing files atomically, refusing to replace runs, saving and resuming checkpoints."""
 
+import gc
 import json
 import os
 import signal
@@ -392,6 +393,18 @@ def test_the_time_of_the_first_checkpoint_is_estimated_from_the_size_of_the_mode
     for _ in Checkpoints(cfg, tmp_path, model, [], {}, {}).steps(100):
         clock.now += 1
     assert clock.saved == [57]
+
+
+def test_the_garbage_collector_ignores_what_exists_before_the_loop_and_only_in_it(tmp_path):
+    """In a notebook, a second run must not keep the garbage of the first one."""
+    before, frozen = gc.get_freeze_count(), []
+    for step in Checkpoints(FinetuneConfig(), tmp_path, nn.Linear(1, 1), [], {}, {}).steps(9):
+        frozen.append(gc.get_freeze_count())
+        if step == 1:
+            break
+    gc.collect()  # the loop was left early: its generator ends at the latest now
+    assert min(frozen) > 10_000 and len(set(frozen)) == 1
+    assert gc.get_freeze_count() == before == 0
 
 
 def test_the_time_of_before_save_counts_as_that_of_the_checkpoint(tmp_path, monkeypatch):
