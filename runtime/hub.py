@@ -236,9 +236,13 @@ def load_tokenizer(folder, config=None, **file):
 
 
 def tokenizer_text(tokenizer):
-    """Return all that defines a tokenizer as text, for fingerprints; if it is written in Python, its vocabulary."""
+    """Return all that defines a tokenizer as text, for fingerprints; if it is written in Python, its vocabulary.
+
+    Truncation and padding are left out: a call sets them.
+    """
     if tokenizer.is_fast:
-        return tokenizer.backend_tokenizer.to_str()
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        return json.dumps({name: part for name, part in parts.items() if name not in ("truncation", "padding")})
     return json.dumps(sorted(tokenizer.get_vocab().items()))
 
 

@@ -417,6 +417,16 @@ def test_the_weights_of_linear_layers_are_converted_once_with_the_scores_of_auto
     assert len({reward.reward_fingerprint(c) for c in (converted, by_autocast, SentimentReward.load(name))}) == 1
 
 
+def test_the_fingerprint_of_a_classifier_does_not_depend_on_the_texts_that_it_has_read(bert_folder):
+    """A call sets the truncation and the padding of the tokenizer, and --self_check False makes no call."""
+    classifier = SentimentReward.load(str(bert_folder))
+    before = reward.reward_fingerprint(classifier)
+    classifier(TEXTS)
+    assert reward.reward_fingerprint(classifier) == before
+    classifier.tokenizer.add_tokens(["zebra"])
+    assert reward.reward_fingerprint(classifier) != before
+
+
 def test_reward_and_judge_are_loaded_in_the_dtype_of_the_run(bert_folder):
     for task in ("positive", "controlled"):
         cfg = PPOConfig(task=task, reward=str(bert_folder), judge=str(bert_folder), self_check=False)
