@@ -184,6 +184,8 @@ class RewardConfig(TrainConfig):
     )
     # runs to distill, separated by commas: their mean log-odds; "linear": a linear classifier; empty: use the labels
     teacher: str = by_preset("", mini_scratch="reward_checkpoints/teacher")  # runs to distill, see above
+    generator: str = ""  # a GPT-2 that continues beginnings of the reviews, for more texts to distill; empty: none
+    generated: int = 10_000  # texts of the generator in each epoch, new ones each time
     only: Literal["", "reward", "judge"] = ""  # train only one of the two, with an --out of its own; empty: both
 
     # the BERT, if init_from is "scratch"
@@ -211,6 +213,8 @@ class RewardConfig(TrainConfig):
     def check(self):
         if self.min_crop_words > self.max_crop_words:
             raise BadInput(f"min_crop_words {self.min_crop_words} is over max_crop_words {self.max_crop_words}")
+        if self.generator and not self.teacher:
+            raise BadInput(f"generator is {self.generator!r}: its texts have no labels, so --teacher is needed")
         if self.init_from == "scratch":
             divides(self, "num_heads", "hidden_size")
 
@@ -385,8 +389,8 @@ class PreflightConfig(Config):
 # ---- defaults and checks
 
 RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exclude the bound
-    "(0, inf)": "adam_eps batch_size block_size clip_eps epochs eval_every eval_reviews eval_tokens grad_clip "
-    "hidden_size keep kl_horizon lm_prompts lr max_crop_words max_prompt_len min_crop_words min_prompt_len "
+    "(0, inf)": "adam_eps batch_size block_size clip_eps epochs eval_every eval_reviews eval_tokens generated "
+    "grad_clip hidden_size keep kl_horizon lm_prompts lr max_crop_words max_prompt_len min_crop_words min_prompt_len "
     "minibatch_size muon_lr n_embd n_head n_layer n_positions num_heads num_layers ppo_epochs prompt_len prompts "
     "repeats resamples response_len sample_every sample_temperature samples_per_prompt save_every short_words steps "
     "temperature value_clip vocab_size workers",

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from config import RewardConfig
-from data import CONTROLS, Reviews, load_splits, train_wordpiece
+from data import CONTROLS, Reviews, decode, encode, load_splits, train_wordpiece
 from runtime.checkpoint import (
     RESULTS,
     Checkpoints,
@@ -42,9 +42,9 @@ from runtime.checkpoint import (
     write_text,
 )
 from runtime.cli import run
-from runtime.device import DTYPES, pick_device, seed_of, to_device
+from runtime.device import DTYPES, pick_device, random_generator, seed_of, to_device
 from runtime.errors import BadInput, NotFinite, first_line
-from runtime.hub import load_tokenizer, locate, tokenizer_text
+from runtime.hub import load_gpt2, load_tokenizer, locate, open_gpt2, tokenizer_text
 from runtime.log import RunLog, classifier_flops, sheet, time_on_cpu
 from runtime.optimizer import Stepper, make_optimizers, warm_up_and_decay
 
@@ -385,6 +385,26 @@ def training_texts(texts, epoch, cfg):
     return out
 
 
+@torch.no_grad()
+def generated_texts(generator, texts, epoch, cfg):
+    """Return cfg.generated texts of an epoch: beginnings of the texts, continued by a GPT-2 at temperature 1.
+
+    generator: (GPT2, tokenizer). A beginning has 2 to 8 tokens, as PPO's prompts have, and at most max_crop_words tokens
+    follow. A teacher knows the reviews that it was trained on and gives them back their labels. It has not seen these.
+    """
+    gpt2, tokenizer = generator
+    device, rng, out = gpt2.wte.weight.device, np.random.default_rng([cfg.seed, 8, epoch]), []
+    beginnings = [text[:200] for text in texts]
+    while len(out) < cfg.generated:
+        length, new = rng.integers(2, 9), rng.integers(cfg.min_crop_words, cfg.max_crop_words + 1)
+        ids = encode([beginnings[i] for i in rng.integers(len(texts), size=128)], tokenizer)
+        prompts = torch.tensor([row[:length] for row in ids if len(row) >= length]).to(device)
+        key = cfg.seed, 8, epoch, len(out)
+        sequences = gpt2.generate(prompts, int(new), 1.0, tokenizer.eos_token_id, random_generator(device, *key))
+        out += decode(sequences, tokenizer)
+    return out[: cfg.generated]
+
+
 def small_classifier(texts, cfg):
     """Return a BERT of cfg's sizes with random weights, and a WordPiece tokenizer trained on the texts."""
     from transformers import BertConfig, BertForSequenceClassification
@@ -400,11 +420,12 @@ def small_classifier(texts, cfg):
     return BertForSequenceClassification(config), tokenizer
 
 
-def train(name, classifier, reviews, cfg, teacher=None):
+def train(name, classifier, reviews, cfg, teacher=None, generator=None):
     """Train a SentimentReward on reviews and write it to <out>/<name>; return the seconds of the run.
 
     With a teacher, which has a method log_odds, the targets are its probabilities instead of the labels (Hinton et al.
-    2015): many crops of a positive review are neutral. Batches contain texts of similar length.
+    2015): many crops of a positive review are neutral. With a generator, see generated_texts, each epoch also has texts
+    without labels. Batches contain texts of similar length.
     """
     seed, out = cfg.seed + (name == "judge"), Path(cfg.out, name)
     model, tokenizer, device = classifier.model.train(), classifier.tokenizer, classifier.device
@@ -414,12 +435,13 @@ def train(name, classifier, reviews, cfg, teacher=None):
     inputs["teacher"] = reward_fingerprint(teacher)
     checkpoints = Checkpoints(cfg, out, model, optimizers, inputs, {"stepper": stepper})
     log = RunLog(cfg, part=name, first_step=checkpoints.first_step)
-    per_epoch = math.ceil(len(reviews.texts) / cfg.batch_size)
+    per_epoch = math.ceil((len(reviews.texts) + (cfg.generated if generator else 0)) / cfg.batch_size)
     steps, epoch = math.ceil(cfg.epochs * per_epoch), None
     for step in log.progress(checkpoints, steps, f"train the {name}", "step"):
         if epoch != step // per_epoch:
             epoch = step // per_epoch
             texts = training_texts(reviews.texts, epoch, cfg)
+            texts += generated_texts(generator, reviews.texts, epoch, cfg) if generator else []
             ids = tokenize(tokenizer, texts, classifier.max_length)
             batches = length_batches([len(row) for row in ids["input_ids"]], cfg.batch_size, [seed, 3, epoch])
         rows = batches[step % per_epoch]
@@ -427,14 +449,15 @@ def train(name, classifier, reviews, cfg, teacher=None):
         torch.manual_seed(seed_of(seed, step))  # of dropout
         with classifier.autocast():
             logits = model(**batch.to(device)).logits
-        positive = torch.from_numpy(reviews.labels[rows]).float()
         if teacher:
             positive = teacher.log_odds([texts[i] for i in rows]).sigmoid()
+        else:
+            positive = torch.from_numpy(reviews.labels[rows]).float()
         loss = F.cross_entropy(logits.float(), torch.stack([1 - positive, positive], dim=1).to(device))
         stepper.backward(loss)
         share = warm_up_and_decay(step, steps)
         stepper.set_lr(share)
-        loss, accuracy = loss.item(), float((logits.argmax(1).cpu().numpy() == reviews.labels[rows]).mean())
+        loss, accuracy = loss.item(), (logits.argmax(1).cpu() == (positive > 0.5)).float().mean().item()
         metrics = dict(loss=loss, accuracy=accuracy, lr=cfg.lr * share, grad_norm=stepper.step())
         log.write(step, **metrics, skipped_steps=stepper.skipped)
         log.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
@@ -501,6 +524,16 @@ def load_teacher(names, reviews, cfg, device, dtype):
     return Teachers(teachers) if teachers else None
 
 
+def load_generator(cfg, device, dtype):
+    """Return (GPT2, tokenizer) of cfg.generator."""
+    folder, config, tokenizer = open_gpt2(cfg.generator)
+    if 8 + cfg.max_crop_words > config.n_positions:
+        raise BadInput(
+            f"max_crop_words {cfg.max_crop_words} + 8 is over the {config.n_positions} positions of generator"
+        )
+    return load_gpt2(folder, config, len(tokenizer), dtype).to(device), tokenizer
+
+
 def tokens_of(texts, cfg):
     """Return about how many tokens of these texts a classifier reads: one per 4 characters."""
     return sum(min(cfg.max_length, len(text) / 4) for text in texts)
@@ -553,9 +586,10 @@ def main(cfg):
         tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)  # longer texts are truncated
         classifier = SentimentReward(model, tokenizer, positive=1, device=device, dtype=dtype)
         teacher = load_teacher(teachers[name], reviews, cfg, device, dtype)
+        generator = load_generator(cfg, device, dtype) if cfg.generator else None
         before = report(classifier, held_out, cfg)
         del before["histogram"]
-        seconds = train(name, classifier, reviews, cfg, teacher)
+        seconds = train(name, classifier, reviews, cfg, teacher, generator)
         after = report(classifier, held_out, cfg)
         results = {"data": data, "parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds}
         results |= {"held_out": len(held_out.texts), "before": before, "after": after}
