@@ -389,8 +389,9 @@ def training_texts(texts, epoch, cfg):
 def generated_texts(generator, texts, epoch, cfg):
     """Return cfg.generated texts of an epoch: beginnings of the texts, continued by a GPT-2 at temperature 1.
 
-    generator: (GPT2, tokenizer). A beginning has 2 to 8 tokens, as PPO's prompts have, and at most max_crop_words tokens
-    follow. A teacher knows the reviews that it was trained on and gives them back their labels. It has not seen these.
+    generator: (GPT2, tokenizer). A beginning has 2 to 8 tokens, as PPO's prompts have, and at most max_crop_words
+    tokens follow. A teacher knows the reviews that it was trained on, so that its probabilities there are hardly softer
+    than the labels. It has not seen these texts.
     """
     gpt2, tokenizer = generator
     device, rng, out = gpt2.wte.weight.device, np.random.default_rng([cfg.seed, 8, epoch]), []
@@ -574,6 +575,8 @@ def main(cfg):
         model, tokenizer = opened
         trained, evaluated = tokens_of(training_texts(reviews.texts, 0, cfg), cfg), tokens_of(held_out.texts, cfg)
         passes = 4 if cfg.teacher else 3  # a backward pass takes twice as long as a forward pass
+        if cfg.generator:
+            trained += cfg.generated * (cfg.min_crop_words + cfg.max_crop_words) / 2
         flops = classifier_flops(model, passes * cfg.epochs * trained + 2 * evaluated)
         rows = {
             "from": start,

@@ -1142,6 +1142,53 @@ def test_a_teacher_reads_the_texts_that_its_student_reads(trained, tmp_path):
     assert sorted(texts_read) == sorted(training_texts(reviews.texts, 0, cfg))
 
 
+def test_generated_texts_are_new_continuations_of_beginnings_in_each_epoch(gpt2_folder):
+    cfg = RewardConfig(generator=str(gpt2_folder), teacher="x", generated=150, min_crop_words=3, max_crop_words=6)
+    generator = reward.load_generator(cfg, "cpu", torch.float32)
+    texts = [" ".join(chr(97 + (i + j) % 26) * 3 for j in range(9)) for i in range(26)]
+    first, again, second = (reward.generated_texts(generator, texts, epoch, cfg) for epoch in (0, 0, 1))
+    assert first == again and len(first) == len(second) == 150 and len(set(first)) > 140
+    assert len(set(first) & set(second)) < 10
+    assert sum(any(text[:2] == t[:2] for t in texts) for text in first) == 150  # two tokens of this tokenizer
+    lengths = [len(row) for row in encode(first, generator[1])]
+    assert max(lengths) <= 2 * (8 + 6) and len(set(lengths)) > 5
+    assert "positions" in message(reward.load_generator, replace(cfg, max_crop_words=10_000), "cpu", torch.float32)
+
+
+def test_each_epoch_has_all_reviews_and_generated_texts_with_the_probabilities_of_the_teacher(
+    gpt2_folder, bert_folder, tmp_path
+):
+    """A resumed run generates the same ones, as the random numbers depend on the epoch alone."""
+    read = []
+
+    def log_odds(texts):
+        read.extend(texts)
+        return torch.full((len(texts),), 5.0)
+
+    changes = dict(generator=str(gpt2_folder), generated=8, max_crop_words=6, teacher="x", epochs=2.0, crop_share=0.0)
+    cfg = replace(BRIEF, **changes)
+    generator = reward.load_generator(cfg, "cpu", torch.float32)
+    classifier = SentimentReward(*open_classifier(str(bert_folder), dropout=0.1), positive=1)
+    reward.train(
+        "reward",
+        classifier,
+        BRIEF_REVIEWS,
+        replace(cfg, out=str(tmp_path)),
+        SimpleNamespace(log_odds=log_odds),
+        generator,
+    )
+    for epoch in (0, 1):
+        expected = BRIEF_REVIEWS.texts + reward.generated_texts(generator, BRIEF_REVIEWS.texts, epoch, cfg)
+        assert sorted(read[24 * epoch :][:24]) == sorted(expected)
+    lines = [json.loads(line) for line in (tmp_path / "reward/log.jsonl").read_text().splitlines()]
+    assert len(read) == 48 and len(lines) == 8
+    assert classifier.log_odds(TEXTS).min() > SentimentReward.load(str(bert_folder)).log_odds(TEXTS).min()
+
+
+def test_a_generator_needs_a_teacher():
+    assert "--teacher is needed" in message(RewardConfig, generator="asset/mini/gpt2")
+
+
 def test_the_error_for_a_missing_teacher_has_the_command_that_trains_it(tmp_path):
     cfg = RewardConfig(dataset="nowhere.csv", init_from="scratch", teacher="reward_checkpoints/none", out=str(tmp_path))
     with pytest.raises(BadInput, match=r"reward_checkpoints/none.*python reward\.py"):
