@@ -182,8 +182,9 @@ class RewardConfig(TrainConfig):
     out: str = by_preset(  # output folder, with reward/ and judge/ inside
         "reward_checkpoints/gpt2", mini="reward_checkpoints/mini", mini_scratch="reward_checkpoints/scratch"
     )
-    # runs to distill, separated by commas: their mean log-odds; "linear": a linear classifier; empty: use the labels
-    teacher: str = by_preset("", mini_scratch="reward_checkpoints/teacher")  # runs to distill, see above
+    teacher: str = by_preset(  # runs to distill, separated by commas, or linear: a linear classifier; empty: the labels
+        "", mini_scratch="reward_checkpoints/teacher"
+    )
     generator: str = ""  # a GPT-2 that continues beginnings of the reviews, for more texts to distill; empty: none
     generated: int = 10_000  # texts of the generator in each epoch, new ones each time
     only: Literal["", "reward", "judge"] = ""  # train only one of the two, with an --out of its own; empty: both

@@ -153,7 +153,10 @@ class GPT2(nn.Module):
             return self.ln_f(x)
 
     def logits(self, hidden):
-        """(..., C) -> (..., n_tokens), always in fp32: GPT-2's logits are near -100, where bf16 has steps of 0.5."""
+        """(..., C) -> (..., n_tokens) in fp32: GPT-2's logits are near -100, where bf16 has steps of 0.5.
+
+        On CUDA next to bf16, the product is computed in TF32, see device.pick_device.
+        """
         weight = self.wte.weight
         if self.n_tokens < len(weight):  # slicing all rows would copy the whole gradient
             weight = weight[: self.n_tokens]

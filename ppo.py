@@ -258,7 +258,7 @@ def main(cfg):
     reward_fn, judge = load_rewards(cfg, device, dtype)
     policy = load_policy(folder, gpt2_config, tokenizer, dtype).to(device)
     ref_policy = copy.deepcopy(policy).eval().requires_grad_(False)  # frozen
-    size = micro_batch_size(cfg, cfg.minibatch_size, pool.shape[1] + cfg.response_len, policy.gpt2, 4, device, ranks)
+    size = micro_batch_size(cfg, cfg.minibatch_size, pool.shape[1] + cfg.response_len, policy.gpt2, 6, device, ranks, 2)
     cfg = replace(cfg, micro_batch_size=size)
     print("self-check: policy:", check_policy(policy, ref_policy, prompt_batch(pool, 0, cfg).to(device), cfg))
     print(ppo_sheet(cfg, policy, reward_fn, judge, len(pool), device), flush=True)

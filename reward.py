@@ -22,6 +22,7 @@ import math
 import os
 import traceback
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from runtime.cli import run
 from runtime.device import DTYPES, pick_device, random_generator, seed_of, to_device
 from runtime.errors import BadInput, NotFinite, first_line
 from runtime.hub import load_gpt2, load_tokenizer, locate, open_gpt2, tokenizer_text
+from runtime.linear_classifier import LinearClassifier
 from runtime.log import RunLog, classifier_flops, sheet, time_on_cpu
 from runtime.optimizer import Stepper, make_optimizers, warm_up_and_decay
 
@@ -56,6 +58,7 @@ PROBES = (  # (positive, negative): any sentiment classifier can tell them apart
 )
 POSITIVE_NAMES = ("positive", "pos")
 KNOWN_LABELS = {"lvwerra/bert-imdb": ("LABEL_1",)}  # positive labels of hub models whose labels have no names
+LINEAR_EPOCHS = 8  # passes of a linear classifier over crops of the reviews, after one over whole reviews
 LABELS = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})  # of our models
 
 
@@ -74,7 +77,7 @@ class SentimentReward:
         self.batch_tokens = 2048 if self.device.type == "cpu" else 16384
         self.max_length = token_limit(model.config, tokenizer)
         self.truncated_frac = 0.0  # share of texts in the last call that were too long
-        self.fingerprint = None  # of the weights as they were read, if they were converted
+        self.fingerprint = None  # of the weights as they were read, set if they were converted
         if tokenizer.pad_token is None:  # GPT-2 has none
             tokenizer.pad_token = tokenizer.eos_token
             model.config.pad_token_id = tokenizer.pad_token_id
@@ -197,7 +200,7 @@ def open_classifier(name, dropout=None):
 def dropouts(p):
     """Return the entries of config.json for a dropout of p, by the names of BERT and of GPT-2.
 
-    Attention weights have none: with it, all of them (B x heads x L x L) would be kept for the backward pass.
+    Attention weights have none: with it, a CPU would keep all of them (B x heads x L x L) for the backward pass.
     """
     hidden = "hidden_dropout_prob", "embd_pdrop", "resid_pdrop"
     attention = "attention_probs_dropout_prob", "attn_pdrop"
@@ -399,7 +402,10 @@ def generated_texts(generator, texts, epoch, cfg):
     while len(out) < cfg.generated:
         length, new = rng.integers(2, 9), rng.integers(cfg.min_crop_words, cfg.max_crop_words + 1)
         ids = encode([beginnings[i] for i in rng.integers(len(texts), size=128)], tokenizer)
-        prompts = torch.tensor([row[:length] for row in ids if len(row) >= length]).to(device)
+        rows = [row[:length] for row in ids if len(row) >= length]
+        if not rows:
+            raise BadInput(f"no review begins with {length} tokens, for texts by the generator")
+        prompts = torch.tensor(rows).to(device)
         key = cfg.seed, 8, epoch, len(out)
         sequences = gpt2.generate(prompts, int(new), 1.0, tokenizer.eos_token_id, random_generator(device, *key))
         out += decode(sequences, tokenizer)
@@ -434,10 +440,12 @@ def train(name, classifier, reviews, cfg, teacher=None, generator=None):
     stepper = Stepper(model, optimizers, cfg.grad_clip, dtype=classifier.dtype)
     inputs = {"texts": fingerprint(*reviews.texts), "tokenizer": fingerprint(tokenizer_text(tokenizer))}
     inputs["teacher"] = reward_fingerprint(teacher)
+    inputs["generator"] = fingerprint(generator[0], tokenizer_text(generator[1])) if generator else ""
     checkpoints = Checkpoints(cfg, out, model, optimizers, inputs, {"stepper": stepper})
     log = RunLog(cfg, part=name, first_step=checkpoints.first_step)
     per_epoch = math.ceil((len(reviews.texts) + (cfg.generated if generator else 0)) / cfg.batch_size)
     steps, epoch = math.ceil(cfg.epochs * per_epoch), None
+    measure = "agreement" if teacher else "accuracy"  # with the teacher, with the labels
     for step in log.progress(checkpoints, steps, f"train the {name}", "step"):
         if epoch != step // per_epoch:
             epoch = step // per_epoch
@@ -458,10 +466,10 @@ def train(name, classifier, reviews, cfg, teacher=None, generator=None):
         stepper.backward(loss)
         share = warm_up_and_decay(step, steps)
         stepper.set_lr(share)
-        loss, accuracy = loss.item(), (logits.argmax(1).cpu() == (positive > 0.5)).float().mean().item()
-        metrics = dict(loss=loss, accuracy=accuracy, lr=cfg.lr * share, grad_norm=stepper.step())
+        loss, agreeing = loss.item(), (logits.argmax(1).cpu() == (positive > 0.5)).float().mean().item()
+        metrics = {"loss": loss, measure: agreeing, "lr": cfg.lr * share, "grad_norm": stepper.step()}
         log.write(step, **metrics, skipped_steps=stepper.skipped)
-        log.bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
+        log.bar.set_postfix({"loss": f"{loss:.3f}", measure: f"{agreeing:.2f}"}, refresh=False)
     model.eval().to(DTYPES[cfg.save_dtype])
     with replacing(out, model.state_dict()) as folder:
         model.save_pretrained(folder)
@@ -508,6 +516,15 @@ def report(classifier, reviews, cfg):
     return results | {"histogram": {"edges": edges.tolist(), "negative": negative, "positive": positive}}
 
 
+def sentiment_baseline(parts, cfg):
+    """Return a LinearClassifier of sentiment, trained on parts, a list of Reviews: whole, and on training_texts."""
+    texts, labels = [], []
+    for reviews in parts:
+        texts += reviews.texts + [text for i in range(LINEAR_EPOCHS) for text in training_texts(reviews.texts, i, cfg)]
+        labels += reviews.labels.tolist() * (1 + LINEAR_EPOCHS)
+    return LinearClassifier().fit(texts, labels)
+
+
 def load_teacher(names, reviews, cfg, device, dtype):
     """Return the classifiers with these names as one teacher, or None if there are none.
 
@@ -516,10 +533,8 @@ def load_teacher(names, reviews, cfg, device, dtype):
     teachers = []
     for name in names:
         if name == "linear":
-            from analysis.baseline import sentiment_baseline  # needs scikit-learn
-
             print("training the linear teacher", flush=True)
-            teachers.append(sentiment_baseline([reviews], cfg))
+            teachers.append(sentiment_baseline([reviews], replace(cfg, seed=cfg.seed + 2)))  # not the student's crops
         else:
             teachers.append(SentimentReward.load(name, device=device, dtype=dtype))
     return Teachers(teachers) if teachers else None
@@ -551,11 +566,14 @@ def main(cfg):
     check_run(cfg, *(f"{name}/{RESULTS}" for name in names))
     device, dtype = pick_device(cfg)
     starts = {name: each(cfg.init_from)[name] for name in names}
-    folders = cfg.teacher.split(",") if cfg.teacher else []
+    folders = [folder.strip() for folder in cfg.teacher.split(",") if folder.strip()]
     teachers = {name: [each(folder)[name] for folder in folders] for name in names}
     for name in (*starts.values(), *chain(*teachers.values())):
         if name not in ("scratch", "linear"):
             locate(name)
+    if "linear" in folders:
+        LinearClassifier()  # raises BadInput without scikit-learn
+    generator = load_generator(cfg, device, dtype) if cfg.generator else None
     splits = load_splits(cfg.dataset, cfg.text_column, cfg.label_column)
     held_out = Reviews(*(rows[: cfg.eval_reviews] for rows in splits["evaluation"]))
     if not cfg.resume:  # a judge of an earlier run must not count as finished when this run is resumed
@@ -575,9 +593,10 @@ def main(cfg):
         model, tokenizer = opened
         trained, evaluated = tokens_of(training_texts(reviews.texts, 0, cfg), cfg), tokens_of(held_out.texts, cfg)
         passes = 4 if cfg.teacher else 3  # a backward pass takes twice as long as a forward pass
-        if cfg.generator:
-            trained += cfg.generated * (cfg.min_crop_words + cfg.max_crop_words) / 2
+        written = cfg.generated * (cfg.min_crop_words + cfg.max_crop_words) / 2 if generator else 0  # tokens per epoch
+        trained += written
         flops = classifier_flops(model, passes * cfg.epochs * trained + 2 * evaluated)
+        flops += generator[0].flops(cfg.epochs * written, cfg.epochs * written) if generator else 0
         rows = {
             "from": start,
             "teacher": " and ".join(teachers[name]) or "none: the labels",
@@ -589,7 +608,6 @@ def main(cfg):
         tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)  # longer texts are truncated
         classifier = SentimentReward(model, tokenizer, positive=1, device=device, dtype=dtype)
         teacher = load_teacher(teachers[name], reviews, cfg, device, dtype)
-        generator = load_generator(cfg, device, dtype) if cfg.generator else None
         before = report(classifier, held_out, cfg)
         del before["histogram"]
         seconds = train(name, classifier, reviews, cfg, teacher, generator)

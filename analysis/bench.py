@@ -6,8 +6,8 @@
 
 Times ppo.rollout and ppo.update as ppo.main calls them. FLOPs are counted in separate calls, by
 torch.utils.flop_counter. The peak is the speed of a large matrix product, measured after each step, because the speed
-of a machine changes from minute to minute. If the transformers are in bf16, the logits of the policy are still in fp32,
-and the peak is that of the faster dtype.
+of a machine changes from minute to minute. If the transformers are in bf16, the logits of the policy are still in fp32
+(on CUDA in TF32), and the peak is that of the faster dtype.
 
 On CUDA, it also counts how often the host waits for the GPU. The number for the whole step includes the waits between
 the phases of a rollout, such as the check that all numbers are finite.
@@ -21,6 +21,7 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -144,6 +145,9 @@ def measure(ppo, model, texts, cfg):
     phases = {name: {"seconds": [s[name] for s in steps[1:]], "flops": flops(*call)} for name, call in calls.items()}
     # the counter does not see inside CUDA graphs: the products of generate, by the self-check's decoding
     phases["generate"]["flops"] = flops(cached_logprobs, policy, batch.sequences, batch.prompt_len)
+    if device.type == "cuda":  # and those of update, by passes without graphs
+        with patch("model.uses_graphs", lambda device: False):
+            phases["update"]["flops"] = flops(*calls["update"])
     total = sum(phase["flops"] for phase in phases.values())
     phases["step"] = {"seconds": [sum(step.values()) for step in steps[1:]], "flops": total}
     calls["step"] = (lambda: update(policy, stepper, rollout(*args), ppo),)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from analysis.baseline import LinearClassifier, sentiment_baseline
 from analysis.card import quote
 from analysis.metrics import bits_per_character, distinct, open_second_lm, second_nll
 from analysis.responses import respond
@@ -27,12 +26,13 @@ from config import QualityConfig, RewardConfig, defaults
 from data import Reviews, decode, encode, load_splits, pack
 from finetune_gpt2 import validate, validation_texts
 from ppo import response_mask
-from reward import SentimentReward, report
+from reward import SentimentReward, report, sentiment_baseline
 from runtime.checkpoint import RESULTS, read_json, write_text
 from runtime.cli import differing, run
 from runtime.device import pick_device
 from runtime.errors import BadInput
 from runtime.hub import load_policy, locate, open_gpt2
+from runtime.linear_classifier import LinearClassifier
 
 FOLDS = 5  # of the discriminator's cross-validation
 SAMPLE_WORDS = 5  # words of the prompts of samples, which are the same for models with different tokenizers

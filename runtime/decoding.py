@@ -15,7 +15,7 @@ from runtime.linear import Linear
 
 
 def uses_graphs(device):
-    """Return whether generate decodes with CUDA graphs."""
+    """Return whether generate decodes, and an update computes its passes, with CUDA graphs."""
     return device.type == "cuda"
 
 

@@ -1,6 +1,7 @@
 """The device of a run, the rows that fit into its memory, and random numbers that depend on a key alone."""
 
 import ctypes
+import gc
 import os
 import platform
 import shutil
@@ -24,8 +25,9 @@ def pick_device(cfg):
     """Return (torch.device, torch.dtype): where to compute, and the autocast dtype of the transformers.
 
     Raises BadInput if device or dtype is not available. If `auto` picks the CPU of a machine with an NVIDIA GPU, warn
-    and say why. On CUDA, the products that stay in fp32 are computed in TF32, except with fp32 as the autocast dtype:
-    then TF32 is turned off, also if an environment variable turned it on.
+    and say why. On CUDA with bf16, the products that stay in fp32 are computed in TF32, which rounds to 10 bits: little
+    next to the branches of the transformer, rounded to 7. Otherwise TF32 is turned off, also if an environment
+    variable turned it on.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -57,7 +59,7 @@ def pick_device(cfg):
         # of that call are off by 1e-4 (in 1 of 500 processes). A single number is computed by one thread.
         torch.zeros(1).exp()
     if name == "cuda":
-        if dtype != "fp32":  # TF32 rounds to 10 bits; what comes from the transformer was already rounded to 7 or 10
+        if dtype == "bf16":
             torch.set_float32_matmul_precision("high")
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process of a machine
     return torch.device(name), DTYPES[dtype]
@@ -128,32 +130,34 @@ def peak_flops(device, dtype=torch.float32, n=None, seconds=0.5):
     return 2 * n**3 * products / seconds_for(products)
 
 
-def micro_batch_size(cfg, rows, tokens, gpt2, copies, device, ranks):
+def micro_batch_size(cfg, rows, tokens, gpt2, copies, device, ranks, sets=1):
     """Return the micro-batch size, in rows of all processes: cfg's, or if that is 0 the largest that fits.
 
     It is a divisor of `rows`. tokens: per row. copies: number of copies of the weights that are not allocated yet, such
-    as gradients, moments and reference.
+    as gradients, moments and reference. sets: of activations; the graphs of an update keep one.
     """
     if cfg.micro_batch_size:
         return cfg.micro_batch_size
     weights = sum(p.numel() for p in gpt2.parameters())
     vocabulary = gpt2.n_tokens * (2 if getattr(cfg, "teacher", "") else 1)  # a teacher's targets are as large as logits
-    fit = rows_that_fit(tokens, gpt2.config.n_embd, gpt2.config.n_layer, vocabulary, device, copies * weights)
+    gc.collect()  # an earlier run in this process may hold memory in cycles of objects
+    fit = rows_that_fit(tokens, gpt2.config.n_embd, gpt2.config.n_layer, vocabulary, device, copies * weights, sets)
     sizes = [n for n in range(ranks.size, rows + 1, ranks.size) if rows % n == 0]
     size = max([n for n in sizes if n <= fit * ranks.size], default=ranks.size)
     return rows - ranks.any(rows - size)  # the smallest of all processes
 
 
-def rows_that_fit(tokens, width, layers, vocabulary, device, reserved=0):
+def rows_that_fit(tokens, width, layers, vocabulary, device, reserved=0, sets=1):
     """Return how many rows of `tokens` tokens fit into memory in a training pass of a language model; 0 if none does.
 
-    On CUDA: the free memory minus `reserved` float32 numbers. Elsewhere: 2,048 tokens in total, more are not faster.
+    On CUDA: the free memory minus `reserved` float32 numbers, for `sets` of activations. Elsewhere: 2,048 tokens in
+    total, more are not faster.
     """
     if device.type != "cuda":
         return 2048 // tokens
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, free for tensors
     numbers = numbers_per_token(width, layers, vocabulary)
-    return int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached) - 4 * reserved) // (4 * tokens * numbers)
+    return int(0.8 * (torch.cuda.mem_get_info(device)[0] + cached) - 4 * reserved) // (4 * tokens * numbers * sets)
 
 
 def numbers_per_token(width, layers, vocabulary):

@@ -77,14 +77,14 @@ class RunLog:
         return earlier
 
     def progress(self, checkpoints, steps, name, unit):
-        """Return the steps of a loop, from 0 or the resumed step on, with a progress bar.
+        """Yield the steps of a loop, from 0 or the resumed step on, with a progress bar.
 
         In a file or a notebook it is drawn every ten seconds: there, each time may give another line.
         """
         first, hidden, pause = checkpoints.first_step, bool(self.rank), 0.1 if sys.stderr.isatty() else 10
-        steps, total = checkpoints.steps(steps), steps
-        self.bar = tqdm(steps, name, initial=first, total=total, unit=unit, disable=hidden, mininterval=pause)
-        return self.bar
+        with contextlib.closing(checkpoints.steps(steps)) as loop:  # ends with this loop, however it ends
+            self.bar = tqdm(loop, name, initial=first, total=steps, unit=unit, disable=hidden, mininterval=pause)
+            yield from self.bar
 
     def write(self, step, **metrics):
         """Log the metrics of a step: floats and ints by name."""

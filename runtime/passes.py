@@ -1,9 +1,11 @@
 """The forward and the backward pass of an update on a GPU as two CUDA graphs instead of a thousand kernel launches.
 
-A graph repeats its kernels on the same memory, so sequences of another shape need other graphs.
+A graph repeats its kernels on the same memory, so sequences of another shape need other graphs. Gradients are added to
+the .grad of the parameters, as loss.backward() does. torch.autograd.grad and hooks of parameters do not see them.
 """
 
 import weakref
+from functools import partial
 
 import torch
 
@@ -18,63 +20,69 @@ class Passes:
     """The graphs of a policy, for each shape of the sequences.
 
     The first call for a shape initializes libraries, the second one captures its graphs. If that fails, all calls
-    launch their kernels one by one. Graphs add to gradients that stay where they are: a call makes them the parameters'
-    .grad.
+    launch their kernels one by one. The graphs add to gradients that stay where they are: a call makes them the .grad
+    of the parameters.
     """
 
     def __init__(self, policy):
-        self.parameters = list(policy.parameters())
+        self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self.grads = [torch.zeros_like(parameter) for parameter in self.parameters]
-        torch._foreach_add_(self.grads, self.grads)  # loads its kernels: a capture failed when it had to load them
+        torch._foreach_add_(self.grads, self.grads)  # loads the kernels that run_backward uses, before a capture
         self.passes, self.latest, self.usable = {}, None, True
         self.pool = None  # the memory that all graphs share
-        self.anchor = torch.zeros((), requires_grad=True)  # an input with a gradient, without which autograd stops
+        self.anchor = torch.zeros((), requires_grad=True)  # an input with a gradient, so that autograd calls backward
 
-    def __call__(self, compute, sequences, *how):
-        """Return compute(sequences, *how), tensors with gradients. Other numbers in `how` need other graphs, too."""
-        key = *sequences.shape, *how
+    def __call__(self, compute, sequences, *arguments):
+        """Return compute(sequences, *arguments), tensors with gradients.
+
+        Each combination of shape and arguments has its own graphs.
+        """
+        key = *sequences.shape, *arguments
         if key in self.passes and self.usable:
             if not self.passes[key]:
-                self.capture(key, compute, sequences, how)
+                self.capture(key, compute, sequences, arguments)
         elif len(self.passes) < MAX_SHAPES:
             self.passes[key] = None
         if not self.passes.get(key):
-            return compute(sequences, *how)
+            return compute(sequences, *arguments)
         self.hold_gradients()
         self.latest = self.passes[key]
         return Replay.apply(self.anchor, self, sequences)
 
-    def capture(self, key, compute, sequences, how):
+    def capture(self, key, compute, sequences, arguments):
         try:
-            self.passes[key] = Pass(self, compute, sequences, how)
+            self.passes[key] = Pass(self, compute, sequences, arguments)
         except RuntimeError as error:
             self.passes, self.usable = {}, False
             end_failed_capture(sequences.device)
-            warn(f"no CUDA graphs of an update, so it is slower: {first_line(error)}")
+            reason = first_line(error.__context__ or error)  # the end of a failed capture raises, too
+            warn(f"no CUDA graphs of an update, so it is slower: {reason}")
 
     def hold_gradients(self):
         """Make self.grads the .grad of the parameters, and give them its values: Stepper.step sets it to None."""
-        before = [parameter.grad for parameter in self.parameters]
-        if before[0] is None:
-            torch._foreach_zero_(self.grads)
-        elif before[0] is not self.grads[0]:
-            torch._foreach_copy_(self.grads, before)
-        for parameter, grad in zip(self.parameters, self.grads):
+        held = list(zip(self.parameters, self.grads))
+        new = [grad for parameter, grad in held if parameter.grad is None]
+        if new:
+            torch._foreach_zero_(new)
+        for parameter, grad in held:
+            if parameter.grad is not None and parameter.grad is not grad:
+                grad.copy_(parameter.grad)
             parameter.grad = grad
 
 
 class Pass:
     """The two graphs for one shape, and the tensors on which they work."""
 
-    def __init__(self, passes, compute, sequences, how):
+    def __init__(self, passes, compute, sequences, arguments):
         self.sequences, self.parameters, self.grads = sequences.clone(), passes.parameters, passes.grads
         passes.pool = passes.pool or new_pool()
-        self.forward = captured(passes.pool, lambda: self.run_forward(compute, how))
+        self.forward = captured(passes.pool, partial(self.run_forward, compute, arguments))
         self.output_grads = [torch.zeros_like(output) for output in self.outputs]
         self.backward = captured(passes.pool, self.run_backward)
+        self.outputs = [output.detach() for output in self.outputs]  # autograd's graph would keep the capture's stream
 
-    def run_forward(self, compute, how):
-        self.outputs = compute(self.sequences, *how)
+    def run_forward(self, compute, arguments):
+        self.outputs = compute(self.sequences, *arguments)
 
     def run_backward(self):
         torch._foreach_add_(self.grads, torch.autograd.grad(self.outputs, self.parameters, self.output_grads))
@@ -88,15 +96,18 @@ class Replay(torch.autograd.Function):
         ctx.passes, ctx.used = passes, passes.latest
         ctx.used.sequences.copy_(sequences)
         ctx.used.forward()
-        return tuple(output.detach().clone() for output in ctx.used.outputs)  # the next call overwrites them
+        return tuple(output.clone() for output in ctx.used.outputs)  # the next call overwrites them
 
     @staticmethod
     def backward(ctx, *output_grads):
         if ctx.passes.latest is not ctx.used:
-            raise RuntimeError("another forward pass has overwritten the activations of this one")
+            raise RuntimeError(
+                "the activations of this forward pass are gone: one backward pass may follow it directly"
+            )
         for static, grad in zip(ctx.used.output_grads, output_grads):
             static.copy_(grad)
         ctx.used.backward()
+        ctx.passes.latest = None
         return None, None, None
 
 
@@ -116,7 +127,13 @@ PASSES = weakref.WeakKeyDictionary()  # {Policy: Passes}; not attributes, since 
 
 
 def passes(policy):
-    """Return the Passes of a policy, the same ones in each call."""
-    if policy not in PASSES:
+    """Return the Passes of a policy: the same ones in each call, new ones if other parameters are frozen."""
+    known = PASSES.get(policy)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if (
+        known is None
+        or len(trained) != len(known.parameters)
+        or any(a is not b for a, b in zip(trained, known.parameters))
+    ):
         PASSES[policy] = Passes(policy)
     return PASSES[policy]

@@ -126,7 +126,8 @@ def memory(finetune, ppo, gpt2, classifiers, device):
     """Return the bytes on the device for fine-tuning and for PPO: (at least, at least).
 
     Weights, gradients and two moments; the activations of one row, on a CPU of 2,048 tokens; and of PPO the reference,
-    the classifiers, and the cache of keys and values of all episodes. classifiers: bytes of their weights.
+    the classifiers, and the cache of keys and values of all episodes; on CUDA also a second set of activations and two
+    more copies of the gradients, for the graphs of an update. classifiers: bytes of their weights.
     """
     copies = 4 * sum(p.numel() for p in gpt2.parameters())
     per_token = 4 * numbers_per_token(gpt2.config.n_embd, gpt2.config.n_layer, gpt2.n_tokens)
@@ -134,7 +135,8 @@ def memory(finetune, ppo, gpt2, classifiers, device):
     episode = ppo.max_prompt_len + ppo.response_len
     cache = 4 * ppo.batch_size * (2 * episode * gpt2.config.n_embd * gpt2.config.n_layer + gpt2.n_tokens)
     fine_tuning = 4 * copies + per_token * max(least, finetune.block_size)
-    return fine_tuning, 5 * copies + classifiers + per_token * max(least, episode) + cache
+    sets = 2 if device.type == "cuda" else 1
+    return fine_tuning, (3 + 2 * sets) * copies + classifiers + sets * per_token * max(least, episode) + cache
 
 
 def flops(plan, gpt2, weights):

@@ -13,12 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEXTS, message, reviews_csv, write_bert
+from conftest import ROOT, TEXTS, message, reviews_csv, write_bert, write_tuned
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 
 import reward
-from analysis import baseline
 from config import EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig
 from data import EOS, Reviews, encode, load_splits
 from ppo import rollout
@@ -865,10 +864,10 @@ def test_a_resumed_training_continues_its_log_and_needs_the_same_texts_tokenizer
         "texts": fingerprint(*BRIEF_REVIEWS.texts),
         "tokenizer": fingerprint(reward.tokenizer_text(student.tokenizer)),
         "teacher": reward.reward_fingerprint(teacher),
+        "generator": "",
     }
     _, passes, lines = brief_training(bert_folder, tmp_path, teacher=teacher)
     assert read_json(tmp_path / "reward/checkpoints/00000005/state.json")["inputs"] == inputs
-    teacher = SentimentReward.load(str(judge_folder))  # again: a tokenizer's text changes when it is first used
     _, resumed, both = brief_training(bert_folder, tmp_path, teacher=teacher, resume=True)
     assert len(resumed) == 1 and torch.equal(resumed[0]["logits"], passes[-1]["logits"])
     untimed = [[{**line, "seconds": 0} for line in log] for log in (lines, both)]
@@ -897,7 +896,8 @@ def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
     )  # fmt: skip
     trained, estimates, linear = {}, [], []
 
-    def train(name, classifier, reviews, cfg, teacher):
+    def train(name, classifier, reviews, cfg, teacher, generator):
+        assert generator is None
         assert not (out / name / "results.json").exists() and (name == "judge" or not earlier.exists())
         trained[name] = (classifier, reviews, teacher)
         (out / name).mkdir(exist_ok=True)
@@ -906,7 +906,7 @@ def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
         return 1.5
 
     monkeypatch.setattr(reward, "train", train)
-    monkeypatch.setattr(baseline, "sentiment_baseline", lambda *args: linear.append(args) or len(linear))
+    monkeypatch.setattr(reward, "sentiment_baseline", lambda *args: linear.append(args) or len(linear))
     monkeypatch.setattr(reward, "time_on_cpu", lambda *args: estimates.append(args) or {"time": "short"})
     reward.main(cfg)
     printed, splits = capsys.readouterr().out, load_splits(cfg.dataset, "what", "mood")
@@ -921,7 +921,7 @@ def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
     assert {fingerprint(classifier.model.bert) for classifier, *_ in trained.values()} == {encoder}
     for number, (name, (classifier, reviews, teachers)) in enumerate(trained.items(), 1):
         teacher, last = teachers.classifiers
-        assert last == number and linear[number - 1] == ([reviews], cfg)
+        assert last == number and linear[number - 1] == ([reviews], replace(cfg, seed=2))
         assert reviews.texts == splits[name].texts and classifier.model.config.hidden_dropout_prob == 0.3
         assert classifier.dtype == teacher.dtype == torch.bfloat16
         assert reward.reward_fingerprint(teacher) == reward.reward_fingerprint(SentimentReward.load(str(judge_folder)))
@@ -1187,6 +1187,37 @@ def test_each_epoch_has_all_reviews_and_generated_texts_with_the_probabilities_o
 
 def test_a_generator_needs_a_teacher():
     assert "--teacher is needed" in message(RewardConfig, generator="asset/mini/gpt2")
+
+
+def test_a_generator_that_does_not_exist_or_fit_is_refused_before_the_reviews_are_read(gpt2_folder, tmp_path):
+    cfg = RewardConfig(dataset="nowhere.csv", init_from="scratch", teacher="linear", out=str(tmp_path))
+    missing = message(reward.main, replace(cfg, generator="finetune_checkpoints/none"))
+    assert missing.startswith("finetune_checkpoints/none has no ") and "python finetune_gpt2.py" in missing
+    assert "48 positions" in message(reward.main, replace(cfg, generator=str(gpt2_folder), max_crop_words=41))
+
+
+def test_a_run_with_a_generator_equals_a_resumed_one_and_needs_the_same_generator(trained, tmp_path, gpt2_folder):
+    """The interruption is inside an epoch, whose texts are generated again."""
+    folder, cfg, _ = trained
+    changes = dict(only="reward", teacher=str(folder), generator=str(gpt2_folder), generated=30, max_crop_words=12)
+    cfg = replace(cfg, **changes, crop_share=0.5, min_crop_words=3, epochs=0.5, save_every=1, save_share=1.0)
+    reward.main(replace(cfg, out=str(tmp_path / "whole")))
+    original = reward.warm_up_and_decay
+
+    def stop(step, steps):
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(step, steps)
+
+    part = replace(cfg, out=str(tmp_path / "part"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reward, "warm_up_and_decay", stop)
+        reward.main(part)
+    other = str(write_tuned(gpt2_folder, tmp_path / "other"))
+    assert "generator" in message(reward.main, replace(part, generator=other, resume=True))
+    reward.main(replace(part, resume=True))
+    weights = [load_file(tmp_path / name / "reward/model.safetensors") for name in ("whole", "part")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
 def test_the_error_for_a_missing_teacher_has_the_command_that_trains_it(tmp_path):

@@ -291,7 +291,7 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
     },
     "runtime/optimizer.py": {
         "test_ppo::test_a_minibatch_leaves_no_gradient_for_the_next": [
-            ("gradients are not set to zero after a step", "self.model.zero_grad(set_to_none=True)", "pass"),
+            ("gradients are not cleared after a step", "            parameter.grad = None\n", "            pass\n"),
         ],
         "test_optimizer::test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted": [
             ("a step is taken with a gradient of nan", "if math.isfinite(norm):", "if True:"),
@@ -440,6 +440,20 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         ],
     },
     "reward.py": {
+        "test_linear_classifier::test_the_baseline_is_trained_on_crops_of_its_splits_only_with_their_labels": [
+            (
+                "the crops of the linear classifier are the same in all passes",
+                "for text in training_texts(reviews.texts, i, cfg)]",
+                "for text in training_texts(reviews.texts, 0, cfg)]",
+            ),
+        ],
+        "test_reward::test_each_epoch_has_all_reviews_and_generated_texts_with_the_probabilities_of_the_teacher": [
+            (
+                "the generated texts are the same in all epochs",
+                "generated_texts(generator, reviews.texts, epoch, cfg)",
+                "generated_texts(generator, reviews.texts, 0, cfg)",
+            ),
+        ],
         "test_reward::test_the_order_of_the_labels_changes_no_score": [
             ("the reward is the logit of index 1, whatever its label is", "return matches[0]", "return 1"),
         ],
@@ -528,13 +542,19 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
             ),
         ],
     },
-    "analysis/baseline.py": {
-        "test_baseline::test_the_baseline_is_trained_on_crops_of_its_splits_only_with_their_labels": [
+    "runtime/passes.py": {
+        "test_passes::test_updates_by_graphs_equal_updates_without": [
             (
-                "the baseline is trained on held-out reviews too",
-                "for reviews in (splits[name] for name in names)",
-                "for reviews in splits.values()",
+                "gradients of a graph are not reset after a step",
+                "            torch._foreach_zero_(new)\n",
+                "            pass\n",
             ),
+        ],
+        "test_passes::test_outputs_are_not_overwritten_by_the_next_call": [
+            ("outputs of a graph are not copied", "output.clone() for output", "output for output"),
+        ],
+        "test_passes::test_a_second_backward_pass_raises": [
+            ("the activations of a graph are used twice", "        ctx.passes.latest = None\n", ""),
         ],
     },
 }

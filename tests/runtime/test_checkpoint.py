@@ -39,6 +39,7 @@ from runtime.checkpoint import (
     write_text,
 )
 from runtime.errors import BadInput, Finished, Stopped, first_line
+from runtime.log import RunLog
 
 # ---- reading
 
@@ -396,15 +397,21 @@ def test_the_time_of_the_first_checkpoint_is_estimated_from_the_size_of_the_mode
 
 
 def test_the_garbage_collector_ignores_what_exists_before_the_loop_and_only_in_it(tmp_path):
-    """In a notebook, a second run must not keep the garbage of the first one."""
-    before, frozen = gc.get_freeze_count(), []
-    for step in Checkpoints(FinetuneConfig(), tmp_path, nn.Linear(1, 1), [], {}, {}).steps(9):
-        frozen.append(gc.get_freeze_count())
-        if step == 1:
-            break
-    gc.collect()  # the loop was left early: its generator ends at the latest now
-    assert min(frozen) > 10_000 and len(set(frozen)) == 1
-    assert gc.get_freeze_count() == before == 0
+    """Also if a loop ends by an exception whose traceback is kept, as a notebook does."""
+    cfg = FinetuneConfig(out=str(tmp_path), report_to="none")
+    log, frozen = RunLog(cfg), []
+
+    def loop():
+        for step in log.progress(Checkpoints(cfg, tmp_path, nn.Linear(1, 1), [], {}, {}), 9, "loop", "step"):
+            frozen.append(gc.get_freeze_count())
+            if step == 1:
+                raise ValueError
+
+    before = gc.get_freeze_count(), signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError) as kept:
+        loop()
+    assert kept.tb and min(frozen) > 10_000 and len(set(frozen)) == 1
+    assert (gc.get_freeze_count(), signal.getsignal(signal.SIGINT)) == before and before[0] == 0
 
 
 def test_the_time_of_before_save_counts_as_that_of_the_checkpoint(tmp_path, monkeypatch):

@@ -226,9 +226,11 @@ def test_if_the_capture_fails_there_is_one_warning_and_the_same_responses(launch
         with capture(graph, **options), fail(graph):
             yield
 
+    ended = []
     monkeypatch.setattr(torch.cuda, "graph", failing)
+    monkeypatch.setattr(decoding, "end_failed_capture", ended.append)
     for _ in range(2):
         assert torch.equal(generate(gpt2, prompts, 6, -1), first)
-    assert launches == ["kernels", "capture"] + ["kernels"] * 9
+    assert launches == ["kernels", "capture"] + ["kernels"] * 9 and ended == [prompts.device]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: no CUDA graph") and line.endswith("not permitted when stream is capturing")

@@ -109,7 +109,7 @@ def test_tensorboard_has_every_metric_and_drops_the_steps_that_a_resumed_run_rep
 def test_only_rank_0_writes(tmp_path):
     run = RunLog(PPOConfig(out=f"{tmp_path}/out"), rank=1)
     run.write(0, score=1.0)
-    steps = types.SimpleNamespace(first_step=0, steps=range)
+    steps = types.SimpleNamespace(first_step=0, steps=lambda end: (step for step in range(end)))
     assert list(run.progress(steps, 2, "ppo", "rollout")) == [0, 1] and run.bar.disable
     run.write_rollout(0, rollout(), [{"prompt": "a", "response": "b", "score": 1.0}])
     run.close()
@@ -118,7 +118,7 @@ def test_only_rank_0_writes(tmp_path):
 
 def test_the_progress_bar_starts_at_the_resumed_step(tmp_path, capsys):
     run = RunLog(PPOConfig(out=str(tmp_path), report_to="none"), first_step=3)
-    steps = types.SimpleNamespace(first_step=3, steps=lambda end: iter(range(3, end)))
+    steps = types.SimpleNamespace(first_step=3, steps=lambda end: (step for step in range(3, end)))
     assert list(run.progress(steps, 5, "ppo", "rollout")) == [3, 4]
     assert (run.bar.initial, run.bar.total, run.bar.unit, run.bar.desc) == (3, 5, "rollout", "ppo")
     assert "ppo:  60%|" in capsys.readouterr().err

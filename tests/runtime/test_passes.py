@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -22,18 +23,36 @@ SHAPE = GPT2Config(vocab_size=50, n_positions=64, n_embd=16, n_layer=2, n_head=2
 
 @pytest.fixture
 def captures(monkeypatch):
-    """Use graphs on the CPU; return a list with an entry per capture."""
-    list_of = []
+    """Use graphs on the CPU; return a list with the pool of each capture.
+
+    As with a graph, the outputs of all calls are in the same tensors, and the activations of autograd are used once.
+    """
+    pools = []
 
     def captured(pool, function):
         function()
-        list_of.append(pool)
-        return torch.enable_grad()(function)  # in a Function there are none; a graph repeats all kernels
+        pools.append(pool)
+        used = getattr(function, "func", function).__self__  # a Pass
+        return partial(run_forward, used, function) if isinstance(function, partial) else partial(run_backward, used)
+
+    @torch.enable_grad()  # in a Function there are no gradients; a graph repeats all kernels
+    def run_forward(used, function):
+        static = used.outputs
+        function()
+        used.live, used.outputs = used.outputs, static
+        for output, new in zip(static, used.live):
+            output.copy_(new.detach())
+
+    @torch.enable_grad()
+    def run_backward(used):
+        static, used.outputs = used.outputs, used.live
+        used.run_backward()
+        used.outputs = static
 
     monkeypatch.setattr("model.uses_graphs", lambda device: True)
     monkeypatch.setattr(passes, "captured", captured)
     monkeypatch.setattr(passes, "new_pool", object)
-    return list_of
+    return pools
 
 
 def small_policy(seed=0):
@@ -110,8 +129,54 @@ def test_a_backward_pass_after_another_forward_pass_raises(captures):
         policy(sequences[:, :length], 2)
     first = policy(sequences, 2)[0]
     policy(sequences[:, :6], 2)
-    with pytest.raises(RuntimeError, match="overwritten"):
+    with pytest.raises(RuntimeError, match="gone"):
         first.sum().backward()
+
+
+def test_a_second_backward_pass_raises(captures):
+    """As without graphs: the activations are gone."""
+    policy, sequences = small_policy(), torch.ones(4, 9, dtype=torch.long)
+    policy(sequences, 2)
+    logprobs, values = policy(sequences, 2)
+    logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gone"):
+        values.sum().backward()
+
+
+def test_outputs_are_not_overwritten_by_the_next_call(captures):
+    policy, sequences = small_policy(), torch.arange(36).view(4, 9)
+    policy(sequences, 2)
+    first = policy(sequences, 2)[0]
+    second = policy(sequences.flip(0), 2)[0]
+    assert torch.equal(first, second.flip(0)) and not torch.equal(first, second)
+
+
+def test_a_loss_without_the_values_trains_all_other_parameters(captures):
+    """The first pass, without a graph, then gives the value head no gradient."""
+    policy, other = small_policy(), small_policy()
+    for length in (9, 9, 9):
+        sequences = torch.arange(4 * length).view(4, length)
+        for logprobs, _ in (policy(sequences, 2), other.outputs(sequences, 2, 1.0)):
+            logprobs.sum().backward()
+    for (name, actual), expected in zip(policy.named_parameters(), other.parameters()):
+        if name.startswith("value_head"):
+            assert expected.grad is None and not actual.grad.any()
+        else:
+            assert torch.allclose(actual.grad, expected.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_frozen_parameters_get_no_gradient_also_if_they_are_frozen_later(captures):
+    policy, sequences = small_policy(), torch.arange(36).view(4, 9)
+    policy.gpt2.wpe.requires_grad_(False)
+    for frozen in ((policy.gpt2.wpe,), (policy.gpt2.wpe, policy.gpt2.h[0])):
+        for _ in range(3):
+            policy.zero_grad(set_to_none=True)
+            sum(x.sum() for x in policy(sequences, 2)).backward()
+        parts = [parameter for module in frozen for parameter in module.parameters()]
+        assert all(parameter.grad is None for parameter in parts)
+        assert policy.gpt2.h[1].mlp.c_fc.weight.grad.any()
+        policy.gpt2.h[0].requires_grad_(False)
+    assert len(captures) == 4
 
 
 def test_if_a_pass_cannot_be_captured_updates_launch_kernels(monkeypatch, captures, capsys):

@@ -1,17 +1,14 @@
 """A linear classifier of texts by words and word pairs: a baseline and a teacher for classifiers, and a discriminator.
 
-Needs scikit-learn, which is in requirements-dev.txt. Of the scripts, only reward.py --teacher linear uses it.
+Needs scikit-learn, which is in requirements-dev.txt. Of the scripts, only reward.py --teacher linear needs it.
 """
 
 import numpy as np
 import torch
 
-from reward import training_texts
 from runtime.errors import BadInput
 
-# chosen for accuracy and calibration on the reviews of the split prompts
-EPOCHS = 8  # passes over the reviews with random crops, after one over whole reviews
-STRENGTH = 3.0  # inverse of the L2 regularization, C of scikit-learn
+STRENGTH = 3.0  # inverse of the L2 regularization, C of scikit-learn; chosen on the reviews of the split prompts
 
 
 class LinearClassifier:
@@ -45,15 +42,3 @@ class LinearClassifier:
     def parameters(self):
         """Return the number of weights, one per word or pair, and the bias."""
         return self.regression.coef_.size + 1
-
-
-def sentiment_baseline(parts, crops):
-    """Return a LinearClassifier of sentiment, trained on parts, a list of Reviews.
-
-    It is trained on whole reviews, and on crops as the reward's: crops is its RewardConfig, see reward.training_texts.
-    """
-    texts, labels = [], []
-    for reviews in parts:
-        texts += reviews.texts + [text for i in range(EPOCHS) for text in training_texts(reviews.texts, i, crops)]
-        labels += reviews.labels.tolist() * (1 + EPOCHS)
-    return LinearClassifier().fit(texts, labels)

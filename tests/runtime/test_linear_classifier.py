@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from conftest import message
 
-from analysis import baseline
-from analysis.baseline import EPOCHS, LinearClassifier, sentiment_baseline
 from config import RewardConfig
 from data import Reviews
-from reward import calibration_error
+from reward import LINEAR_EPOCHS, calibration_error, sentiment_baseline
+from runtime.linear_classifier import LinearClassifier
 
 pytest.importorskip("sklearn", reason="scikit-learn is in requirements-dev.txt")
 
@@ -58,13 +57,13 @@ def test_the_baseline_is_trained_on_crops_of_its_splits_only_with_their_labels(m
         name: Reviews([f"{name} {label} " + " ".join(map(str, range(60)))] * 2, np.array([label, label]))
         for label, name in enumerate(names)
     }
-    monkeypatch.setattr(baseline.LinearClassifier, "fit", lambda self, texts, labels: fitted.append((texts, labels)))
+    monkeypatch.setattr(LinearClassifier, "fit", lambda self, texts, labels: fitted.append((texts, labels)))
     crops = RewardConfig(crop_share=0.5, max_crop_words=20)
     for part in (("reward", "judge"), ("judge",)):
         sentiment_baseline([splits[name] for name in part], crops)
         texts, labels = fitted.pop()
         whole = {splits[name].texts[0] for name in part}
-        assert len(texts) == len(labels) == 2 * (1 + EPOCHS) * len(part)
+        assert len(texts) == len(labels) == 2 * (1 + LINEAR_EPOCHS) * len(part)
         assert all(any(text in review for review in whole) for text in texts)
         beginnings = [(text.split()[0], label) for text, label in zip(texts, labels) if not text[0].isdigit()]
         assert set(beginnings) == {(name, names.index(name)) for name in part}
