@@ -2,12 +2,14 @@
 
     python reward.py                                      # bert-base-cased on IMDB, twice: the reward and the judge
     python reward.py --preset mini                        # on a CPU: train the two in asset/mini for another minute
-    python reward.py --preset mini --init_from scratch    # as the two in asset/mini were trained, from a teacher
+    python reward.py --preset mini --init_from scratch    # as the two in asset/mini, from a teacher
 
 The teacher is an earlier run with a pretrained encoder (one command):
 
     python reward.py --preset mini --init_from sentence-transformers/all-MiniLM-L6-v2 --out reward_checkpoints/teacher
     --epochs 2 --batch_size 32 --lr 1e-4 --crop_share 0.85
+
+--teacher reward_checkpoints/teacher,linear adds a linear classifier to it, --generator asset/mini/gpt2 more texts.
 
 Reward and judge are trained on disjoint reviews. PPO maximizes the reward. It does not optimize the judge, so that
 evaluate.py can tell by it whether responses became positive or only exploit the reward. Each is written to a folder in
