@@ -361,10 +361,9 @@ def test_a_progress_bar_is_drawn_every_ten_seconds_where_it_cannot_be_drawn_in_p
     stream.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stream)
     log = RunLog(PPOConfig(out=str(tmp_path), report_to="none"))
-    bar = log.progress(SimpleNamespace(first_step=0, steps=lambda n: iter(range(n))), 50, "ppo", "rollout")
-    bar._time = lambda: clock.now
-    bar.last_print_t = bar.start_t = 0.0
-    for _ in bar:
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
+    steps = SimpleNamespace(first_step=0, steps=lambda n: (step for step in range(n)))
+    for _ in log.progress(steps, 50, "ppo", "rollout"):
         clock.now += 0.2
     assert abs(stream.getvalue().count("rollout/s") - drawn) <= 2
 

@@ -1001,8 +1001,8 @@ def test_a_run_takes_its_sizes_from_its_config(train, monkeypatch):
     """Catches a micro-batch size that is chosen for other sizes than the run's."""
     sizes, joins = record_calls(monkeypatch, "micro_batch_size"), record_calls(monkeypatch, "join")
     run = train("sizes", steps=1, micro_batch_size=0, batch_size=8, minibatch_size=4)
-    ((cfg, rows, tokens, gpt2, copies, device, _, _),) = sizes
-    assert (rows, tokens, copies, gpt2) == (4, 4 + 6, 4, run.policy.gpt2) and device.type == "cpu"
+    ((cfg, rows, tokens, gpt2, copies, device, _, sets, _),) = sizes
+    assert (rows, tokens, copies, gpt2) == (4, 4 + 6, 6, run.policy.gpt2) and device.type == "cpu" and sets == 2
     ((device, joined, names, _),) = joins
     assert (joined, names) == (cfg, "micro_batch_size") and device.type == "cpu"
 
