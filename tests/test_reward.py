@@ -1182,6 +1182,9 @@ def test_each_epoch_has_all_reviews_and_generated_texts_with_the_probabilities_o
         assert sorted(read[24 * epoch :][:24]) == sorted(expected)
     lines = [json.loads(line) for line in (tmp_path / "reward/log.jsonl").read_text().splitlines()]
     assert len(read) == 48 and len(lines) == 8
+    assert all(
+        "agreement" in line and "accuracy" not in line for line in lines
+    )  # with the teacher, which says: positive
     assert classifier.log_odds(TEXTS).min() > SentimentReward.load(str(bert_folder)).log_odds(TEXTS).min()
 
 
@@ -1199,7 +1202,8 @@ def test_a_generator_that_does_not_exist_or_fit_is_refused_before_the_reviews_ar
 def test_a_run_with_a_generator_equals_a_resumed_one_and_needs_the_same_generator(trained, tmp_path, gpt2_folder):
     """The interruption is inside an epoch, whose texts are generated again."""
     folder, cfg, _ = trained
-    changes = dict(only="reward", teacher=str(folder), generator=str(gpt2_folder), generated=30, max_crop_words=12)
+    generator = shutil.copytree(gpt2_folder, tmp_path / "generator")
+    changes = dict(only="reward", teacher=str(folder), generator=str(generator), generated=30, max_crop_words=12)
     cfg = replace(cfg, **changes, crop_share=0.5, min_crop_words=3, epochs=0.5, save_every=1, save_share=1.0)
     reward.main(replace(cfg, out=str(tmp_path / "whole")))
     original = reward.warm_up_and_decay
@@ -1213,8 +1217,9 @@ def test_a_run_with_a_generator_equals_a_resumed_one_and_needs_the_same_generato
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reward, "warm_up_and_decay", stop)
         reward.main(part)
-    other = str(write_tuned(gpt2_folder, tmp_path / "other"))
-    assert "generator" in message(reward.main, replace(part, generator=other, resume=True))
+    write_tuned(gpt2_folder, generator)
+    assert "made with different inputs: generator" in message(reward.main, replace(part, resume=True))
+    shutil.copytree(gpt2_folder, generator, dirs_exist_ok=True)
     reward.main(replace(part, resume=True))
     weights = [load_file(tmp_path / name / "reward/model.safetensors") for name in ("whole", "part")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
