@@ -395,8 +395,7 @@ def generated_texts(generator, texts, epoch, cfg):
     """Return cfg.generated texts of an epoch: beginnings of the texts, continued by a GPT-2 at temperature 1.
 
     generator: (GPT2, tokenizer). A beginning has 2 to 8 tokens, as PPO's prompts have, and at most max_crop_words
-    tokens follow. A teacher knows the reviews that it was trained on, so that its probabilities there are hardly softer
-    than the labels. It has not seen these texts.
+    tokens follow. A teacher has not seen these texts, so that it cannot repeat the labels that it was trained on.
     """
     gpt2, tokenizer = generator
     device, rng, out = gpt2.wte.weight.device, np.random.default_rng([cfg.seed, 8, epoch]), []

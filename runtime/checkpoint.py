@@ -352,7 +352,7 @@ class Checkpoints:
         before = {number: signal.signal(number, self.handle) for number in numbers}
         device = next(self.model.parameters()).device
         self.start = time.monotonic()
-        # what exists now stays: the garbage collector must not spend 50 ms on it again and again
+        # what exists now stays: the garbage collector need not look through it again and again
         gc.collect()
         gc.freeze()
         try:
