@@ -185,6 +185,7 @@ class RewardConfig(TrainConfig):
     teacher: str = by_preset(  # runs to distill, separated by commas, or linear: a linear classifier; empty: the labels
         "", mini_scratch="reward_checkpoints/teacher"
     )
+    unlabelled: bool = False  # also distill on the reviews of the other classifier, whose labels are not used
     generator: str = ""  # a GPT-2 that continues beginnings of the reviews, for more texts to distill; empty: none
     generated: int = 10_000  # texts of the generator in each epoch, new ones each time
     only: Literal["", "reward", "judge"] = ""  # train only one of the two, with an --out of its own; empty: both
@@ -216,6 +217,8 @@ class RewardConfig(TrainConfig):
             raise BadInput(f"min_crop_words {self.min_crop_words} is over max_crop_words {self.max_crop_words}")
         if self.generator and not self.teacher:
             raise BadInput(f"generator is {self.generator!r}: its texts have no labels, so --teacher is needed")
+        if self.unlabelled and not self.teacher:
+            raise BadInput("unlabelled is True: these reviews have no labels here, so --teacher is needed")
         if self.init_from == "scratch":
             divides(self, "num_heads", "hidden_size")
 

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from config import RewardConfig
-from data import CONTROLS, Reviews, decode, encode, load_splits, train_wordpiece
+from data import CONTROLS, Reviews, decode, encode, language_model_texts, load_splits, train_wordpiece
 from runtime.checkpoint import (
     RESULTS,
     Checkpoints,
@@ -581,7 +581,8 @@ def main(cfg):
         for name in starts:
             Path(cfg.out, name, RESULTS).unlink(missing_ok=True)
     for name, start in starts.items():
-        reviews, out, seed = splits[name], Path(cfg.out, name), cfg.seed + (name == "judge")
+        labelled, out, seed = splits[name], Path(cfg.out, name), cfg.seed + (name == "judge")
+        reviews = Reviews(language_model_texts(splits), None) if cfg.unlabelled else labelled
         data = fingerprint(*reviews.texts)
         if cfg.resume and (out / RESULTS).is_file():
             if read_json(out / RESULTS).get("data") != data:
@@ -608,7 +609,7 @@ def main(cfg):
         print(sheet(f"training the {name}", rows), flush=True)
         tokenizer.model_max_length = min(tokenizer.model_max_length, cfg.max_length)  # longer texts are truncated
         classifier = SentimentReward(model, tokenizer, positive=1, device=device, dtype=dtype)
-        teacher = load_teacher(teachers[name], reviews, cfg, device, dtype)
+        teacher = load_teacher(teachers[name], labelled, cfg, device, dtype)
         before = report(classifier, held_out, cfg)
         del before["histogram"]
         seconds = train(name, classifier, reviews, cfg, teacher, generator)

@@ -791,11 +791,11 @@ class Passes(list):
         self.append({"ids": ids, "logits": logits, "seed": torch.initial_seed(), "training": model.training})
 
 
-def brief_training(folder, out, name="reward", dtype=torch.float32, teacher=None, **changes):
+def brief_training(folder, out, name="reward", dtype=torch.float32, teacher=None, generator=None, **changes):
     """Train a classifier for two epochs of three steps; return (classifier, Passes, lines of the log)."""
     classifier = SentimentReward(*open_classifier(str(folder), dropout=0.1), positive=1, dtype=dtype)
     passes, cfg = Passes(classifier.model), replace(BRIEF, out=str(out), **changes)
-    reward.train(name, classifier, BRIEF_REVIEWS, cfg, teacher)
+    reward.train(name, classifier, BRIEF_REVIEWS, cfg, teacher, generator)
     return classifier, passes, [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
 
 
@@ -874,6 +874,21 @@ def test_a_resumed_training_continues_its_log_and_needs_the_same_texts_tokenizer
     assert untimed[0] == untimed[1]
     with pytest.raises(BadInput, match="made with different inputs: teacher"):
         brief_training(bert_folder, tmp_path, resume=True)
+
+
+def test_the_weights_and_the_tokenizer_of_the_generator_are_inputs_of_a_training(
+    bert_folder, judge_folder, gpt2_folder, tmp_path
+):
+    cfg = RewardConfig(generator=str(gpt2_folder), teacher="x", min_crop_words=3, max_crop_words=6)
+    gpt2, tokenizer = reward.load_generator(cfg, "cpu", torch.float32)
+    how = dict(teacher=SentimentReward.load(str(judge_folder)), generated=6, max_crop_words=6, epochs=0.5)
+    brief_training(bert_folder, tmp_path, generator=(gpt2, tokenizer), **how)
+    other, shorter = deepcopy(gpt2), deepcopy(tokenizer)
+    other.ln_f.bias.data += 1
+    shorter.add_tokens(["another"])
+    for generator in ((other, tokenizer), (gpt2, shorter), None):
+        with pytest.raises(BadInput, match="made with different inputs: generator"):
+            brief_training(bert_folder, tmp_path, generator=generator, resume=True, **how)
 
 
 def test_main_passes_the_right_arguments_to_train_and_writes_what_it_prints(
@@ -1140,6 +1155,36 @@ def test_a_teacher_reads_the_texts_that_its_student_reads(trained, tmp_path):
     reviews = load_splits(cfg.dataset)["reward"]
     reward.train("reward", SentimentReward.load(str(folder / "reward")), reviews, cfg, teacher)
     assert sorted(texts_read) == sorted(training_texts(reviews.texts, 0, cfg))
+
+
+def test_an_unlabelled_training_also_has_the_texts_of_the_other_classifier_but_only_a_teacher_knows_labels(
+    trained, tmp_path, monkeypatch
+):
+    """The linear teacher is trained on the labels of the classifier's own split, whatever the student reads."""
+    folder, cfg, _ = trained
+    read, fitted = [], []
+
+    def fit(classifier, texts, labels):
+        fitted.append(set(texts))
+        return classifier
+
+    def log_odds(classifier, texts):
+        read.extend(texts)
+        return torch.full((len(texts),), 3.0)
+
+    monkeypatch.setattr(reward.LinearClassifier, "fit", fit)
+    monkeypatch.setattr(reward.LinearClassifier, "log_odds", log_odds)
+    cfg = replace(cfg, init_from=str(folder), teacher="linear", unlabelled=True, crop_share=0.0, epochs=1.0)
+    reward.main(replace(cfg, only="judge", out=str(tmp_path)))
+    splits = load_splits(cfg.dataset)
+    assert sorted(read) == sorted(splits["reward"].texts + splits["judge"].texts)
+    assert fitted == [set(splits["judge"].texts)]
+    results = read_json(tmp_path / "judge/results.json")
+    assert results["data"] == fingerprint(*splits["reward"].texts, *splits["judge"].texts)
+
+
+def test_unlabelled_reviews_need_a_teacher():
+    assert "--teacher is needed" in message(RewardConfig, unlabelled=True)
 
 
 def test_generated_texts_are_new_continuations_of_beginnings_in_each_epoch(gpt2_folder):
