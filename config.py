@@ -196,11 +196,11 @@ class RewardConfig(TrainConfig):
     num_layers: int = 2  # transformer blocks
     num_heads: int = by_preset(2, mini_scratch=4)  # attention heads
 
-    max_length: int = 256  # longest text, tokens of the classifier
-    crop_share: float = by_preset(0.5, mini=0.9)  # share of training texts to crop, since PPO scores short texts
+    max_length: int = by_preset(256, mini_scratch=512)  # longest text, tokens of the classifier
+    crop_share: float = by_preset(0.5, mini=0.9, mini_scratch=0.8)  # share of training texts to crop: PPO's are short
     min_crop_words: int = 12  # shortest crop, words
     max_crop_words: int = by_preset(64, mini=48)  # longest crop, words
-    epochs: float = by_preset(2.0, mini=0.3, mini_scratch=8.0)  # passes over the split
+    epochs: float = by_preset(2.0, mini=0.3, mini_scratch=16.0)  # passes over the reviews
     batch_size: int = by_preset(32, mini=64)  # texts per optimizer step
     lr: float = by_preset(3e-5, mini_scratch=7e-4)  # peak learning rate: 10 % linear warm-up, then linear decay to 0
     weight_decay: float = 0.01  # of matrices
