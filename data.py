@@ -1,8 +1,8 @@
 """Movie reviews: which of them train GPT-2, train a classifier, give prompts or are held out; and their tokens.
 
     split        used by
-    reward       the reward classifier; GPT-2, without the labels
-    judge        the judge, a second classifier that PPO does not optimize; GPT-2, without the labels
+    reward       the reward classifier; GPT-2 and, if asked for, the judge, without the labels
+    judge        the judge, a second classifier that PPO does not optimize; GPT-2 and the reward in the same way
     prompts      PPO, which completes the first tokens of these reviews; GPT-2, for validation
     evaluation   evaluate.py, and reward.py to report accuracies; never for training
 

@@ -2,18 +2,16 @@
 
     python reward.py                                      # bert-base-cased on IMDB, twice: the reward and the judge
     python reward.py --preset mini                        # on a CPU: train the two in asset/mini for another minute
-    python reward.py --preset mini --init_from scratch    # as the two in asset/mini, from a teacher
+    python reward.py --preset mini --init_from scratch    # the first stage of asset/mini/reward, from a teacher
 
-The teacher is an earlier run with a pretrained encoder (one command):
+The teacher is an earlier run with a pretrained encoder; asset/mini/reward/README.md has its command and the next stage,
+where --teacher reward_checkpoints/teacher,linear adds a linear classifier to it, and --unlabelled and --generator add
+texts without labels.
 
-    python reward.py --preset mini --init_from sentence-transformers/all-MiniLM-L6-v2 --out reward_checkpoints/teacher
-    --epochs 2 --batch_size 32 --lr 1e-4 --crop_share 0.85
-
---teacher reward_checkpoints/teacher,linear adds a linear classifier to it, --generator asset/mini/gpt2 more texts.
-
-Reward and judge are trained on disjoint reviews. PPO maximizes the reward. It does not optimize the judge, so that
-evaluate.py can tell by it whether responses became positive or only exploit the reward. Each is written to a folder in
-reward_checkpoints/<preset>/: a Hugging Face model with the labels NEGATIVE and POSITIVE, log.jsonl and results.json.
+Reward and judge are trained on the labels of disjoint reviews. PPO maximizes the reward. It does not optimize the
+judge, so that evaluate.py can tell by it whether responses became positive or only exploit the reward. Each is written
+to a folder in reward_checkpoints/<preset>/: a Hugging Face model with the labels NEGATIVE and POSITIVE, log.jsonl and
+results.json.
 """
 
 import runtime  # isort: skip  # noqa: F401 - first, since it refuses a Python older than 3.11

@@ -130,10 +130,6 @@ def passes(policy):
     """Return the Passes of a policy: the same ones in each call, new ones if other parameters are frozen."""
     known = PASSES.get(policy)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    if (
-        known is None
-        or len(trained) != len(known.parameters)
-        or any(a is not b for a, b in zip(trained, known.parameters))
-    ):
+    if known is None or [*map(id, trained)] != [*map(id, known.parameters)]:  # == would compare the numbers
         PASSES[policy] = Passes(policy)
     return PASSES[policy]

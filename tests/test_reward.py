@@ -1227,9 +1227,7 @@ def test_each_epoch_has_all_reviews_and_generated_texts_with_the_probabilities_o
         assert sorted(read[24 * epoch :][:24]) == sorted(expected)
     lines = [json.loads(line) for line in (tmp_path / "reward/log.jsonl").read_text().splitlines()]
     assert len(read) == 48 and len(lines) == 8
-    assert all(
-        "agreement" in line and "accuracy" not in line for line in lines
-    )  # with the teacher, which says: positive
+    assert all("agreement" in line and "accuracy" not in line for line in lines)
     assert classifier.log_odds(TEXTS).min() > SentimentReward.load(str(bert_folder)).log_odds(TEXTS).min()
 
 
