@@ -306,8 +306,16 @@ class EvaluateConfig(DataConfig, ComparisonConfig, PromptConfig):
     samples: int = 8  # number of random prompts whose responses are shown side by side
     sample_temperature: float = 0.7  # of the samples only: easier to read than at temperature 1
     viewer_samples: int = 200  # evenly spaced prompts whose responses are in viewer.json token by token
+    limit_prompts: int = 128  # M, prompts for the limit of analysis/limit.py, with which KL efficiency is measured
+    limit_samples: int = 128  # N, responses of the reference to each of them; 0: do not measure KL efficiency
+    limit_cache: str = ".cache/limit"  # folder that keeps the scores of these responses for the next evaluation
     self_check: bool = True  # check reward and judge first; False only for random weights
     seed: int = 0  # of prompts, sampling and bootstrap
+
+    def check(self):
+        super().check()
+        if 0 < self.limit_samples < 16:
+            raise BadInput(f"limit_samples is {self.limit_samples}: it must be at least 16, or 0 for no limit")
 
 
 @dataclass(frozen=True)
@@ -395,12 +403,13 @@ class PreflightConfig(Config):
 
 RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exclude the bound
     "(0, inf)": "adam_eps batch_size block_size clip_eps epochs eval_every eval_reviews eval_tokens generated "
-    "grad_clip hidden_size keep kl_horizon lm_prompts lr max_crop_words max_prompt_len min_crop_words min_prompt_len "
-    "minibatch_size muon_lr n_embd n_head n_layer n_positions num_heads num_layers ppo_epochs prompt_len prompts "
-    "repeats resamples response_len sample_every sample_temperature samples_per_prompt save_every short_words steps "
-    "temperature value_clip vocab_size workers",
-    "[0, inf)": "alarm_window kl_ceiling kl_coef kl_coefs kl_target micro_batch_size min_lr missing_eos_penalty "
-    "positive_epochs sample_prompts samples score_clip seed vf_coef viewer_samples warmup_steps weight_decay",
+    "grad_clip hidden_size keep kl_horizon limit_prompts lm_prompts lr max_crop_words max_prompt_len min_crop_words "
+    "min_prompt_len minibatch_size muon_lr n_embd n_head n_layer n_positions num_heads num_layers ppo_epochs "
+    "prompt_len prompts repeats resamples response_len sample_every sample_temperature samples_per_prompt save_every "
+    "short_words steps temperature value_clip vocab_size workers",
+    "[0, inf)": "alarm_window kl_ceiling kl_coef kl_coefs kl_target limit_samples micro_batch_size min_lr "
+    "missing_eos_penalty positive_epochs sample_prompts samples score_clip seed vf_coef viewer_samples warmup_steps "
+    "weight_decay",
     "[0, 1]": "crop_share gamma lam lr_end teacher_share",
     "[0, 1)": "beta1 beta2 dropout",
     "(0, 1]": "save_share",

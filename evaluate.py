@@ -24,10 +24,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from analysis import report
 from analysis.card import card_text, ppo_run, samples_markdown, write_card
+from analysis.limit import kl_efficiency, reference_scores
 from analysis.metrics import difference, measure, open_second_lm, second_nll
 from analysis.plot import example_results, learning_curves, save
 from analysis.responses import micro_batches, pieces, prompt_groups, respond
-from analysis.tables import KL_NOTE, kl_text, table_text
+from analysis.tables import KL_NOTE, efficiency_text, kl_text, table_text
 from config import EvaluateConfig
 from data import load_prompts
 from ppo import gae, response_mask, token_rewards
@@ -196,6 +197,10 @@ def main(cfg):
             responses[name]["second_nll"] = second_nll(*second, responses[name], cfg)
         results[name], values[name] = measure(responses[name], reward_fn, judge, cfg)
     results["difference"] = difference(values["before"], values["after"], cfg)
+    if cfg.limit_samples:
+        scores, _ = reference_scores(policies["before"], tokenizer, reward_fn, judge, pool, cfg, device)
+        gains = values["after"]["score"] - values["before"]["score"]
+        results["kl_efficiency"] = kl_efficiency(scores, gains, values["after"]["kl_exact"], cfg)
     names = ("before", "after", "task", "reward", "judge", "second_lm", "seed", "temperature", "sample_temperature")
     results |= {"prompts": cfg.prompts, "config": {name: getattr(cfg, name) for name in names}}
     samples = sample_responses(policies, tokenizer, judge, groups, cfg, device)
@@ -209,6 +214,8 @@ def main(cfg):
     caption = f"Samples at temperature {cfg.sample_temperature}, with the judge's probability of POSITIVE"
     print(f"\n{cfg.prompts} held-out prompts, the same for both; 95 % bootstrap intervals\n\n{table_text(results)}\n")
     print(f"{kl_text(results)}\n\n{textwrap.fill(KL_NOTE, 118)}\n")
+    if "kl_efficiency" in results:
+        print(f"{textwrap.fill(efficiency_text(results['kl_efficiency']), 118)}\n")
     print(f"{caption}\n\n{side_by_side(samples)}")
     write(Path(cfg.after), results, f"{caption}.\n\n{samples_markdown(samples)}", tokens, card)
     print(f"\n{written(Path(cfg.after))}")

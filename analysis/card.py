@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from analysis.tables import CAPTIONS, KL_NOTE, kl_text, markdown, number, table_text
+from analysis.tables import CAPTIONS, KL_NOTE, efficiency_text, kl_text, markdown, number, table_text
 from config import PPOConfig
 from runtime import checkpoint
 from runtime.checkpoint import BEST, REVISIONS, RUN_CONFIG, read_json
@@ -135,6 +135,7 @@ def training(run, log, revisions):
 
 def card_text(results, samples, cfg, run, log):
     """Return the whole card. results, samples: from evaluate.py. run, log: from ppo_run."""
+    efficiency = f"\n{efficiency_text(results['kl_efficiency'])}.\n" if "kl_efficiency" in results else ""
     commands = ([command("ppo.py", run)] if run else []) + [command("evaluate.py", cfg)]
     return f"""---
 {metadata(results, cfg, run)}
@@ -165,7 +166,7 @@ Perplexity after / before: {number(results["difference"]["perplexity_ratio"], 3)
 {kl_text(results)}
 
 {KL_NOTE}
-
+{efficiency}
 ## Samples
 
 Random prompts, responses at temperature {cfg.sample_temperature}, and the judge's probability of POSITIVE.

@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from analysis.plot import PANELS, THEMES, curves, png, read_jsonl, read_results, reading
-from analysis.tables import results_rows
+from analysis.tables import efficiency_text, results_rows
 from runtime.errors import BadInput, print_error
 
 PAGE = "report.html"
@@ -93,6 +93,7 @@ def write(folder):
     with reading(folder / "results.json", hint):
         results = read_results(folder)
         rows, config = results_rows(results), dict(results.get("config", {}))
+        efficiency = efficiency_text(results["kl_efficiency"]) if "kl_efficiency" in results else ""
     with reading(folder / "viewer.json", hint):
         viewer = token_data(json.loads((folder / "viewer.json").read_text(encoding="utf-8")))
     with reading(log):
@@ -105,6 +106,7 @@ def write(folder):
         folder=folder.as_posix(),
         rows=rows,
         config=config,
+        efficiency=efficiency,
         prompts=results.get("prompts"),
         panels=panels,
         training=samples,

@@ -69,3 +69,15 @@ def kl_text(results):
         entry = results["after"][name]
         rows.append([name, number(entry), f"{entry['std']:.2f}", f"{entry['below_0']:.2f}"])
     return markdown(rows)
+
+
+def efficiency_text(entry):
+    """Return an entry of results.json as a sentence; see kl_efficiency in limit.py."""
+    if entry is None:
+        return "KL efficiency: not defined, because the policy has no KL"
+    sign, more = (">= ", " or more") if entry["at_least"] else ("", "")
+    return (
+        f"KL efficiency {sign}{entry['value']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]: the score is "
+        f"{entry['gain']:z.2f} above the reference's, for which the best possible policy needs "
+        f"{entry['kl_needed']:.2f} nats{more} and this one spends {entry['kl']:.2f}"
+    )

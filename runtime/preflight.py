@@ -146,9 +146,11 @@ def flops(plan, gpt2, weights):
     steps = finetune.epochs * REVIEWS.get(finetune.dataset, 0) * REVIEW_TOKENS
     steps = int(steps / finetune.block_size / finetune.batch_size)
     scored = 2 * tokens * weights  # by reward and judge
+    response = gpt2.flops(tokens, evaluate.response_len)
     return ({"fine-tuning": finetune_flops(finetune, gpt2, steps, finetune.eval_tokens)} if steps else {}) | {
         "PPO": ppo_flops(ppo, gpt2, []) + ppo.steps * ppo.batch_size * scored,
-        "evaluation": 2 * evaluate.prompts * (3 * gpt2.flops(tokens, evaluate.response_len) + scored),
+        "evaluation": 2 * evaluate.prompts * (3 * response + scored)
+        + evaluate.limit_prompts * evaluate.limit_samples * (response + scored),
     }
 
 

@@ -1,6 +1,7 @@
 """The evaluation: prompts, responses, samples, viewer.json, and whole runs."""
 
 import copy
+import html
 import json
 import re
 import shutil
@@ -15,8 +16,9 @@ from conftest import ROOT, LogitsMemory, message, nan_after_the_end, reviews_csv
 
 import evaluate
 from analysis import responses
+from analysis.limit import limit_curve
 from analysis.responses import micro_batches, pieces, prompt_groups, respond
-from analysis.tables import kl_text, table_text
+from analysis.tables import efficiency_text, kl_text, table_text
 from config import EvaluateConfig, PPOConfig
 from data import CONTROLS, load_splits, prompt_pool
 from evaluate import check_results, sample_responses, token_metrics, viewer
@@ -410,7 +412,7 @@ def run(tmp_path, monkeypatch, gpt2_folder, bert_folder, judge_folder):
         cfg = EvaluateConfig(
             dataset=str(reviews_csv(tmp_path / "toy.csv")), before=str(gpt2_folder), after="after", positive_label="",
             reward=str(bert_folder), judge=str(judge_folder), prompts=16, max_prompt_len=4, batch_size=8, resamples=50,
-            samples=3, viewer_samples=5, self_check=False,
+            samples=3, viewer_samples=5, limit_prompts=8, limit_samples=16, self_check=False,
         )  # fmt: skip
         evaluate.main(replace(cfg, **changes))
         return tmp_path / "after"
@@ -453,6 +455,39 @@ def test_a_model_compared_with_itself_has_differences_of_0(run, capsys, gpt2_fol
     assert all((out / file).stat().st_size > 0 for file in files)
     page = json.loads((out / "viewer.json").read_text())
     assert "kl_coef" not in page and len(page["samples"]) == 5  # a policy without a run
+
+
+def test_the_kl_efficiency_compares_the_gain_with_the_scores_of_the_reference(run, tmp_path, gpt2_folder, capsys):
+    """In results.json, on the terminal, in the card and on the report page; the second evaluation reads the scores."""
+    policy = write_tuned(gpt2_folder, tmp_path / "tuned")
+    for file in policy.glob("*.safetensors"):
+        shutil.copy(file, tmp_path / "after")
+    out = run()
+    results, output = json.loads((out / "results.json").read_text()), " ".join(capsys.readouterr().out.split())
+    entry, (scores,) = results["kl_efficiency"], (tmp_path / ".cache" / "limit").iterdir()
+    assert entry["responses"] == [8, 16] and np.load(scores).shape == (2, 8, 16)
+    assert entry["gain"] == pytest.approx(results["difference"]["score"]["value"])
+    assert entry["kl"] == results["after"]["kl_exact"]["value"] > 0
+    curve = [x.mean(1) for x in limit_curve(np.load(scores)[0])]
+    assert entry["value"] == np.interp(entry["gain"], *reversed(curve)) / entry["kl"]
+    line = efficiency_text(entry)
+    assert line in output and line in (out / "README.md").read_text()
+    assert line in html.unescape((out / "report.html").read_text())
+    changed = np.load(scores) * 2
+    np.save(scores, changed)
+    run(force=True)
+    again = json.loads((out / "results.json").read_text())["kl_efficiency"]
+    assert (
+        again["value"]
+        == np.interp(entry["gain"], *reversed([x.mean(1) for x in limit_curve(changed[0])])) / entry["kl"]
+    )
+
+
+def test_without_samples_of_the_reference_there_is_no_kl_efficiency(run, tmp_path):
+    out = run(limit_samples=0)
+    assert "kl_efficiency" not in json.loads((out / "results.json").read_text())
+    assert all("KL efficiency" not in (out / name).read_text() for name in ("README.md", "report.html"))
+    assert not (tmp_path / ".cache").exists()
 
 
 def test_viewer_and_card_use_the_config_of_the_run(run, tmp_path, capsys):

@@ -27,6 +27,7 @@ LAYERS = (  # a module imports only from its own layer and those before it
         "analysis.tables",
         "analysis.metrics",
         "analysis.responses",
+        "analysis.limit",
         "analysis.report",
         "analysis.card",
         "analysis.frontier",
