@@ -39,8 +39,7 @@ def dpo_loss(logprobs, ref_logprobs, scores, cfg):
     """DPO (Rafailov et al. 2023, Eq. 7): the mean of -log sigmoid(margin) over the pairs of responses to a prompt.
 
     The higher score is preferred, as in the paper's sentiment experiment (C.1); a pair of equal scores has weight 0.
-    With random labels of the Bradley-Terry model, the optimum would be pi*. With these, it has infinite margins: lr and
-    steps limit the change of the policy.
+    Random labels of the Bradley-Terry model would make pi* the optimum; with these, the optimum has infinite margins.
     """
     rewards = cfg.beta * (logprobs - ref_logprobs).view(-1, cfg.samples_per_prompt)  # implicit rewards, section 5
     groups = scores.view(-1, cfg.samples_per_prompt)
@@ -54,7 +53,7 @@ def dpo_loss(logprobs, ref_logprobs, scores, cfg):
 
 
 def weighted_loss(logprobs, scores, cfg):
-    """Reward-weighted regression (Peng et al. 2019, Eq. 9): the mean over prompts of -sum_i w_i log pi(y_i | x).
+    """Reward-weighted regression (Peters and Schaal 2007): the mean over prompts of -sum_i w_i log pi(y_i | x).
 
     w is softmax(score / beta) over the k responses. The optimum is pi* for k to infinity, closer to rho for small k.
     """
