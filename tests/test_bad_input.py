@@ -101,7 +101,7 @@ CASES = {  # name: (script, flags, parts of the message); if a flag is repeated,
     ),
     # dpo.py
     "dpo.py without a fine-tuned model": ("dpo", f"{DPO} --policy finetune_checkpoints/mini", ["finetune_gpt2.py"]),
-    "dpo.py, a dataset smaller than a batch": ("dpo", f"{DPO} --batch_size 2048 --self_check False", ["2048", "512 prompts"]),
+    "too few prompts for dpo.py": ("dpo", f"{DPO} --batch_size 2048 --self_check False", ["2048", "512 prompts"]),
     "one response per prompt": ("dpo", f"{DPO} --samples_per_prompt 1", ["samples_per_prompt is 1"]),
     "pairs that a micro-batch would split": ("dpo", f"{DPO} --micro_batch_size 2", ["samples_per_prompt 4"]),
     "dpo.py over the context": ("dpo", f"{DPO} --response_len 41", ["8", "41", "48"]),
