@@ -56,7 +56,7 @@ class DataConfig(Config):
 
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
-    """The fields of the three scripts that train."""
+    """The fields of the scripts that train."""
 
     force: bool = False  # replace the run in `out`; with --resume: resume it even if its config or inputs differ
     resume: bool = False  # resume from the latest checkpoint in `out`, or start if there is none
@@ -67,13 +67,19 @@ class TrainConfig(DataConfig):
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(Config):
-    """The reward and the judge."""
+class ScoreConfig(Config):
+    """The reward."""
 
     task: Literal["positive", "controlled"] = "positive"  # controlled: prompts start with [negative] or [positive]
     reward: str = by_preset("lvwerra/bert-imdb", mini="asset/mini/reward")  # classifier, or function: file.py:name
     positive_label: str = ""  # the reward's positive label; empty: POSITIVE, POS or an entry of reward.KNOWN_LABELS
     reward_kind: Literal["logit", "log_odds", "probability"] = "logit"  # kind of score, see reward.SentimentReward
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(ScoreConfig):
+    """The reward and the judge."""
+
     # a second classifier, which PPO does not optimize; in preset gpt2 it comes from a third party
     judge: str = by_preset("siebert/sentiment-roberta-large-english", mini="asset/mini/judge")  # measures PPO's success
     judge_positive_label: str = ""  # the judge's positive label, like positive_label
@@ -292,6 +298,53 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
 
 
 @dataclass(frozen=True)
+class DPOConfig(TrainConfig, ScoreConfig, PromptConfig):
+    """Train GPT-2 on samples of the frozen reference, by pairs (DPO) or by weights: baselines for PPO.
+
+    There is no judge here: the policy generates nothing in training except samples to read. evaluate.py measures it.
+    """
+
+    method: Literal["dpo", "weighted"] = "dpo"  # weighted: reward-weighted fine-tuning, see dpo.weighted_loss
+    policy: str = by_preset(  # initial policy and frozen reference
+        "finetune_checkpoints/gpt2", medium="finetune_checkpoints/medium", mini="asset/mini/gpt2"
+    )
+    out: str = by_preset(  # output folder
+        "dpo_checkpoints/gpt2", medium="dpo_checkpoints/medium", mini="dpo_checkpoints/mini"
+    )
+
+    # rollouts of the reference
+    steps: int = by_preset(200, mini=40)  # number of rollouts
+    batch_size: int = 128  # B, episodes per rollout
+    samples_per_prompt: int = 4  # k, responses per prompt; dpo: 4 make 6 pairs, as in Rafailov et al. 2023, C.1
+
+    # loss
+    beta: float = 0.1  # of Rafailov et al. 2023, Eq. 7, or of the weights softmax(score / beta); per nat, like kl_coef
+
+    # optimization
+    epochs: int = 1  # passes over a rollout
+    minibatch_size: int = by_preset(128, mini=64)  # episodes per optimizer step
+    micro_batch_size: int = 0  # episodes per forward pass, does not change the result; 0: see runtime/device.py
+    lr: float = by_preset(1.41e-5, mini=1e-4)  # initial learning rate of Adam
+    lr_end: float = 0.0  # final learning rate / lr; 1: constant, 0: linear decay
+    adam_eps: float = 1e-5  # as in ppo.py with preset gpt2
+    grad_clip: float = 1.0  # largest norm of the gradient
+
+    sample_every: int = by_preset(20, mini=10)  # rollouts between samples (samples.jsonl), always of the same prompts
+    sample_prompts: int = 4  # number of prompts that are sampled; 0: no samples
+    save_every: int = by_preset(20, mini=10)  # rollouts between checkpoints
+    self_check: bool = True  # check policy and reward before training; False only for random weights
+
+    def check(self):
+        super().check()
+        divides(self, "minibatch_size", "batch_size")
+        divides(self, "micro_batch_size", "minibatch_size")
+        if self.samples_per_prompt < 2:
+            raise BadInput(f"samples_per_prompt is {self.samples_per_prompt}: {self.method} needs at least 2")
+        divides(self, "samples_per_prompt", "minibatch_size")
+        divides(self, "samples_per_prompt", "micro_batch_size")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig(DataConfig, ComparisonConfig, PromptConfig):
     """Compare the policy before and after PPO on the same held-out prompts."""
 
@@ -402,7 +455,7 @@ class PreflightConfig(Config):
 # ---- defaults and checks
 
 RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exclude the bound
-    "(0, inf)": "adam_eps batch_size block_size clip_eps epochs eval_every eval_reviews eval_tokens generated "
+    "(0, inf)": "adam_eps batch_size beta block_size clip_eps epochs eval_every eval_reviews eval_tokens generated "
     "grad_clip hidden_size keep kl_horizon limit_prompts lm_prompts lr max_crop_words max_prompt_len min_crop_words "
     "min_prompt_len minibatch_size muon_lr n_embd n_head n_layer n_positions num_heads num_layers ppo_epochs "
     "prompt_len prompts repeats resamples response_len sample_every sample_temperature samples_per_prompt save_every "

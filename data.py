@@ -297,9 +297,9 @@ def prompt_batch(pool, step, cfg):
     """Return the prompts of a rollout, (batch_size, P) int64; P is drawn from cfg's range and the same for all rows.
 
     Depends on cfg.seed and step only: each pass over the pool is a new permutation and has each prompt at most once.
-    Controls add to P. For rloo and grpo, each prompt is repeated in samples_per_prompt consecutive rows.
+    Controls add to P. Each prompt is repeated in samples_per_prompt consecutive rows, except for gae.
     """
-    k = 1 if cfg.advantage == "gae" else cfg.samples_per_prompt
+    k = 1 if getattr(cfg, "advantage", "") == "gae" else cfg.samples_per_prompt
     n = cfg.batch_size // k
     if len(pool) < n:
         raise BadInput(f"a rollout of batch_size {cfg.batch_size} needs {n} prompts, the dataset has {len(pool)}")

@@ -23,7 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from analysis import report
-from analysis.card import card_text, ppo_run, samples_markdown, write_card
+from analysis.card import card_text, policy_run, samples_markdown, write_card
 from analysis.limit import kl_efficiency, reference_scores
 from analysis.metrics import difference, measure, open_second_lm, second_nll
 from analysis.plot import example_results, learning_curves, save
@@ -76,14 +76,14 @@ def token_metrics(policies, sequences, prompt_len, scores, ppo, temperature, eos
 
     kl: its log-probability minus that of the policy before PPO, nats; ratio: e^kl. If it was trained with GAE (ppo is
     the config of its run), also its value, and the advantage from PPO's rewards with the initial kl_coef, not whitened.
-    RLOO and GRPO train no value head, and their advantages need the other responses of a group.
+    RLOO, GRPO and dpo.py train no value head, and the advantages of RLOO and GRPO need all responses of a group.
     """
     responses = sequences[:, prompt_len:]
     mask = response_mask(responses, eos_id)
     logprobs, values = policies["after"](sequences, prompt_len, temperature)  # (B, T) each
     kl = (logprobs - policies["before"](sequences, prompt_len, temperature)[0]).where(mask, 0)
     metrics = {"kl": kl, "ratio": kl.clamp(max=20).exp()}
-    if not (ppo and ppo.advantage == "gae"):
+    if getattr(ppo, "advantage", "") != "gae":
         return metrics, mask
     scores = scores.to(kl)
     scores = scores.clamp(-ppo.score_clip, ppo.score_clip) if ppo.score_clip else scores
@@ -114,7 +114,7 @@ def viewer(policies, tokenizer, groups, responses, values, ppo, cfg, device):
     """Return the content of viewer.json: responses token by token to cfg.viewer_samples evenly spaced prompts.
 
     responses, values: {"before", "after"}, returned by respond and measure, for all prompts. ppo: the config of the run
-    that trained the policy, or None.
+    that trained the policy, of ppo.py or dpo.py, or None.
     """
     chosen = np.linspace(0, cfg.prompts - 1, min(cfg.viewer_samples, cfg.prompts)).astype(int)
     samples, start = {i: {"prompt": responses["before"]["prompts"][i]} for i in chosen}, 0
@@ -127,7 +127,7 @@ def viewer(policies, tokenizer, groups, responses, values, ppo, cfg, device):
             for i, response in zip(rows, shown):
                 samples[i][name] = response
         start += len(prompts)
-    coefficient = {"kl_coef": ppo.kl_coef} if ppo and ppo.advantage == "gae" else {}  # used for the advantages
+    coefficient = {"kl_coef": ppo.kl_coef} if getattr(ppo, "advantage", "") == "gae" else {}  # used for the advantages
     return coefficient | {"samples": list(samples.values())}
 
 
@@ -183,7 +183,7 @@ def main(cfg):
     _, config, tokenizer = opened["before"]
     if not Path(cfg.after).is_dir():
         raise BadInput(f"after is {cfg.after!r}, which is not a local folder: download it, to write the results there")
-    ppo, log = ppo_run(cfg.after)
+    trained, log = policy_run(cfg.after)
     second = open_second_lm(cfg.second_lm, device) if cfg.second_lm else None
     pool = load_prompts(cfg, "evaluation", config, tokenizer, cfg.prompts)
     reward_fn, judge = load_rewards(cfg, device, dtype)
@@ -208,8 +208,8 @@ def main(cfg):
         {"prompt": prompt} | {name: {"text": text, "judge": p} for name, (text, p) in zip(policies, sides)}
         for prompt, sides in samples
     ]
-    tokens = viewer(policies, tokenizer, groups, responses, values, ppo, cfg, device)
-    card = card_text(results, samples, cfg, ppo, log)
+    tokens = viewer(policies, tokenizer, groups, responses, values, trained, cfg, device)
+    card = card_text(results, samples, cfg, trained, log)
 
     caption = f"Samples at temperature {cfg.sample_temperature}, with the judge's probability of POSITIVE"
     print(f"\n{cfg.prompts} held-out prompts, the same for both; 95 % bootstrap intervals\n\n{table_text(results)}\n")

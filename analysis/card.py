@@ -12,14 +12,32 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from analysis.tables import CAPTIONS, KL_NOTE, efficiency_text, kl_text, markdown, number, table_text
-from config import PPOConfig
+from config import DPOConfig, PPOConfig
 from runtime import checkpoint
 from runtime.checkpoint import BEST, REVISIONS, RUN_CONFIG, read_json
 from runtime.cli import parse
 from runtime.errors import BadInput, printable
 from runtime.hub import on_hub
-from runtime.log import one_line, read_lines
+from runtime.log import DPO_SHOWN, one_line, read_lines
 
+METHODS = {  # method of a run: (tags, introduction)
+    "ppo": (
+        ("ppo", "rlhf", "reinforcement-learning"),
+        "A GPT-2 trained with PPO (Schulman et al. 2017, arXiv:1707.06347) to increase a reward, with a KL penalty for "
+        "diverging\nfrom the frozen fine-tuned model (Ziegler et al. 2019, arXiv:1909.08593).",
+    ),
+    "dpo": (
+        ("dpo", "rlhf"),
+        "A GPT-2 trained with direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) on pairs of "
+        "responses of the\nfrozen fine-tuned model, of which a reward scored one higher. Columns named after PPO are "
+        "this policy.",
+    ),
+    "weighted": (
+        ("reward-weighted-regression", "rlhf"),
+        "A GPT-2 fine-tuned on responses of the frozen fine-tuned model, weighted by a reward (Peng et al. 2019,\n"
+        "arXiv:1910.00177). Columns named after PPO are this policy.",
+    ),
+}
 LIMITS = """\
 - It was trained to increase the score of one classifier. The judge, which was not used in training, shows how far that
   generalizes; both are classifiers, and no human rated the responses.
@@ -56,20 +74,26 @@ def source(name, revisions):
     return quote(name) + (f" (commit {quote(revisions[name])})" if name in revisions else "")
 
 
-def ppo_run(policy):
-    """Return (PPOConfig, lines of the log) of the run that trained a policy, or (None, []) if there is no such run.
+def policy_run(policy):
+    """Return (config, lines of the log) of the run of ppo.py or dpo.py that trained a policy; (None, []) without one.
 
-    Raise BadInput if its run_config.json does not fit PPOConfig.
+    Raise BadInput if its run_config.json does not fit PPOConfig or DPOConfig.
     """
     saved, folder = run_config(policy)
-    if "kl_coef" not in saved:  # no run, or one of finetune_gpt2.py
+    if not {"kl_coef", "method"} & saved.keys():  # no run, or one of finetune_gpt2.py
         return None, []
-    flags = [(f"--{f.name}", str(saved[f.name])) for f in fields(PPOConfig) if f.name in saved]
+    cls, metric = (PPOConfig, "score") if "kl_coef" in saved else (DPOConfig, "loss")
+    flags = [(f"--{f.name}", str(saved[f.name])) for f in fields(cls) if f.name in saved]
     try:
-        run = parse(PPOConfig, [part for flag in flags for part in flag])
+        run = parse(cls, [part for flag in flags for part in flag])
     except BadInput as error:
         raise BadInput(f"{folder / RUN_CONFIG}: {error}") from None
-    return run, [line for line in read_lines(folder / "log.jsonl") if "score" in line]  # without skipped rollouts
+    return run, [line for line in read_lines(folder / "log.jsonl") if metric in line]  # without skipped rollouts
+
+
+def method(run):
+    """Return the name in METHODS of a run; a policy without a run counts as one of PPO."""
+    return run.method if isinstance(run, DPOConfig) else "ppo"
 
 
 def command(script, cfg):
@@ -101,7 +125,7 @@ def metadata(results, cfg, run):
         license="mit",
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["gpt2", "ppo", "rlhf", "reinforcement-learning", "movie-reviews"],
+        tags=["gpt2", *METHODS[method(run)][0], "movie-reviews"],
         datasets=dataset and [dataset],
         base_model=base_model(run.policy) if run else None,
         model_name=name,
@@ -113,6 +137,8 @@ def training(run, log, revisions):
     """Return a Markdown table of how the policy was trained. revisions: {name: commit} of what came from the hub."""
     if not run:
         return f"The folder has no {RUN_CONFIG} of `ppo.py`, so how the policy was trained is not known."
+    if isinstance(run, DPOConfig):
+        return dpo_training(run, log, revisions)
     adaptive = f", adapted to a target of {run.kl_target} nats per response" if run.kl_target else ""
     lengths = f"{run.min_prompt_len} to {run.max_prompt_len} tokens"
     rows = {
@@ -133,10 +159,30 @@ def training(run, log, revisions):
     return markdown([["", ""], *rows.items()])
 
 
+def dpo_training(run, log, revisions):
+    """Return the table of training for a run of dpo.py."""
+    lengths, prompts = f"{run.min_prompt_len} to {run.max_prompt_len} tokens", run.batch_size // run.samples_per_prompt
+    rows = {
+        "initial policy and reference": source(run.policy, revisions),
+        "reward": f"{source(run.reward, revisions)}, {run.reward_kind}",
+        "prompts": f"first {lengths} of reviews of {source(run.dataset, revisions)}",
+        "episodes": f"{run.steps * run.batch_size:,}, sampled from the reference: {run.steps} rollouts of "
+        f"{run.samples_per_prompt} responses to each of {prompts} prompts",
+        "beta": f"{run.beta} per nat",
+        "learning rate": f"{run.lr}, {run.epochs} epochs per rollout, minibatches of {run.minibatch_size}",
+    }
+    if log:
+        last = log[-1]
+        shown = ", ".join(f"{name} {last[name]:.3f}" for name in DPO_SHOWN if name in last)
+        rows["last rollout"] = f"number {last['step'] + 1} after {last['seconds']:.0f} s: {shown}"
+    return markdown([["", ""], *rows.items()])
+
+
 def card_text(results, samples, cfg, run, log):
-    """Return the whole card. results, samples: from evaluate.py. run, log: from ppo_run."""
+    """Return the whole card. results, samples: from evaluate.py. run, log: from policy_run."""
     efficiency = f"\n{efficiency_text(results['kl_efficiency'])}.\n" if "kl_efficiency" in results else ""
-    commands = ([command("ppo.py", run)] if run else []) + [command("evaluate.py", cfg)]
+    script = "dpo.py" if isinstance(run, DPOConfig) else "ppo.py"
+    commands = ([command(script, run)] if run else []) + [command("evaluate.py", cfg)]
     return f"""---
 {metadata(results, cfg, run)}
 ---
@@ -145,8 +191,7 @@ def card_text(results, samples, cfg, run, log):
 
 # {quote(Path(cfg.after).resolve().name)}
 
-A GPT-2 trained with PPO (Schulman et al. 2017, arXiv:1707.06347) to increase a reward, with a KL penalty for diverging
-from the frozen fine-tuned model (Ziegler et al. 2019, arXiv:1909.08593). Trained with Mini-RLHF.
+{METHODS[method(run)][1]} Trained with Mini-RLHF.
 
 ## Training
 

@@ -56,6 +56,10 @@ PANELS = (  # (metrics of a panel, its title)
     (("response_length",), "response length, tokens"),
     (("entropy",), "entropy, nats per token"),
 )
+DPO_PANELS = (  # of a run of dpo.py
+    (("loss",), "loss, nats"),
+    (("accuracy", "effective_samples"), "pairs in the order of their scores, or responses that count"),
+)
 CURVES = {  # metric of a panel with a legend: (colour, label)
     "positive_by_reward": (AMBER, "by the reward model"),
     "positive_by_judge": (PURPLE, "by the judge, not used in training"),
@@ -100,12 +104,17 @@ def kl_target(folder):
         return json.loads(file.read_text(encoding="utf-8")).get("kl_target", 0) if file.is_file() else 0
 
 
-def curves(folder, panels=PANELS, width=WIDTH):
+def panels_of(folder):
+    """Return the panels for the log of a folder, which depend on the script that wrote it."""
+    return DPO_PANELS if any("loss" in line for line in read_jsonl(Path(folder) / "log.jsonl")) else PANELS
+
+
+def curves(folder, panels=None, width=WIDTH):
     """Draw panels over the rollouts in the log of a folder, two in a row. Without shares of positive texts: the score.
 
-    width: of the figure, in inches. The narrower it is, the larger its text is on a page.
+    width: of the figure, in inches. The narrower it is, the larger its text is on a page. panels: default panels_of.
     """
-    lines = read_jsonl(Path(folder) / "log.jsonl")
+    lines, panels = read_jsonl(Path(folder) / "log.jsonl"), panels or panels_of(folder)
     rows = -(-len(panels) // 2)
     figure = plt.figure(figsize=(width, 2.75 * rows), layout="constrained")
     axes = figure.subplots(rows, min(2, len(panels)), squeeze=False, sharex=True)

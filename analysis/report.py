@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from analysis.plot import PANELS, THEMES, curves, png, read_jsonl, read_results, reading
+from analysis.plot import THEMES, curves, panels_of, png, read_jsonl, read_results, reading
 from analysis.tables import efficiency_text, results_rows
 from runtime.errors import BadInput, print_error
 
@@ -44,7 +44,7 @@ def training_samples(lines):
 def pictures(folder):
     """Return the learning curves of a run as [(title, PNG in base64, the same for dark mode), ...], one per panel."""
     rows = []
-    for panel in PANELS:
+    for panel in panels_of(folder):
         row = []
         for theme in THEMES.values():
             with plt.rc_context(theme):

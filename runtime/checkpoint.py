@@ -217,6 +217,8 @@ def check_finished(policy):
     """Raise BadInput for the folder of an unfinished run, which may have the weights of an earlier run."""
     if (Path(policy) / CHECKPOINTS).is_dir():
         hint = f"python ppo.py --resume finishes it; its best policy so far is {Path(policy, BEST)}"
+        if (file := Path(policy, RUN_CONFIG)).is_file() and "method" in read_json(file):
+            hint = "python dpo.py --resume finishes it"
         raise BadInput(f"{policy} contains an unfinished run: {hint}")
 
 

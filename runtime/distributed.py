@@ -121,3 +121,9 @@ def join(device, cfg, sizes):
         if getattr(cfg, name) % processes.size:
             raise BadInput(f"{name} {getattr(cfg, name)} is not divisible by the number of processes, {processes.size}")
     return processes
+
+
+def refuse_processes(script):
+    """Raise BadInput if torchrun started several processes of a script that is written for one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput(f"{script} runs in one process: start it with python, not with torchrun")

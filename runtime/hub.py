@@ -32,6 +32,7 @@ HINTS = {  # first folder of a path: what to do if the model in it is missing
     "finetune_checkpoints": "make it with: python finetune_gpt2.py",
     "reward_checkpoints": "make it with: python reward.py",
     "ppo_checkpoints": "make it with: python ppo.py",
+    "dpo_checkpoints": "make it with: python dpo.py",
     "asset": "it comes with this repository: run the scripts in its folder",
 }
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)

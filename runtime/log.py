@@ -19,6 +19,7 @@ from runtime.checkpoint import REVISIONS, RUN_CONFIG, delete_earlier_files, remo
 from runtime.device import DTYPES, peak_flops, warn
 from runtime.errors import BadInput, printable
 
+DPO_SHOWN = ("loss", "accuracy", "margin", "effective_samples")  # metrics of dpo.py on the terminal, if it has them
 SIDES = ("before PPO", "after PPO")  # titles of two columns
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CPU_SHARE = 0.55  # a PPO step on a CPU reaches 0.48 to 0.65 of the speed of a large product, see docs/performance.md
@@ -105,14 +106,26 @@ class RunLog:
         self.bar.set_postfix(shown, refresh=False)
         if kl < -1:  # chance makes k1 only slightly negative
             self.print(f"warning: KL is {kl:.2f} nats: is the distribution that was sampled the one that was scored?")
+        title = (
+            f"step {step} | score {score:+.2f} | kl {kl:.2f} +- {metrics['kl_stderr']:.2f} nats | "
+            f"clip {metrics['clip_frac']:.3f} | entropy {metrics['entropy']:.2f}"
+        )
+        self.write_samples(step, samples, title)
+
+    def write_dpo(self, step, metrics, samples):
+        """Log the metrics of a step of dpo.py and show the main ones, with samples like write_rollout."""
+        self.write(step, **metrics)
+        shown = {name: f"{metrics[name]:.3f}" for name in DPO_SHOWN if name in metrics}
+        self.bar.set_postfix(shown, refresh=False)
+        self.write_samples(step, samples, " | ".join([f"step {step}", *map(" ".join, shown.items())]))
+
+    def write_samples(self, step, samples, title):
+        """Write samples (see monitor.sample; None: not in this step) to samples.jsonl, and print them under a title."""
         if samples is None:
             return
         if samples and not self.rank:
             self.append("samples.jsonl", dict(step=step, samples=samples))
-        lines = [
-            f"step {step} | score {score:+.2f} | kl {kl:.2f} +- {metrics['kl_stderr']:.2f} nats | "
-            f"clip {metrics['clip_frac']:.3f} | entropy {metrics['entropy']:.2f}"
-        ]
+        lines = [title]
         for sample in samples:
             score = math.nan if sample["score"] is None else sample["score"]
             lines.append(f"  {score:+6.2f}  {one_line(sample['prompt'] + sample['response'], 110)}")
@@ -193,6 +206,14 @@ def ppo_flops(cfg, gpt2, rewards):
     return cfg.steps * cfg.batch_size * (passes * gpt2.flops(tokens, cfg.response_len) + classifiers)
 
 
+def dpo_flops(cfg, gpt2, reward_fn):
+    """Return the FLOPs of a run of dpo.py: generation, scoring, and updates, with the reference's pass if it is DPO."""
+    tokens = (cfg.min_prompt_len + cfg.max_prompt_len) / 2 + cfg.response_len
+    passes = 1 + cfg.epochs * (4 if cfg.method == "dpo" else 3)
+    classifier = classifier_flops(reward_fn.model, tokens) if hasattr(reward_fn, "model") else 0
+    return cfg.steps * cfg.batch_size * (passes * gpt2.flops(tokens, cfg.response_len) + classifier)
+
+
 def finetune_flops(cfg, gpt2, steps, n_validation, teacher=None):
     """Return the FLOPs of a fine-tuning run: steps of three forward passes and one of the teacher, and evaluations."""
     trained, evaluated = steps * cfg.batch_size * cfg.block_size, (math.ceil(steps / cfg.eval_every) + 2) * n_validation
@@ -223,6 +244,23 @@ def ppo_sheet(cfg, policy, reward_fn, judge, n_prompts, device):
         "output": cfg.out,
     }
     return sheet("PPO", rows)
+
+
+def dpo_sheet(cfg, policy, reward_fn, n_prompts, device):
+    """Return a table of a run of dpo.py before it starts, like ppo_sheet."""
+    updates, groups = cfg.epochs * cfg.batch_size // cfg.minibatch_size, cfg.batch_size // cfg.samples_per_prompt
+    rows = {
+        "policy": f"{sum(p.numel() for p in policy.gpt2.parameters()):,} parameters from {cfg.policy}",
+        "reward": cfg.reward + (f", {cfg.reward_kind}" if hasattr(reward_fn, "model") else ""),
+        "episodes": f"{cfg.steps * cfg.batch_size:,}: {cfg.steps} rollouts of the reference, {cfg.samples_per_prompt} "
+        f"responses to each of {groups} prompts, of {n_prompts:,}",
+        "optimizer steps": f"{cfg.steps * updates:,}: {updates} per rollout, over {cfg.epochs} epochs",
+        "forward passes": f"{cfg.micro_batch_size} episodes each",
+        "device": f"{device}, {DTYPE_NAMES[policy.gpt2.dtype]}",
+        **time_on_cpu(dpo_flops(cfg, policy.gpt2, reward_fn), cfg, device),
+        "output": cfg.out,
+    }
+    return sheet("DPO" if cfg.method == "dpo" else "reward-weighted fine-tuning", rows)
 
 
 def finetune_sheet(cfg, model, teacher, steps, n_reviews, n_tokens, n_held_out, n_validation, device):

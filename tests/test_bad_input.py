@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 from conftest import ROOT, hf_gpt2, reviews_csv, write_bert
 
-from config import EvaluateConfig, FinetuneConfig, GenerateConfig, PPOConfig, RewardConfig
+from config import DPOConfig, EvaluateConfig, FinetuneConfig, GenerateConfig, PPOConfig, RewardConfig
 from runtime import cli
 from runtime.errors import Finished
 
@@ -19,6 +19,7 @@ CONFIGS = {
     "finetune_gpt2": FinetuneConfig,
     "reward": RewardConfig,
     "ppo": PPOConfig,
+    "dpo": DPOConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
 }
@@ -28,6 +29,8 @@ FROM_FOLDER = "--dataset {csv} --out out --init_from {gpt2} --report_to none --d
 REWARD = "--preset mini --init_from {bert} --dataset {csv} --out out --report_to none --device cpu"
 MODELS = "--policy {gpt2} --reward {bert} --judge {judge}"
 PPO = f"--preset mini --dataset {{csv}} {MODELS} --out out --report_to none --device cpu"
+DPO = "--preset mini --dataset {csv} --policy {gpt2} --reward {bert} --out out --report_to none --device cpu"
+DPO_16 = DPO + " --batch_size 16 --minibatch_size 16 --micro_batch_size 16"
 PPO_16 = PPO + " --batch_size 16 --minibatch_size 16 --micro_batch_size 16"
 EVALUATE = "--preset mini --dataset {csv} --before {gpt2} --after {gpt2} --reward {bert} --judge {judge} --device cpu"
 EVALUATE_16 = EVALUATE + " --prompts 16"
@@ -96,6 +99,14 @@ CASES = {  # name: (script, flags, parts of the message); if a flag is repeated,
         f"{EVALUATE_16} --reward {{nan}}:length",
         ["the judge ranks probe sentences", "POSITIVE"],
     ),
+    # dpo.py
+    "dpo.py without a fine-tuned model": ("dpo", f"{DPO} --policy finetune_checkpoints/mini", ["finetune_gpt2.py"]),
+    "too few prompts for dpo.py": ("dpo", f"{DPO} --batch_size 2048 --self_check False", ["2048", "512 prompts"]),
+    "one response per prompt": ("dpo", f"{DPO} --samples_per_prompt 1", ["samples_per_prompt is 1"]),
+    "pairs that a micro-batch would split": ("dpo", f"{DPO} --micro_batch_size 2", ["samples_per_prompt 4"]),
+    "dpo.py over the context": ("dpo", f"{DPO} --response_len 41", ["8", "41", "48"]),
+    "an untrained reward in dpo.py": ("dpo", DPO_16, ["probe sentences", "POSITIVE"]),
+    "no policy of dpo.py": ("evaluate", f"{EVALUATE} --after dpo_checkpoints/mini", ["python dpo.py --preset mini"]),
     "a function that returns nan": ("ppo", f"{PPO_16} --reward {{nan}}:f", ["score", "nan"]),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from config import (
     BenchConfig,
+    DPOConfig,
     EvaluateConfig,
     FinetuneConfig,
     FrontierConfig,
@@ -29,6 +30,7 @@ CONFIGS = {  # None: the command takes no flags
     "finetune_gpt2.py": FinetuneConfig,
     "reward.py": RewardConfig,
     "ppo.py": PPOConfig,
+    "dpo.py": DPOConfig,
     "evaluate.py": EvaluateConfig,
     "generate.py": GenerateConfig,
     "analysis.frontier": FrontierConfig,

@@ -9,7 +9,7 @@ from conftest import ROOT
 import config
 from runtime import cli
 
-TOP = {"finetune_gpt2", "reward", "ppo", "evaluate", "generate", "config", "data", "model"}
+TOP = {"finetune_gpt2", "reward", "ppo", "dpo", "evaluate", "generate", "config", "data", "model"}
 LAYERS = (  # a module imports only from its own layer and those before it
     ("runtime.errors", "runtime.linear"),
     ("config",),
@@ -22,6 +22,7 @@ LAYERS = (  # a module imports only from its own layer and those before it
     ("runtime.monitor", "runtime.linear_classifier"),
     ("reward", "finetune_gpt2"),
     ("ppo",),
+    ("dpo",),
     (
         "analysis.plot",
         "analysis.tables",
@@ -89,6 +90,10 @@ def test_ppo_fits_on_a_few_screens():
     assert functions["main"].end_lineno - functions["main"].lineno + 1 <= 45
 
 
+def test_dpo_fits_on_two_screens():
+    assert len((ROOT / "dpo.py").read_text(encoding="utf-8").splitlines()) <= 150
+
+
 def test_processes_take_at_most_a_twentieth_of_the_lines_of_ppo():
     """Lines that a version for a single process would not have."""
     lines = (ROOT / "ppo.py").read_text(encoding="utf-8").splitlines()
@@ -100,6 +105,7 @@ SCRIPTS = {
     "finetune_gpt2": config.FinetuneConfig,
     "reward": config.RewardConfig,
     "ppo": config.PPOConfig,
+    "dpo": config.DPOConfig,
     "evaluate": config.EvaluateConfig,
     "generate": config.GenerateConfig,
 }

@@ -11,7 +11,7 @@ from conftest import message
 from huggingface_hub import ModelCard
 
 from analysis import card
-from analysis.card import base_model, card_text, command, ppo_run, samples_markdown, write_card
+from analysis.card import base_model, card_text, command, policy_run, samples_markdown, write_card
 from analysis.tables import CAPTIONS, KLS, table_text
 from config import EvaluateConfig, FinetuneConfig, PPOConfig
 from runtime.checkpoint import CARD_MARK, delete_earlier_files
@@ -126,12 +126,12 @@ def test_the_run_of_a_policy_is_read_from_its_folder_and_that_of_the_best_policy
     (tmp_path / "best").mkdir()
     (tmp_path / "run_config.json").write_text(json.dumps(asdict(run) | {"of_another_version": 1}))
     (tmp_path / "log.jsonl").write_text('{"step": 0, "skipped_steps": 1}\n{"step": 1, "score": 2.0}\n')
-    assert ppo_run(tmp_path) == ppo_run(tmp_path / "best") == (run, [{"step": 1, "score": 2.0}])
+    assert policy_run(tmp_path) == policy_run(tmp_path / "best") == (run, [{"step": 1, "score": 2.0}])
     (tmp_path / "best" / "run_config.json").write_text("{}")
     (tmp_path / "run_config.json").write_text(json.dumps(asdict(FinetuneConfig())))
-    assert ppo_run(tmp_path) == (None, [])
+    assert policy_run(tmp_path) == (None, [])
     (tmp_path / "run_config.json").write_text(json.dumps(asdict(run) | {"lam": "much"}))
-    error = message(ppo_run, tmp_path)
+    error = message(policy_run, tmp_path)
     assert "run_config.json" in error
     assert "much" in error
 
@@ -154,7 +154,7 @@ def test_a_readme_of_the_user_is_kept_and_ours_is_replaced(tmp_path, capsys):
 def test_a_broken_run_config_is_refused(tmp_path):
     (tmp_path / "run_config.json").write_text("{")
     with pytest.raises(BadInput, match=r"run_config\.json"):
-        ppo_run(tmp_path)
+        policy_run(tmp_path)
 
 
 def test_the_card_names_the_commits_of_what_was_read_from_the_hub(tmp_path, write, monkeypatch):

@@ -14,6 +14,46 @@ from functools import partial
 from forks import ROOT, Forks, run_pytest
 
 MISTAKES = {  # file: {test that must fail: [(description, right code, wrong code), ...]}
+    "dpo.py": {
+        "test_dpo::test_dpo_loss_and_gradient_are_those_of_the_paper_for_each_pair": [
+            (
+                "DPO without the reference: the log-probability itself is the implicit reward",
+                "cfg.beta * (logprobs - ref_logprobs)",
+                "cfg.beta * logprobs",
+            ),
+        ],
+        "test_dpo::test_with_labels_of_bradley_terry_the_gradient_of_dpo_is_0_at_the_policy_pi_star": [
+            ("DPO without beta", "cfg.beta * (logprobs - ref_logprobs)", "(logprobs - ref_logprobs)"),
+        ],
+        "test_dpo::test_a_pair_of_equal_scores_has_no_loss_and_no_gradient": [
+            (
+                "a pair of equal scores counts twice, once in each order",
+                "preferred = groups[:, :, None] > groups[:, None, :]",
+                "preferred = groups[:, :, None] >= groups[:, None, :]",
+            ),
+        ],
+        "test_dpo::test_weighted_loss_has_the_weights_of_pi_star_within_each_prompt": [
+            (
+                "weights are normalized over all prompts, so that easy prompts have all the weight",
+                "(scores.view(-1, cfg.samples_per_prompt) / cfg.beta).softmax(1)",
+                "(scores / cfg.beta).softmax(0).view(-1, cfg.samples_per_prompt)",
+            ),
+        ],
+        "test_dpo::test_the_reference_samples_and_the_policy_does_not": [
+            (
+                "the policy samples instead of the reference",
+                "batch = rollout(ref_policy, tokenizer",
+                "batch = rollout(policy, tokenizer",
+            ),
+        ],
+        "test_dpo::test_a_response_has_the_log_probability_of_its_tokens_up_to_and_including_the_end": [
+            (
+                "the log-probability of a response includes the padding after its end",
+                "return logprobs.where(mask, 0).sum(1)",
+                "return logprobs.sum(1)",
+            ),
+        ],
+    },
     "ppo.py": {
         "test_ppo::test_score_lands_on_the_last_real_token_and_kl_on_every_one": [
             (

@@ -46,6 +46,7 @@ def test_a_missing_path_is_not_taken_for_a_hub_name(name, monkeypatch):
         ("finetune_checkpoints/mini", "python finetune_gpt2.py --preset mini"),
         ("reward_checkpoints/gpt2/judge", "python reward.py --preset gpt2"),
         ("ppo_checkpoints/my_run", "python ppo.py"),
+        ("dpo_checkpoints/mini/best", "python dpo.py --preset mini"),
     ],
 )
 def test_the_command_of_a_stage_that_has_not_been_run_is_shown(tmp_path, monkeypatch, name, command):
