@@ -341,13 +341,17 @@ def check_sweep(cfg):
     saved = read_json(file) if file.is_file() else asdict(cfg)
     if changed := differing(cfg, saved | {name: getattr(cfg, name) for name in free}):
         raise BadInput(f"{cfg.out} holds a sweep of another config ({', '.join(changed)}): use another --out")
+
+
+def write_config(cfg):
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(asdict(cfg), indent=1))
+    write_text(Path(cfg.out) / RUN_CONFIG, json.dumps(asdict(cfg), indent=1))
 
 
 def main(cfg):
     check_sweep(cfg)
     evaluator = Evaluator(cfg)
+    write_config(cfg)  # after Evaluator, which raises BadInput for wrong files: a folder keeps its first config
     responses = evaluator.respond(evaluator.reference, START)
     start = {"method": START, "setting": "0", "seed": 0} | evaluator.measure(responses)
     with ThreadPoolExecutor(cfg.workers) as pool:
