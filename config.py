@@ -276,6 +276,7 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
 
     # alarms
     kl_ceiling: float = 30.0  # alarm above this KL, nats per response; 0: no alarm
+    perplexity_ceiling: float = 2.0  # alarm above this multiple of the perplexity of the first rollout; 0: no alarm
     alarm_window: int = by_preset(20, mini=10)  # alarm if score rises and judge falls over this many rollouts; 0: none
     on_alarm: Literal["warn", "stop"] = "warn"  # stop: end the run with the best policy so far
 
@@ -395,6 +396,7 @@ class FrontierConfig(Config):
     positive_epochs: tuple[float, ...] = by_preset((0.25, 1.0), mini=(0.05, 0.2))  # passes over positive reviews
     ablation: bool = True  # also run the ABLATIONS of frontier.py
     prompts: int = 512  # held-out prompts, the same for all
+    second_lm: str = ""  # another language model, to measure bits per character: hub name, folder or .gguf file
     workers: int = 1  # parallel runs, which share the CPU's cores; use 1 on a GPU
 
 
@@ -461,8 +463,8 @@ RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exc
     "prompt_len prompts repeats resamples response_len sample_every sample_temperature samples_per_prompt save_every "
     "short_words steps temperature value_clip vocab_size workers",
     "[0, inf)": "alarm_window kl_ceiling kl_coef kl_coefs kl_target limit_samples micro_batch_size min_lr "
-    "missing_eos_penalty positive_epochs sample_prompts samples score_clip seed vf_coef viewer_samples warmup_steps "
-    "weight_decay",
+    "missing_eos_penalty perplexity_ceiling positive_epochs sample_prompts samples score_clip seed vf_coef viewer_samples "
+    "warmup_steps weight_decay",
     "[0, 1]": "crop_share gamma lam lr_end teacher_share",
     "[0, 1)": "beta1 beta2 dropout",
     "(0, 1]": "save_share",

@@ -1,11 +1,16 @@
 """Reward and judge against KL: PPO, RLOO, GRPO and two baselines, and ablations of implementation details.
 
     python -m analysis.frontier --preset mini     # hours on a CPU; a sweep that was stopped is resumed
+    python -m analysis.frontier --preset mini --second_lm MODEL.gguf   # also bits per character by another model
 
 Each point of a frontier is a run of ppo.py with a fixed KL coefficient (as in Gao et al. 2022, arXiv:2210.10760),
 best-of-n, or a GPT-2 fine-tuned only on positive reviews. All respond to the same held-out prompts. Each ablation
 changes one detail of the run of the preset, by a flag or by a patch in asset/ablations/. Writes frontier.csv,
 ablation.csv, frontier.png and frontier.md; of each run, the log and a line of JSON are kept, but not the weights.
+
+A policy that has exploited the reward often misleads the judge as well, which is a neural network trained in a similar
+way. Two measures share nothing with the reward: the share positive by a linear classifier of words and word pairs, and
+the bits per character under a second language model. Needs scikit-learn.
 """
 
 import csv
@@ -25,20 +30,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from analysis.metrics import measure
+from analysis.metrics import measure, open_second_lm, second_nll
 from analysis.plot import frontier as draw
 from analysis.plot import save
 from analysis.responses import prompt_groups, respond
 from analysis.tables import markdown
-from config import EvaluateConfig, FrontierConfig, PPOConfig, defaults
-from data import load_prompts
-from reward import load_judge, load_reward, scored
+from config import EvaluateConfig, FrontierConfig, PPOConfig, RewardConfig, defaults
+from data import load_prompts, load_splits
+from reward import load_judge, load_reward, scored, sentiment_baseline
 from runtime import cli
 from runtime.checkpoint import RUN_CONFIG, read_json, write_text
 from runtime.cli import differing, parse
 from runtime.device import pick_device
 from runtime.errors import BadInput
 from runtime.hub import load_policy, open_gpt2
+from runtime.linear_classifier import LinearClassifier
 
 ROOT = Path(__file__).parent.parent
 METHODS = {"PPO": "gae", "RLOO": "rloo", "GRPO": "grpo"}  # {method: advantage of ppo.py}
@@ -60,8 +66,10 @@ ABLATIONS = {  # detail: the flags, or the patch in asset/ablations/, that chang
 # between runs at 6.5 and 38 nats and be 0.1 too low, because the curve bends in between.
 NEAR = 1 / 8
 MEASURES = (
-    "score", "positive_by_reward", "positive_by_judge", "kl", "kl_exact", "perplexity", "distinct_2", "response_length",
+    "score", "positive_by_reward", "positive_by_judge", "positive_by_words", "kl", "kl_exact", "perplexity",
+    "bits_per_character", "distinct_2", "response_length",
 )  # fmt: skip
+AT_EQUAL_KL = ("score", "positive_by_judge", "positive_by_words", "perplexity", "bits_per_character")
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # {seeds: t} for 95 %
 
 
@@ -135,12 +143,18 @@ def train(run, cfg):
 
 
 class Evaluator:
-    """The held-out prompts, the reference, the reward and the judge, which are the same for every run."""
+    """The held-out prompts, the reference and all that measures responses, which are the same for every run.
+
+    words: a LinearClassifier. Its labels and texts are those of the split prompts: the reward and the judge of preset
+    mini read the texts of each other's split, and a linear classifier of the judge's labels was a teacher of the judge.
+    """
 
     def __init__(self, cfg):
+        LinearClassifier()  # raises BadInput without scikit-learn, before anything expensive
         sizes = ["--prompts", cfg.prompts, "--response_len", cfg.response_len, "--device", cfg.device]
         self.cfg = parse(EvaluateConfig, ["--preset", cfg.preset, *map(str, sizes), "--dtype", cfg.dtype])
         self.device, self.dtype = pick_device(self.cfg)
+        self.second = open_second_lm(cfg.second_lm, self.device) if cfg.second_lm else None
         opened = open_gpt2(self.cfg.before)
         self.tokenizer = opened[2]
         self.reward_fn = load_reward(self.cfg, self.device, self.dtype)
@@ -148,6 +162,8 @@ class Evaluator:
         pool = load_prompts(self.cfg, "evaluation", opened[1], self.tokenizer, cfg.prompts)
         self.groups = list(prompt_groups(pool, self.cfg))
         self.reference = load_policy(*opened, self.dtype).to(self.device).eval()
+        splits = load_splits(self.cfg.dataset, self.cfg.text_column, self.cfg.label_column)
+        self.words = sentiment_baseline([splits["prompts"]], defaults(RewardConfig, cfg.preset))
         self.lock = threading.Lock()
 
     def respond(self, policy, name, seed=0):
@@ -156,8 +172,12 @@ class Evaluator:
 
     def measure(self, responses):
         """Return {metric: mean over the prompts}. Intervals of a sweep are over seeds, not over prompts."""
+        if self.second:
+            responses = responses | {"second_nll": second_nll(*self.second, responses, self.cfg)}
         table = measure(responses, self.reward_fn, self.judge, replace(self.cfg, resamples=1))[0]
-        return {name: table[name]["value"] for name in MEASURES if name in table}
+        metrics = {name: entry["value"] for name, entry in table.items()}
+        metrics["positive_by_words"] = (self.words.log_odds(responses["texts"]) > 0).double().mean().item()
+        return {name: metrics[name] for name in MEASURES if name in metrics}
 
     def evaluate(self, folder, name):
         """Return the metrics of the policy in a folder. Only one thread at a time computes."""
@@ -210,9 +230,14 @@ def best_of_n_rows(cfg, evaluator, seed):
 # ---- tables
 
 
+def measured(rows, names=MEASURES):
+    """Return the measures that every row has. Without a second language model, there are no bits per character."""
+    return [name for name in names if all(name in row for row in rows)]
+
+
 def write_csv(path, rows):
     with open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, ["method", "setting", "seed", *MEASURES], extrasaction="ignore")
+        writer = csv.DictWriter(f, ["method", "setting", "seed", *measured(rows)], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -256,7 +281,7 @@ def table(header, lines):
 
 def runs_table(frontier):
     """Return the table of all runs: a line per method and setting."""
-    names, lines = ("kl_exact", "score", "positive_by_judge", "perplexity", "distinct_2"), {}
+    names, lines = measured(frontier, ("kl_exact", *AT_EQUAL_KL, "distinct_2")), {}
     for row in frontier:
         name = START if row["method"] == START else f"{row['method']}, {row['setting']}"
         for column, metric in zip(lines.setdefault(name, [[] for _ in names]), names):
@@ -298,7 +323,7 @@ def summary(frontier, ablation, cfg):
         runs_table(frontier),
         "Values at equal KL, interpolated linearly between the runs of a seed. A value is given only if every seed has "
         f"a run within {100 * NEAR:g} % of that KL.",
-        *(methods_table(frontier, name) for name in ("score", "positive_by_judge", "perplexity")),
+        *(methods_table(frontier, name) for name in measured(frontier, AT_EQUAL_KL)),
     ]
     if ablation:
         parts += [
@@ -316,13 +341,17 @@ def check_sweep(cfg):
     saved = read_json(file) if file.is_file() else asdict(cfg)
     if changed := differing(cfg, saved | {name: getattr(cfg, name) for name in free}):
         raise BadInput(f"{cfg.out} holds a sweep of another config ({', '.join(changed)}): use another --out")
+
+
+def write_config(cfg):
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(asdict(cfg), indent=1))
+    write_text(Path(cfg.out) / RUN_CONFIG, json.dumps(asdict(cfg), indent=1))
 
 
 def main(cfg):
     check_sweep(cfg)
     evaluator = Evaluator(cfg)
+    write_config(cfg)  # after Evaluator, which raises BadInput for wrong files: a folder keeps its first config
     responses = evaluator.respond(evaluator.reference, START)
     start = {"method": START, "setting": "0", "seed": 0} | evaluator.measure(responses)
     with ThreadPoolExecutor(cfg.workers) as pool:

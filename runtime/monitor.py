@@ -60,7 +60,8 @@ def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
     """Return the metrics of a Rollout as floats; docs/troubleshooting.md says which values are healthy.
 
     kl is the KL of the penalty (k1, summed over a response, mean over responses), kl_stderr its standard error.
-    kl_k3 is never negative; kl_exact sums over the vocabulary at each token, for 8 episodes.
+    kl_k3 is never negative; kl_exact sums over the vocabulary at each token, for 8 episodes. perplexity is that of the
+    responses under the reference, as in analysis/metrics.py, but at cfg.temperature.
     """
     device, few = batch.kl.device, slice(8)
     mask, real = to_device(batch.mask, device), true_places(batch.mask, device)
@@ -76,6 +77,7 @@ def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
         "kl_k3": ((-kl).exp() - 1 + kl).sum(1).mean(),
         "kl_exact": exact.mean(),
         "entropy": -batch.logprobs[real].mean(),  # nats per token, of the policy's own samples: unbiased
+        "perplexity": (kl - batch.logprobs)[real].mean().exp(),  # kl is the log-ratio to the reference
         "explained_variance": 1
         - (returns - batch.values[real]).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8),
         "response_length": mask.sum(1).float().mean(),
@@ -137,18 +139,23 @@ def sample(policy, tokenizer, reward_fn, pool, step, cfg):
 
 
 class Alarms:
-    """Alarms of a run: the KL is above its ceiling, or the judge's share of positive texts falls as the score rises.
+    """Alarms of a run: the KL or the perplexity is above its ceiling, or the judge falls as the score rises.
 
-    The second is overoptimization (Gao et al. 2022, arXiv:2210.10760): the policy exploits the reward model. The last
+    The last is overoptimization (Gao et al. 2022, arXiv:2210.10760): the policy exploits the reward model. The last
     cfg.alarm_window rollouts are compared, the second half with the first; a change counts if it exceeds twice its
     standard error. history: [score, share positive by the judge] of each of them.
+
+    A policy can mislead the judge too, because it is a classifier like the reward. The perplexity under the reference
+    does not depend on classifiers. Its ceiling is relative to first_perplexity, that of the first rollout, in which the
+    policy is the reference. A change over a window is no sign: it also rises at the start of runs that go well.
     """
 
-    saved = ("history",)
+    saved = ("history", "first_perplexity")
 
     def __init__(self, cfg):
-        self.ceiling, self.window, self.on_alarm = cfg.kl_ceiling, cfg.alarm_window // 2 * 2, cfg.on_alarm
-        self.history, self.above, self.stopped = [], False, False
+        self.kl_ceiling, self.perplexity_ceiling = cfg.kl_ceiling, cfg.perplexity_ceiling
+        self.window, self.on_alarm = cfg.alarm_window // 2 * 2, cfg.on_alarm
+        self.history, self.first_perplexity, self.above, self.stopped = [], None, set(), False
 
     def stop(self, step, metrics, log, ranks):
         """Print an alarm if there is one after this rollout; return whether the run must stop."""
@@ -159,11 +166,30 @@ class Alarms:
         return self.stopped
 
     def check(self, metrics):
-        """Return the alarm for the metrics of the next rollout as text, or an empty text."""
-        before, self.above = self.above, 0 < self.ceiling < metrics["kl"]
-        if self.above and not before:  # report each crossing once
-            kl = f"{metrics['kl']:.1f} nats per response"
-            return f"KL is {kl}, above kl_ceiling {self.ceiling}: raise kl_coef or lower lr"
+        """Return the alarms for the metrics of the next rollout as text, or an empty text."""
+        return ". ".join(filter(None, (*self.check_ceilings(metrics), self.check_judge(metrics))))
+
+    def check_ceilings(self, metrics):
+        """Return the alarms of values that are above their ceilings, and were not in the rollout before."""
+        if self.first_perplexity is None:
+            self.first_perplexity = metrics["perplexity"]
+        kl, perplexity, first = metrics["kl"], metrics["perplexity"], self.first_perplexity
+        texts = {}
+        if 0 < self.kl_ceiling < kl:
+            texts["kl"] = (
+                f"KL is {kl:.1f} nats per response, above kl_ceiling {self.kl_ceiling}: raise kl_coef or lower lr"
+            )
+        if 0 < self.perplexity_ceiling * first < perplexity:
+            texts["perplexity"] = (
+                f"perplexity under the reference is {perplexity:.1f}, above perplexity_ceiling "
+                f"{self.perplexity_ceiling} times the {first:.1f} of the first rollout: the texts are less fluent: "
+                "raise kl_coef, or stop here"
+            )
+        before, self.above = self.above, set(texts)
+        return [text for name, text in texts.items() if name not in before]
+
+    def check_judge(self, metrics):
+        """Return the alarm that the judge falls as the score rises, or an empty text."""
         if not self.window or "positive_by_judge" not in metrics:
             return ""
         self.history.append([metrics["score"], metrics["positive_by_judge"]])

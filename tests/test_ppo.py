@@ -22,6 +22,8 @@ from torch._subclasses import FakeTensor
 
 import data
 import ppo
+from analysis.metrics import perplexity
+from analysis.responses import likelihoods
 from config import PPOConfig
 from data import load_splits, prompt_pool
 from model import GPT2, GPT2Config, Policy, compile_passes
@@ -533,7 +535,7 @@ def test_metrics_sum_kl_over_a_response_and_average_over_responses():
     expected = dict(
         kl=0.4, kl_stderr=0.1 / math.sqrt(2), kl_k3=4 * (math.exp(-0.1) - 0.9), kl_exact=0, entropy=2, score=2,
         score_std=1, objective=1.5, response_length=4, eos_frac=0.5, truncated_frac=0.5, tokens_per_second=4,
-        explained_variance=0,
+        explained_variance=0, perplexity=math.exp(2.1),
     )  # fmt: skip
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-8)
 
@@ -565,6 +567,17 @@ def test_explained_variance_is_1_for_perfect_values_and_below_0_for_harmful_ones
     policy = tiny_policy()
     metrics = rollout_metrics(example_rollout(values=share), policy, policy, 0.0, config())
     assert metrics["explained_variance"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_perplexity_of_a_rollout_is_that_of_evaluate():
+    """e^(nats per token) of the responses under the reference, which is not the policy."""
+    policy, ref_policy, cfg = moved_policy(), tiny_policy(1), config()
+    batch = tiny_rollout(cfg, policy, ref_policy)
+    likely = likelihoods(policy, ref_policy, batch.sequences, batch.mask, cfg)
+    metrics = rollout_metrics(batch, policy, ref_policy, 0.0, cfg)
+    expected = perplexity(likely["ref_nll"].numpy(), batch.mask.sum(1).double().numpy()).mean()
+    assert metrics["perplexity"] == pytest.approx(expected)
+    assert abs(metrics["perplexity"] / math.exp(metrics["entropy"]) - 1) > 0.01
 
 
 def test_exact_kl_is_the_expectation_of_k1_under_the_policy():
@@ -758,8 +771,8 @@ MEASURED = {  # metrics that differ between identical runs
 }
 METRICS = {
     "step", "score", "score_std", "objective", "kl", "kl_stderr", "kl_k3", "kl_exact", "kl_coef", "entropy",
-    "explained_variance", "response_length", "eos_frac", "truncated_frac", "pg_loss", "vf_loss", "clip_frac",
-    "vf_clip_frac", "grad_norm", "max_log_ratio", "first_max_log_ratio", "last_max_log_ratio", "approx_kl",
+    "perplexity", "explained_variance", "response_length", "eos_frac", "truncated_frac", "pg_loss", "vf_loss",
+    "clip_frac", "vf_clip_frac", "grad_norm", "max_log_ratio", "first_max_log_ratio", "last_max_log_ratio", "approx_kl",
     "first_approx_kl", "last_approx_kl", "skipped_steps", "lr",
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, message, reviews_csv, write_balanced_bert, write_tuned
@@ -14,7 +15,6 @@ from conftest import ROOT, message, reviews_csv, write_balanced_bert, write_tune
 from analysis import frontier
 from analysis.frontier import (
     ABLATIONS,
-    MEASURES,
     METHODS,
     PRESET,
     START,
@@ -23,18 +23,24 @@ from analysis.frontier import (
     at_equal_kl,
     check_sweep,
     mean_text,
+    measured,
     methods_table,
     runs_of,
     runs_table,
     source_of,
     summary,
+    write_config,
+    write_csv,
 )
+from analysis.metrics import open_second_lm, second_nll
 from analysis.responses import respond
 from config import PRESETS, FinetuneConfig, FrontierConfig, PPOConfig
 from data import load_splits
 from reward import SentimentReward
 from runtime.cli import parse
 from runtime.hub import load_policy, open_gpt2
+
+pytest.importorskip("sklearn", reason="scikit-learn is in requirements-dev.txt")
 
 CFG = FrontierConfig(seeds=2, kl_coefs=(0.1, 0.3), best_of=(1, 2), positive_epochs=(0.5,), prompts=8, device="cpu")
 
@@ -224,6 +230,51 @@ def test_the_reward_and_not_the_judge_chooses_the_best_of_n(evaluator):
     assert by_reward > by_judge + 0.1
 
 
+def test_the_share_positive_by_words_is_that_of_a_classifier_of_labels_that_no_other_model_saw(sweep, overrides):
+    """Of the split prompts. The judge's labels are those of one of its teachers, the reward's those of its own."""
+    parts, fit = [], frontier.sentiment_baseline
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frontier, "sentiment_baseline", lambda *args: parts.append(args[0]) or fit(*args))
+        evaluator = frontier.Evaluator(sweep[0])
+    (((texts, labels),),) = parts
+    expected = load_splits(overrides["dataset"])["prompts"]
+    assert texts == expected.texts and labels.tolist() == expected.labels.tolist()
+    responses = evaluator.respond(evaluator.reference, "")
+    responses["texts"] = ["a good film, a great story"] * 6 + ["a bad film, a dull story"] * 2
+    assert evaluator.measure(responses)["positive_by_words"] == 0.75
+
+
+def test_bits_per_character_are_by_the_second_model_also_for_best_of_n(sweep, tmp_path, gpt2_folder):
+    """Of all responses, or of those that the reward chose. Without a second model, there are none."""
+    second = str(write_tuned(gpt2_folder, tmp_path / "second", seed=7))
+    evaluator = frontier.Evaluator(replace(sweep[0], second_lm=second))
+
+    def expected(responses):
+        nll = second_nll(*open_second_lm(second, torch.device("cpu")), responses, evaluator.cfg)
+        characters = [len(text) - len(prompt) for text, prompt in zip(responses["texts"], responses["prompts"])]
+        return pytest.approx(sum(nll) / sum(characters) / math.log(2))
+
+    responses = evaluator.respond(evaluator.reference, "")
+    bits = evaluator.measure(responses)["bits_per_character"]
+    assert bits == expected(responses)
+    draws = [evaluator.respond(evaluator.reference, "", 1 + i) for i in range(4)]
+    best = np.stack([evaluator.reward_fn(draw["texts"]).numpy() for draw in draws]).argmax(0)
+    chosen = {name: [draws[i][name][row] for row, i in enumerate(best)] for name in ("texts", "prompts")}
+    row = evaluator.best_of_n((4,), seed=0)["4"]
+    assert row["bits_per_character"] == expected(chosen) != pytest.approx(bits)
+    assert 0 <= row["positive_by_words"] <= 1
+    assert "bits_per_character" not in frontier.Evaluator(sweep[0]).measure(responses)
+
+
+def test_a_wrong_input_ends_a_sweep_before_it_trains_and_its_folder_can_be_used(sweep, monkeypatch):
+    """Catches a config that is written first: the same folder would refuse the right file."""
+    cfg, names = sweep
+    assert "./nowhere" in message(frontier.main, replace(cfg, second_lm="./nowhere"))
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    assert "pip install -r requirements-dev.txt" in message(frontier.main, cfg)
+    assert not names and not (frontier.Path(cfg.out) / "run_config.json").exists()
+
+
 def test_the_prompts_of_a_sweep_are_from_the_evaluation_split(sweep, overrides):
     """With prompts of 14 tokens, which identify a review. PPO was trained on those of the split prompts."""
     overrides |= dict(min_prompt_len=14, max_prompt_len=14)
@@ -239,9 +290,11 @@ def test_the_prompts_of_a_sweep_are_from_the_evaluation_split(sweep, overrides):
 def test_a_sweep_of_other_sizes_is_refused(tmp_path):
     """More seeds or coefficients are allowed."""
     cfg = replace(CFG, out=str(tmp_path))
-    check_sweep(cfg)
-    check_sweep(replace(cfg, seeds=3, kl_coefs=(0.5,)))
+    for allowed in (cfg, replace(cfg, seeds=3, kl_coefs=(0.5,))):
+        check_sweep(allowed)
+        write_config(allowed)
     assert "steps 200 -> 100" in message(check_sweep, replace(cfg, steps=100))
+    assert "second_lm '' -> 'gpt2'" in message(check_sweep, replace(cfg, second_lm="gpt2"))
     assert json.loads((tmp_path / "run_config.json").read_text())["seeds"] == 3
 
 
@@ -281,6 +334,19 @@ def test_runs_at_6_and_38_nats_give_no_value_at_8_nats():
     assert at_equal_kl(rows, "score", 8)["GRPO"] == []
     assert cells(methods_table(rows, "score"))["GRPO"] == ["-"] * 5
     assert cells(runs_table(rows))["GRPO, 1"][0].startswith("22.250 ")  # the runs themselves are reported
+
+
+def test_a_measure_is_in_the_tables_and_files_if_every_run_has_it(tmp_path):
+    """Sweeps of earlier versions have no share positive by words, and those without second_lm no bits."""
+    rows = [point(START, 0, 0), *(point("PPO", 2, 3, seed) for seed in (0, 1))]
+    new = {"positive_by_words", "bits_per_character"}
+    old = [{name: value for name, value in row.items() if name not in new} for row in rows]
+    for table, present in ((rows, new), (old, set()), ([*rows[:2], old[2]], set())):
+        write_csv(tmp_path / "frontier.csv", table)
+        assert {*rows_of(tmp_path / "frontier.csv")[0]} & new == present
+        assert {*table_rows(runs_table(table))[0]} & new == present
+        headers = {first for first, *_ in table_rows(summary(table, [], CFG))}
+        assert {name for name in new if f"{name} at a KL of" in headers} == present
 
 
 def test_the_fine_tuned_model_is_not_a_run_of_a_method():
@@ -336,7 +402,7 @@ def test_the_score_above_the_frontier_is_empty_if_no_run_of_the_frontier_is_near
 def committed(name):
     """Return the rows of a committed CSV, with numbers as in frontier.main."""
     rows = rows_of(ROOT / "asset" / "frontier" / name)
-    return [row | {n: float(row[n]) for n in MEASURES} | {"seed": int(row["seed"])} for row in rows]
+    return [row | {n: float(row[n]) for n in measured(rows)} | {"seed": int(row["seed"])} for row in rows]
 
 
 def test_the_published_tables_are_computed_from_the_committed_runs():

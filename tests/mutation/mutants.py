@@ -375,6 +375,29 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
                 "kl = batch.kl.where(mask, 0) / mask.sum(1, keepdim=True)",
             ),
         ],
+        "test_ppo::test_the_perplexity_of_a_rollout_is_that_of_evaluate": [
+            (
+                "fluency is measured by the policy that wrote the text, not by the reference",
+                "(kl - batch.logprobs)[real]",
+                "(-batch.logprobs)[real]",
+            ),
+        ],
+        "test_guards::test_there_is_an_alarm_if_the_perplexity_is_above_a_multiple_of_that_of_the_first_rollout": [
+            (
+                "the perplexity is compared with the rollout before, so that a slow rise is never seen",
+                '        if self.first_perplexity is None:\n            self.first_perplexity = metrics["perplexity"]\n'
+                '        kl, perplexity, first = metrics["kl"], metrics["perplexity"], self.first_perplexity\n',
+                '        kl, perplexity, first = metrics["kl"], metrics["perplexity"], self.first_perplexity or 1e9\n'
+                "        self.first_perplexity = perplexity\n",
+            ),
+        ],
+        "test_monitor::test_a_checkpoint_restores_the_state_of_every_part": [
+            (
+                "a resumed run compares its perplexity with that of a policy that was already trained",
+                'saved = ("history", "first_perplexity")',
+                'saved = ("history",)',
+            ),
+        ],
     },
     "runtime/checkpoint.py": {
         "test_finetune::test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit": [
@@ -570,6 +593,13 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
                 "methods are compared at a KL that none of their runs is close to",
                 "if near and nats <= kl[-1] else None",
                 "if nats <= kl[-1] else None",
+            ),
+        ],
+        "test_frontier::test_the_share_positive_by_words_is_that_of_a_classifier_of_labels_that_no_other_model_saw": [
+            (
+                "the independent classifier is trained on the labels of the judge",
+                'sentiment_baseline([splits["prompts"]]',
+                'sentiment_baseline([splits["judge"]]',
             ),
         ],
     },

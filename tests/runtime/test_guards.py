@@ -1,9 +1,12 @@
 """Guards: rewards, gradients and weights that are not finite, and the alarms of a run."""
 
+import json
+import math
+
 import pytest
 import soak
 import torch
-from conftest import message
+from conftest import ROOT, message
 from soak import ppo_flags, start, toy
 from test_resume import ended, lines, train
 
@@ -74,14 +77,44 @@ def test_moments_of_another_optimizer_are_refused(tmp_path):
 
 
 def alarms(metrics, **changes):
-    """Return the alarm, a text, after each (kl, score, share positive by the judge)."""
-    checked = Alarms(PPOConfig(**changes))
-    return [checked.check(dict(kl=kl, score=score, positive_by_judge=judge)) for kl, score, judge in metrics]
+    """Return the alarm, a text, after each (kl, score, share positive by the judge[, perplexity])."""
+    checked, names = Alarms(PPOConfig(**changes)), ("kl", "score", "positive_by_judge", "perplexity")
+    return [checked.check({"perplexity": 50.0} | dict(zip(names, row))) for row in metrics]
 
 
 def test_there_is_an_alarm_if_the_kl_is_above_its_ceiling_and_none_if_it_equals_it():
     assert [bool(text) for text in alarms([(29, 0, 0), (30, 0, 0), (31, 0, 0)], kl_ceiling=30.0)] == [0, 0, 1]
     assert not any(alarms([(1e9, 0, 0)], kl_ceiling=0.0))
+
+
+def test_there_is_an_alarm_if_the_perplexity_is_above_a_multiple_of_that_of_the_first_rollout():
+    """Once per crossing. Catches a comparison with the rollout before: here each is at most 1.6 times as large."""
+    rollouts = [(0, 0, 0, perplexity) for perplexity in (40, 60, 80, 81, 90, 70, 82)]
+    assert [i for i, text in enumerate(alarms(rollouts, perplexity_ceiling=2.0)) if text] == [3, 6]
+    assert alarms(rollouts)[3].startswith(
+        "perplexity under the reference is 81.0, above perplexity_ceiling 2.0 times the"
+    )
+    assert not any(alarms(rollouts, perplexity_ceiling=0.0))
+    assert Alarms(PPOConfig(perplexity_ceiling=0.5)).check({"kl": 0.0, "perplexity": 9.0})  # also without a judge
+
+
+def test_alarms_of_one_rollout_are_reported_together():
+    """Also that of the judge: none of them delays another."""
+    rollouts = [(0, i // 4, 1 - i // 4, 40.0) for i in range(7)] + [(9, 1, 0, 400.0)]
+    text = alarms(rollouts, alarm_window=8, kl_ceiling=8.0)[-1]
+    assert [part in text for part in ("KL is 9.0", "perplexity under", "the judge fell")] == [True] * 3
+
+
+@pytest.mark.parametrize("file", ["log.jsonl", "gpt2/log.jsonl", "medium/ppo_log.jsonl"])
+def test_the_committed_runs_have_no_alarm(file):
+    """Their logs have no perplexity; it is e^(entropy + KL per token).
+
+    In gpt2/log.jsonl, score and perplexity both rise by more than two standard errors in rollouts 4 to 24.
+    """
+    rows = [json.loads(line) for line in (ROOT / "asset" / file).read_text().splitlines()]
+    columns = [[row[name] for name in ("kl", "score", "positive_by_judge")] for row in rows]
+    perplexities = [math.exp(row["entropy"] + row["kl"] / row["response_length"]) for row in rows]
+    assert not any(alarms([(*row, perplexity) for row, perplexity in zip(columns, perplexities)]))
 
 
 @pytest.mark.parametrize(("score", "judge", "expected"), [(1, -1, True), (1, 1, False), (-1, -1, False), (1, 0, False)])
@@ -122,8 +155,9 @@ def test_a_run_stopped_by_an_alarm_ends_with_its_best_policy(home, tmp_path, cap
         assert (tmp_path / file).read_bytes() == (tmp_path / "best" / file).read_bytes()
 
 
-def test_an_alarm_only_warns_by_default(home, tmp_path, capsys):
-    train(home, tmp_path, kl_ceiling=1e-6, steps=3)
+@pytest.mark.parametrize("ceiling", ["kl_ceiling", "perplexity_ceiling"])
+def test_an_alarm_only_warns_by_default(home, tmp_path, capsys, ceiling):
+    train(home, tmp_path, steps=3, **{ceiling: 1e-6})
     assert "alarm at step" in capsys.readouterr().out and len(lines(tmp_path)) == 3
     with pytest.raises(BadInput):
         parse(PPOConfig, ["--on_alarm", "panic"])

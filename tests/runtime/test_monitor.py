@@ -40,7 +40,7 @@ def test_a_checkpoint_restores_the_state_of_every_part(tmp_path):
     parts = parts_of(cfg, model)
     parts["stepper"].skip("")
     parts["controller"].update(kl=9.0, episodes=100)
-    parts["alarms"].check(dict(kl=1.0, score=0.5, positive_by_judge=0.75))
+    parts["alarms"].check(dict(kl=1.0, perplexity=50.0, score=0.5, positive_by_judge=0.75))
     parts["best"].update(dict(objective=1.0, kl=2.0), kl_coef=0.5)
     checkpoints = Checkpoints(cfg, tmp_path, model, [], {}, parts)
     checkpoints.step = 1
@@ -49,7 +49,7 @@ def test_a_checkpoint_restores_the_state_of_every_part(tmp_path):
     assert Checkpoints(cfg, tmp_path, model, [], {}, restored).first_step == 1
     assert (restored["stepper"].skipped, restored["stepper"].in_a_row) == (1, 1)
     assert restored["controller"].coef == parts["controller"].coef != cfg.kl_coef
-    assert restored["alarms"].history == [[0.5, 0.75]]
+    assert restored["alarms"].history == [[0.5, 0.75]] and restored["alarms"].first_perplexity == 50.0
     assert restored["best"].best == {"score": 2.0, "kl": 2.0, "rollouts": 1}
     assert restored["best"].rollouts == [[2.0, 2.0]]
 
@@ -83,6 +83,10 @@ def test_the_exact_kl_of_a_rollout_is_that_of_its_first_eight_episodes(monkeypat
     assert rows == [8]
 
 
+def values(kl):
+    return {"kl": kl, "perplexity": 50.0}
+
+
 class Log:
     def __init__(self):
         self.printed = []
@@ -95,7 +99,7 @@ class Log:
 def test_an_alarm_is_printed_once_and_stops_the_run_only_on_request(on_alarm):
     alarms, log = Alarms(PPOConfig(kl_ceiling=1.0, on_alarm=on_alarm)), Log()
     assert not alarms.stopped
-    results = [alarms.stop(step, {"kl": kl}, log, ONE_PROCESS) for step, kl in enumerate((0.5, 1.5, 1.6, 0.5, 1.7))]
+    results = [alarms.stop(step, values(kl), log, ONE_PROCESS) for step, kl in enumerate((0.5, 1.5, 1.6, 0.5, 1.7))]
     assert results == [on_alarm == "stop" and step in (1, 4) for step in range(5)]
     text = "nats per response, above kl_ceiling 1.0: raise kl_coef or lower lr"
     assert log.printed == [f"alarm at step 1: KL is 1.5 {text}", f"alarm at step 4: KL is 1.7 {text}"]
@@ -104,13 +108,13 @@ def test_an_alarm_is_printed_once_and_stops_the_run_only_on_request(on_alarm):
 
 def test_an_alarm_of_another_process_stops_this_one_too():
     ranks = types.SimpleNamespace(any=lambda flag: 1)
-    assert Alarms(PPOConfig(on_alarm="stop")).stop(0, {"kl": 0.0}, Log(), ranks)
-    assert not Alarms(PPOConfig(on_alarm="warn")).stop(0, {"kl": 0.0}, Log(), ranks)
+    assert Alarms(PPOConfig(on_alarm="stop")).stop(0, values(0.0), Log(), ranks)
+    assert not Alarms(PPOConfig(on_alarm="warn")).stop(0, values(0.0), Log(), ranks)
 
 
 def test_any_kl_ceiling_above_0_gives_an_alarm_and_0_gives_none():
-    assert Alarms(PPOConfig(kl_ceiling=0.5)).check({"kl": 0.75})
-    assert not Alarms(PPOConfig(kl_ceiling=0.0)).check({"kl": 99.0})
+    assert Alarms(PPOConfig(kl_ceiling=0.5)).check(values(0.75))
+    assert not Alarms(PPOConfig(kl_ceiling=0.0)).check(values(99.0))
 
 
 def test_samples_are_json_also_if_a_score_is_infinite():
