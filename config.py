@@ -261,6 +261,8 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     samples_per_prompt: int = 4  # k, responses per prompt for rloo and grpo; one for gae
     gamma: float = 1.0  # discount of GAE
     lam: float = 0.95  # lambda of GAE (Schulman et al. 2016, Eq. 16)
+    # reward shaping: the score of the text so far is a part of the values, which lowers the variance of the advantages
+    shaping_every: int = by_preset(0, mini=4)  # tokens between the texts that are scored for it; 0: no shaping
     clip_eps: float = 0.2  # epsilon of Schulman et al. 2017, Eq. 7
     value_clip: float = 0.2  # clip range of the values around the old ones, in units of the returns
     vf_coef: float = 0.1  # c1 of Schulman et al. 2017, Eq. 9
@@ -392,8 +394,10 @@ class FrontierConfig(Config):
     response_len: int = by_preset(16, mini=24)  # T, maximum length of a response, tokens
     # each kl_coef is a point of a method's frontier
     kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.0, 0.03, 0.1, 0.3))  # fixed kl_coef values
-    best_of: tuple[int, ...] = (2, 4, 8)  # n of best-of-n: responses of the fine-tuned model to choose from
+    best_of: tuple[int, ...] = (2, 4, 8, 16, 32)  # n of best-of-n: responses of the fine-tuned model to choose from
     positive_epochs: tuple[float, ...] = by_preset((0.25, 1.0), mini=(0.05, 0.2))  # passes over positive reviews
+    dpo_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.1, 0.2, 0.4))  # beta of DPO
+    weighted_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.1, 0.2, 0.4))  # of weighted tuning
     ablation: bool = True  # also run the ABLATIONS of frontier.py
     prompts: int = 512  # held-out prompts, the same for all
     second_lm: str = ""  # another language model, to measure bits per character: hub name, folder or .gguf file
@@ -457,14 +461,14 @@ class PreflightConfig(Config):
 # ---- defaults and checks
 
 RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exclude the bound
-    "(0, inf)": "adam_eps batch_size beta block_size clip_eps epochs eval_every eval_reviews eval_tokens generated "
-    "grad_clip hidden_size keep kl_horizon limit_prompts lm_prompts lr max_crop_words max_prompt_len min_crop_words "
-    "min_prompt_len minibatch_size muon_lr n_embd n_head n_layer n_positions num_heads num_layers ppo_epochs "
-    "prompt_len prompts repeats resamples response_len sample_every sample_temperature samples_per_prompt save_every "
-    "short_words steps temperature value_clip vocab_size workers",
+    "(0, inf)": "adam_eps batch_size beta block_size clip_eps dpo_betas epochs eval_every eval_reviews eval_tokens "
+    "generated grad_clip hidden_size keep kl_horizon limit_prompts lm_prompts lr max_crop_words max_prompt_len "
+    "min_crop_words min_prompt_len minibatch_size muon_lr n_embd n_head n_layer n_positions num_heads num_layers "
+    "ppo_epochs prompt_len prompts repeats resamples response_len sample_every sample_temperature samples_per_prompt "
+    "save_every short_words steps temperature value_clip vocab_size weighted_betas workers",
     "[0, inf)": "alarm_window kl_ceiling kl_coef kl_coefs kl_target limit_samples micro_batch_size min_lr "
-    "missing_eos_penalty perplexity_ceiling positive_epochs sample_prompts samples score_clip seed vf_coef viewer_samples "
-    "warmup_steps weight_decay",
+    "missing_eos_penalty perplexity_ceiling positive_epochs sample_prompts samples score_clip seed vf_coef "
+    "viewer_samples warmup_steps weight_decay",
     "[0, 1]": "crop_share gamma lam lr_end teacher_share",
     "[0, 1)": "beta1 beta2 dropout",
     "(0, 1]": "save_share",

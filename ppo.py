@@ -25,6 +25,7 @@ The details that matter, in the order of the code:
 
 import runtime  # isort: skip  # noqa: F401 - first, since it refuses a Python older than 3.11
 import copy
+import math
 import time
 from dataclasses import replace
 
@@ -94,13 +95,10 @@ def group_advantages(rewards, cfg):
     rloo: the reward minus the mean of the other k - 1 (Ahmadian et al. 2024, arXiv:2402.14740). grpo: minus the mean of
     all k, divided by their standard deviation (Shao et al. 2024, arXiv:2402.03300; the KL stays in the reward here).
     """
-    groups = rewards.view(-1, cfg.samples_per_prompt)  # the k rows of a prompt are adjacent
-    advantages = groups - groups.mean(1, keepdim=True)
-    if cfg.advantage == "grpo":
-        advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
-    else:
-        advantages = advantages * cfg.samples_per_prompt / (cfg.samples_per_prompt - 1)  # now minus the others' mean
-    return advantages.flatten()
+    k = cfg.samples_per_prompt
+    groups = rewards.view(-1, k)  # the k rows of a prompt are adjacent
+    scale = groups.std(1, keepdim=True) + 1e-4 if cfg.advantage == "grpo" else (k - 1) / k  # minus the others' mean
+    return ((groups - groups.mean(1, keepdim=True)) / scale).flatten()
 
 
 def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, cfg):
@@ -113,11 +111,9 @@ def ppo_loss(logprobs, values, old_logprobs, old_values, advantages, returns, cf
     ratio = log_ratio.clamp(max=20).exp()  # e^20 is far outside the clip range, and finite
     clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
     pg_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
-
     near_old = old_values + (values - old_values).clamp(-cfg.value_clip, cfg.value_clip)
     vf_errors, vf_errors_clipped = (values - returns) ** 2, (near_old - returns) ** 2
     vf_loss = 0.5 * torch.max(vf_errors, vf_errors_clipped).mean()
-
     metrics = {
         "pg_loss": pg_loss,
         "vf_loss": vf_loss,
@@ -167,18 +163,25 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
     watch.lap("generate")
 
     # 2. score prompt and response, decoded together: a character can begin in one and end in the other
-    texts = decode(ids, tokenizer)
+    clip, texts, potentials = (
+        cfg.score_clip or math.inf,
+        decode(ids, tokenizer),
+        torch.zeros_like(mask, dtype=torch.float),
+    )
+    if cfg.shaping_every and cfg.advantage == "gae":  # the score before each token is a part of its value
+        so_far = [decode(ids[:, :t], tokenizer) for t in range(prompt_len, end, cfg.shaping_every)]
+        parts = torch.stack([score(reward_fn, texts, device, ranks)[0] for texts in so_far], 1).clamp(-clip, clip)
+        potentials = parts.repeat_interleave(cfg.shaping_every, 1)[:, : end - prompt_len]  # (B, T)
     scores, positive_by_reward = score(reward_fn, texts, device, ranks)  # (B,) each
     ended = (sequences[:, prompt_len:] == eos_id).any(1)
-    penalized = scores.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else scores
-    penalized = penalized - cfg.missing_eos_penalty * ~ended
+    penalized = scores.clamp(-clip, clip) - cfg.missing_eos_penalty * ~ended
     watch.lap("score")
     positive_by_judge = score(judge, texts, device, ranks)[1] if judge else None
     watch.lap("judge")
 
     # 3. log-probabilities of the policy and of the reference, and values
     logprobs, values = logprobs_and_values(policy, sequences, prompt_len, cfg, ranks)  # (B, T) each
-    checked = torch.stack([scores, (logprobs + values).where(mask, 0).sum(1)]).cpu()
+    checked = torch.stack([scores + 0 * potentials.sum(1), (logprobs + values).where(mask, 0).sum(1)]).cpu()
     check_finite("score", checked[0], texts)
     check_finite("log-probability or value", checked[1], texts)
     watch.lap("logprobs")
@@ -195,12 +198,13 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
 
     # 5. advantages
     if cfg.advantage == "gae":
-        advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+        advantages, returns = gae(rewards, values + potentials, mask, cfg.gamma, cfg.lam)
+        returns = (returns - potentials).where(mask, 0)  # the value head learns what the potentials lack
     else:  # a response is one action: all its tokens have its advantage
         advantages = returns = group_advantages(rewards.sum(1), cfg)[:, None].where(mask, 0)
     advantages = whiten(advantages, real)  # over the whole rollout; the returns keep the scale of the rewards
     return Rollout(
-        sequences, prompt_len, host_mask, logprobs, values, advantages, returns, kl, scores, objective,
+        sequences, prompt_len, host_mask, logprobs, values, potentials, advantages, returns, kl, scores, objective,
         positive_by_reward, positive_by_judge, ended, texts, watch.seconds,
     )  # fmt: skip
 
@@ -216,11 +220,9 @@ def logprobs_and_values(policy, sequences, prompt_len, cfg, ranks):
 
     Under torch.compile, a pass without gradients or on a view would have another graph, which rounds differently.
     """
-    parts = []
     with torch.set_grad_enabled(cfg.compile):
-        for micro_batch in sequences.split(cfg.micro_batch_size):
-            outputs = policy(ranks.share(micro_batch).clone(), prompt_len, cfg.temperature)
-            parts.append([ranks.gather(x.detach()) for x in outputs])
+        shares = (ranks.share(micro_batch).clone() for micro_batch in sequences.split(cfg.micro_batch_size))
+        parts = [[ranks.gather(x.detach()) for x in policy(share, prompt_len, cfg.temperature)] for share in shares]
     return tuple(map(torch.cat, zip(*parts)))
 
 

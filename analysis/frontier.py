@@ -1,12 +1,13 @@
-"""Reward and judge against KL: PPO, RLOO, GRPO and two baselines, and ablations of implementation details.
+"""Reward and judge against KL: PPO, RLOO, GRPO and their baselines beside the limit, and ablations of details.
 
     python -m analysis.frontier --preset mini     # hours on a CPU; a sweep that was stopped is resumed
     python -m analysis.frontier --preset mini --second_lm MODEL.gguf   # also bits per character by another model
 
-Each point of a frontier is a run of ppo.py with a fixed KL coefficient (as in Gao et al. 2022, arXiv:2210.10760),
-best-of-n, or a GPT-2 fine-tuned only on positive reviews. All respond to the same held-out prompts. Each ablation
-changes one detail of the run of the preset, by a flag or by a patch in asset/ablations/. Writes frontier.csv,
-ablation.csv, frontier.png and frontier.md; of each run, the log and a line of JSON are kept, but not the weights.
+Each point of a frontier is a run of ppo.py with a fixed KL coefficient (as in Gao et al. 2022, arXiv:2210.10760), a run
+of dpo.py, best-of-n, or a GPT-2 fine-tuned only on positive reviews. All respond to the same held-out prompts, and are
+compared with the best possible policy (limit.py). Each ablation changes one detail of the run of the preset, by a flag
+or by a patch in asset/ablations/. Writes limit.csv, frontier.csv, ablation.csv, frontier.png and frontier.md; of each
+run, the log and a line of JSON are kept, but not the weights.
 
 A policy that has exploited the reward often misleads the judge as well, which is a neural network trained in a similar
 way. Two measures share nothing with the reward: the share positive by a linear classifier of words and word pairs, and
@@ -30,6 +31,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from analysis.limit import best_of_n_weights, kl_needed, limit_rows, reference_scores
 from analysis.metrics import measure, open_second_lm, second_nll
 from analysis.plot import frontier as draw
 from analysis.plot import save
@@ -37,7 +39,7 @@ from analysis.responses import prompt_groups, respond
 from analysis.tables import markdown
 from config import EvaluateConfig, FrontierConfig, PPOConfig, RewardConfig, defaults
 from data import load_prompts, load_splits
-from reward import load_judge, load_reward, scored, sentiment_baseline
+from reward import load_judge, load_reward, sentiment_baseline
 from runtime import cli
 from runtime.checkpoint import RUN_CONFIG, read_json, write_text
 from runtime.cli import differing, parse
@@ -48,7 +50,9 @@ from runtime.linear_classifier import LinearClassifier
 
 ROOT = Path(__file__).parent.parent
 METHODS = {"PPO": "gae", "RLOO": "rloo", "GRPO": "grpo"}  # {method: advantage of ppo.py}
+OFFLINE = {"DPO": "dpo", "reward-weighted": "weighted"}  # {method: method of dpo.py}
 BEST_OF_N, POSITIVE_ONLY, START, ABLATION = "best-of-n", "positive-only fine-tuning", "fine-tuned model", "ablation"
+LIMIT = "limit"  # the best possible policy
 PRESET = "as the preset"
 ABLATIONS = {  # detail: the flags, or the patch in asset/ablations/, that change it
     PRESET: "",
@@ -67,9 +71,10 @@ ABLATIONS = {  # detail: the flags, or the patch in asset/ablations/, that chang
 NEAR = 1 / 8
 MEASURES = (
     "score", "positive_by_reward", "positive_by_judge", "positive_by_words", "kl", "kl_exact", "perplexity",
-    "bits_per_character", "distinct_2", "response_length",
+    "bits_per_character", "distinct_2", "response_length", "kl_efficiency",
 )  # fmt: skip
 AT_EQUAL_KL = ("score", "positive_by_judge", "positive_by_words", "perplexity", "bits_per_character")
+NATS = (1, 2, 4, 8, 16)  # KLs at which methods are compared
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # {seeds: t} for 95 %
 
 
@@ -100,6 +105,10 @@ def runs_of(cfg):
             for coef in cfg.kl_coefs:
                 flags = (*sizes, "--advantage", advantage, "--kl_coef", coef, "--kl_target", 0)
                 runs.append(Run(method, f"{coef:g}", seed, "ppo.py", flags))
+        for (method, name), betas in zip(OFFLINE.items(), (cfg.dpo_betas, cfg.weighted_betas)):
+            for beta in betas:
+                flags = (*sizes, "--method", name, "--beta", beta)
+                runs.append(Run(method, f"{beta:g}", seed, "dpo.py", flags))
         for epochs in cfg.positive_epochs:
             flags = (*start, "--reviews", "positive", "--epochs", epochs, "--weights", "last")
             runs.append(Run(POSITIVE_ONLY, f"{epochs:g}", seed, "finetune_gpt2.py", flags))
@@ -159,8 +168,8 @@ class Evaluator:
         self.tokenizer = opened[2]
         self.reward_fn = load_reward(self.cfg, self.device, self.dtype)
         self.judge = load_judge(self.cfg, self.device, self.dtype)
-        pool = load_prompts(self.cfg, "evaluation", opened[1], self.tokenizer, cfg.prompts)
-        self.groups = list(prompt_groups(pool, self.cfg))
+        self.pool = load_prompts(self.cfg, "evaluation", opened[1], self.tokenizer, cfg.prompts)
+        self.groups = list(prompt_groups(self.pool, self.cfg))
         self.reference = load_policy(*opened, self.dtype).to(self.device).eval()
         splits = load_splits(self.cfg.dataset, self.cfg.text_column, self.cfg.label_column)
         self.words = sentiment_baseline([splits["prompts"]], defaults(RewardConfig, cfg.preset))
@@ -185,20 +194,10 @@ class Evaluator:
             policy = load_policy(*open_gpt2(folder), self.dtype).to(self.device).eval()
             return self.measure(self.respond(policy, name))
 
-    def best_of_n(self, ns, seed):
-        """Return {n: metrics of the response with the highest score of n responses of the reference to each prompt}.
-
-        kl is log n - (n - 1) / n, an upper bound of the KL (Beirami et al. 2024, arXiv:2401.01879).
-        """
-        draws = [self.respond(self.reference, f"{BEST_OF_N} {i}", 1 + 1000 * seed + i) for i in range(max(ns))]
-        scores = np.stack([scored(self.reward_fn, draw["texts"])[0].numpy() for draw in draws])  # (n, prompts)
-        metrics = {}
-        for n in ns:
-            best = scores[:n].argmax(0)
-            chosen = {name: [draws[i][name][row] for row, i in enumerate(best)] for name in draws[0]}
-            bound = math.log(n) - (n - 1) / n
-            metrics[str(n)] = self.measure(chosen) | {"kl": bound, "kl_exact": bound}
-        return metrics
+    def limit(self):
+        """Return (scores, shares) of many responses of the reference, (M, N) each; see limit.reference_scores."""
+        models = self.reference, self.tokenizer, self.reward_fn, self.judge
+        return reference_scores(*models, self.pool, self.cfg, self.device)
 
 
 def stored(file, compute):
@@ -221,37 +220,72 @@ def run_row(run, cfg, evaluator):
     return row
 
 
-def best_of_n_rows(cfg, evaluator, seed):
-    """Return the rows of best-of-n with a seed, unless an earlier sweep computed them."""
-    metrics = stored(Path(cfg.out, f"{BEST_OF_N}-{seed}.json"), lambda: evaluator.best_of_n(cfg.best_of, seed))
-    return [{"method": BEST_OF_N, "setting": n, "seed": seed} | row for n, row in metrics.items()]
+def best_of_n_rows(scores, shares, start, ns):
+    """Return the rows of best-of-n: of the response with the highest score of n of the reference's, by an exact formula.
+
+    scores, shares: (M, N). start: the row of the reference, to whose score the gain is added. kl is log n - (n - 1) / n,
+    an upper bound (Beirami et al. 2024, arXiv:2401.01879).
+    """
+    order, rows = scores.argsort(1), []
+    ranked = [np.take_along_axis(x, order, 1).mean(0) for x in (scores, shares)]  # (N,) each, in rising order of scores
+    for n in ns:
+        score, share = (best_of_n_weights(n, scores.shape[1]) @ x for x in ranked)
+        bound = math.log(n) - (n - 1) / n
+        values = {"score": start["score"] + score - scores.mean(), "positive_by_judge": share, "kl": bound}
+        rows.append({"method": BEST_OF_N, "setting": f"{n}", "seed": 0} | values | {"kl_exact": bound})
+    return rows
+
+
+def add_efficiency(rows, start, limit):
+    """Add kl_efficiency to rows: the KL that the limit needs for the gain in score over the start, over the KL."""
+    curve = [[point[name] for point in limit] for name in ("kl", "gain")]
+    for row in rows:
+        if row["kl_exact"] > 0:
+            row["kl_efficiency"] = kl_needed(row["score"] - start["score"], *curve) / row["kl_exact"]
 
 
 # ---- tables
 
 
 def measured(rows, names=MEASURES):
-    """Return the measures that every row has. Without a second language model, there are no bits per character."""
-    return [name for name in names if all(name in row for row in rows)]
+    """Return the measures that some rows have. Without a second language model, there are no bits per character."""
+    return [name for name in names if any(name in row for row in rows)]
 
 
-def write_csv(path, rows):
+def write_csv(path, rows, names=None):
     with open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, ["method", "setting", "seed", *measured(rows)], extrasaction="ignore")
+        writer = csv.DictWriter(f, names or ["method", "setting", "seed", *measured(rows)], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path):
+    """Return the rows of a CSV as dicts, without empty cells; numbers are floats, but settings are texts."""
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    texts = ("method", "setting")
+    return [{k: v if k in texts else int(v) if k == "seed" else float(v) for k, v in row.items() if v} for row in rows]
 
 
 def value_at(rows, method, seed, measure, nats):
     """Return a measure at a KL, interpolated linearly between the runs of a method and seed and the fine-tuned model.
 
-    None if no run has a KL within NEAR of this one, or if this one is above the KL of every run.
+    None if the method lacks the measure, if no run has a KL within NEAR of this one, or if this one is above the KL of
+    every run.
     """
-    runs = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
+    runs = [row for row in rows if (row["method"], row["seed"]) == (method, seed) and measure in row]
     points = sorted((row["kl_exact"], row[measure]) for row in [*runs, *(r for r in rows if r["method"] == START)])
     kl, values = zip(*points)
     near = any(abs(row["kl_exact"] - nats) <= NEAR * nats for row in runs)
     return float(np.interp(nats, kl, values)) if near and nats <= kl[-1] else None
+
+
+def limit_at(limit, start, measure, nats):
+    """Return [score or judge's share of the best possible policy at a KL], or [] beyond its curve."""
+    if not limit or nats > limit[-1]["kl"] or measure not in ("score", "positive_by_judge"):
+        return []
+    values = [start["score"] + row["gain"] if measure == "score" else row[measure] for row in limit]
+    return [float(np.interp(nats, [row["kl"] for row in limit], values))]
 
 
 def at_equal_kl(rows, measure, nats):
@@ -281,19 +315,36 @@ def table(header, lines):
 
 def runs_table(frontier):
     """Return the table of all runs: a line per method and setting."""
-    names, lines = measured(frontier, ("kl_exact", *AT_EQUAL_KL, "distinct_2")), {}
+    names, lines = measured(frontier, ("kl_exact", *AT_EQUAL_KL, "distinct_2", "kl_efficiency")), {}
     for row in frontier:
         name = START if row["method"] == START else f"{row['method']}, {row['setting']}"
         for column, metric in zip(lines.setdefault(name, [[] for _ in names]), names):
-            column.append(row[metric])
+            column += [row[metric]] if metric in row else []
     return table(["method, setting", *names], lines)
 
 
-def methods_table(frontier, measure, nats=(1, 2, 4, 8, 16)):
-    """Return the table of a measure at equal KL: a line per method."""
-    columns = [at_equal_kl(frontier, measure, n) for n in nats]
+def methods_table(frontier, measure, limit=(), nats=NATS):
+    """Return the table of a measure at equal KL: a line per method, and one of the best possible policy."""
+    start = next(row for row in frontier if row["method"] == START)
+    columns = [at_equal_kl(frontier, measure, n) | {LIMIT: limit_at(limit, start, measure, n)} for n in nats]
     lines = {method: [column[method] for column in columns] for method in columns[0]}
+    lines = {method: line for method, line in lines.items() if any(line) or method != LIMIT}
     return table([f"{measure} at a KL of", *(f"{n} nats" for n in nats)], lines)
+
+
+def efficiency_table(frontier, limit, nats=NATS):
+    """Return the table of the KL efficiency at equal KL, from the scores of methods_table."""
+    start = next(row for row in frontier if row["method"] == START)
+    curve = [[point[name] for point in limit] for name in ("kl", "gain")]
+    columns = [at_equal_kl(frontier, "score", n) for n in nats]
+    lines = {
+        method: [
+            [kl_needed(score - start["score"], *curve) / n for score in column[method]]
+            for n, column in zip(nats, columns)
+        ]
+        for method in columns[0]
+    }
+    return table(["kl_efficiency at a KL of", *(f"{n} nats" for n in nats)], lines)
 
 
 def ablation_table(frontier, ablation):
@@ -315,16 +366,25 @@ def ablation_table(frontier, ablation):
     return table(["changed", *names[:-1], "score above PPO's frontier"], lines)
 
 
-def summary(frontier, ablation, cfg):
-    """Return the text of frontier.md."""
+def summary(frontier, ablation, limit, cfg):
+    """Return the text of frontier.md. limit: from limit_rows, or empty if it was not measured."""
     parts = [
         f"Means and 95 % intervals over {cfg.seeds} seeds, {cfg.prompts} held-out prompts. The setting of PPO, RLOO "
         "and GRPO is the KL coefficient, that of best-of-n is n, that of fine-tuning is the number of epochs.",
         runs_table(frontier),
         "Values at equal KL, interpolated linearly between the runs of a seed. A value is given only if every seed has "
         f"a run within {100 * NEAR:g} % of that KL.",
-        *(methods_table(frontier, name) for name in measured(frontier, AT_EQUAL_KL)),
+        *(methods_table(frontier, name, limit) for name in measured(frontier, AT_EQUAL_KL)),
     ]
+    if limit:
+        end = f"{limit[-1]['gain']:.2f}"
+        parts += [
+            "The limit is the best possible policy, estimated from responses of the fine-tuned model; see "
+            "analysis/limit.py. KL efficiency is the KL that it needs for the score of a run, divided by the KL of the "
+            f"run. It shows scores of up to {end} above the fine-tuned model's; for higher ones, the efficiency is at "
+            "least the number given.",
+            efficiency_table(frontier, limit),
+        ]
     if ablation:
         parts += [
             "One detail changed: differences from the run of the preset with the same seed. The last column is the "
@@ -337,7 +397,8 @@ def summary(frontier, ablation, cfg):
 def check_sweep(cfg):
     """Raise BadInput if the folder holds a sweep of other sizes, whose points would not be comparable."""
     file = Path(cfg.out) / RUN_CONFIG
-    free = ("seeds", "kl_coefs", "best_of", "positive_epochs", "ablation", "workers")  # may change when resuming
+    coefficients = ("kl_coefs", "best_of", "positive_epochs", "dpo_betas", "weighted_betas")
+    free = ("seeds", *coefficients, "ablation", "workers")  # may change when resuming
     saved = read_json(file) if file.is_file() else asdict(cfg)
     if changed := differing(cfg, saved | {name: getattr(cfg, name) for name in free}):
         raise BadInput(f"{cfg.out} holds a sweep of another config ({', '.join(changed)}): use another --out")
@@ -354,6 +415,8 @@ def main(cfg):
     write_config(cfg)  # after Evaluator, which raises BadInput for wrong files: a folder keeps its first config
     responses = evaluator.respond(evaluator.reference, START)
     start = {"method": START, "setting": "0", "seed": 0} | evaluator.measure(responses)
+    scores, shares = evaluator.limit()
+    limit = limit_rows(scores, shares, evaluator.cfg)
     with ThreadPoolExecutor(cfg.workers) as pool:
         jobs = [pool.submit(run_row, run, cfg, evaluator) for run in runs_of(cfg)]
         try:
@@ -363,15 +426,17 @@ def main(cfg):
             raise
     ablation = [row for row in rows if row["method"] == ABLATION]
     frontier = [start, *(row for row in rows if row["method"] != ABLATION)]
-    frontier += [row for seed in range(cfg.seeds) for row in best_of_n_rows(cfg, evaluator, seed)]
+    frontier += best_of_n_rows(scores, shares, start, cfg.best_of)
+    add_efficiency([*frontier, *ablation], start, limit)
 
     out = Path(cfg.out)
+    write_csv(out / "limit.csv", limit, limit[0])
     write_csv(out / "frontier.csv", frontier)
     write_csv(out / "ablation.csv", ablation)
-    text = summary(frontier, ablation, cfg)
+    text = summary(frontier, ablation, limit, cfg)
     write_text(out / "frontier.md", text)
     save(draw(out), out / "frontier.png")
-    files = ("frontier.csv", "ablation.csv", "frontier.md", "frontier.png")
+    files = ("limit.csv", "frontier.csv", "ablation.csv", "frontier.md", "frontier.png")
     print(f"\n{text}\nwritten:", *(out / name for name in files), sep="\n  ")
 
 

@@ -35,22 +35,24 @@ ROWS = 256  # responses that are generated together
 SEED = 6  # the random numbers differ from those of respond and of the bootstrap
 
 
-def limit_curve(scores):
+def limit_curve(scores, shares=None):
     """Return (kl, gain), (K, M) each: nats of pi* and its score minus the reference's, for each prompt and each beta.
 
-    scores: (M, N). The first row is the reference itself. beta falls until the mean KL reaches log N - MARGIN.
+    scores: (M, N). The first row is the reference itself. beta falls until the mean KL reaches log N - MARGIN. With
+    shares (M, N), of responses that the judge finds positive, also returns the share of pi*, (K, M).
     """
     scores = torch.as_tensor(scores, dtype=torch.float64)
     n, spread = scores.shape[1], scores.std(1).mean().item() or 1.0
-    kl, gain = [torch.zeros(len(scores))], [torch.zeros(len(scores))]
+    values = [scores] if shares is None else [scores, torch.as_tensor(shares, dtype=torch.float64)]
+    rows = [[torch.zeros(len(scores)), *(value.mean(1) for value in values)]]  # of each: KL, score, share
     for beta in spread * BETAS:
         weights = (scores / beta).softmax(1)
-        nats = torch.xlogy(weights, n * weights).sum(1)
-        if nats.mean() > math.log(n) - MARGIN:
+        kl = torch.xlogy(weights, n * weights).sum(1)
+        if kl.mean() > math.log(n) - MARGIN:
             break
-        kl.append(nats)
-        gain.append((weights * scores).sum(1) - scores.mean(1))
-    return torch.stack(kl).numpy(), torch.stack(gain).numpy()
+        rows.append([kl, *((weights * value).sum(1) for value in values)])
+    kl, score, *share = (torch.stack(column).numpy() for column in zip(*rows))
+    return kl, score - score[0], *share
 
 
 def kl_needed(gain, kl_curve, gain_curve):
@@ -89,6 +91,29 @@ def kl_efficiency(scores, gains, kls, cfg):
         "kl_needed": needed,
         "responses": list(np.shape(scores)),
     }
+
+
+def limit_rows(scores, shares, cfg, points=30):
+    """Return the curve as dicts, one per KL, for limit.csv.
+
+    kl: nats. gain, low, high: of pi*, with its 95 % bootstrap interval over prompts. half: the gain with half of the
+    responses, which shows the bias; nan beyond the end of its curve. positive_by_judge: of pi*.
+    """
+    kl, gain, share = limit_curve(scores, shares)
+    halves = [[x.mean(1) for x in limit_curve(part)] for part in np.array_split(scores, 2, axis=1)]
+    rng, grid = np.random.default_rng([cfg.seed, 5]), np.linspace(0, kl[-1].mean() ** 0.5, points) ** 2
+    draws = []
+    for _ in range(cfg.resamples):
+        prompts = rng.integers(0, len(scores), len(scores))
+        draws.append(np.interp(grid, kl[:, prompts].mean(1), gain[:, prompts].mean(1)))
+    columns = {
+        "kl": grid,
+        "gain": np.interp(grid, kl.mean(1), gain.mean(1)),
+        **dict(zip(("low", "high"), np.quantile(draws, (0.025, 0.975), axis=0))),
+        "half": np.mean([np.interp(grid, *half, right=np.nan) for half in halves], axis=0),
+        "positive_by_judge": np.interp(grid, kl.mean(1), share.mean(1)),
+    }
+    return [dict(zip(columns, map(float, row))) for row in zip(*columns.values())]
 
 
 def best_of_n_weights(n, size):

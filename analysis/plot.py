@@ -305,16 +305,31 @@ def example_results(folder):
 METHODS = {  # method in frontier.csv: (colour, marker)
     "PPO": (BLUE, "o"), "RLOO": (AMBER, "s"), "GRPO": (GREEN, "^"),
     "best-of-n": (PURPLE, "D"), "positive-only fine-tuning": (INK, "v"),
+    "DPO": (RED, "P"), "reward-weighted": (GREY, "X"),
 }  # fmt: skip
 
 
 def frontier(folder):
-    """Draw score and judge against KL in frontier.csv of a folder: a marker per run, without lines between them."""
+    """Draw score and judge against KL in frontier.csv of a folder: a marker per run, without lines between them.
+
+    If there is a limit.csv, also the curve of the best possible policy, with the interval of its score.
+    """
     with open(Path(folder) / "frontier.csv", newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     start = next(row["method"] for row in rows if row["method"] not in METHODS)
+    limit, file = {}, Path(folder) / "limit.csv"
+    if file.is_file():
+        with open(file, newline="", encoding="utf-8") as f:
+            limit = {name: [float(x) for x in column] for name, *column in zip(*csv.reader(f))}
+        score = next(float(row["score"]) for row in rows if row["method"] == start)
+        limit |= {name: [score + x for x in limit[name]] for name in ("gain", "low", "high")}
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.6), layout="constrained")
     for axis, (name, label) in zip(axes, (("score", "score"), ("positive_by_judge", "share positive by the judge"))):
+        if limit:
+            curve = limit["gain" if name == "score" else name]
+            axis.plot(limit["kl"], curve, color=INK, label="limit: the best possible policy")
+        if limit and name == "score":
+            axis.fill_between(limit["kl"], limit["low"], limit["high"], color=INK, alpha=0.15, linewidth=0)
         for method, (colour, marker) in ({start: (INK, "*")} | METHODS).items():
             runs = [row for row in rows if row["method"] == method]
             if runs:

@@ -31,9 +31,10 @@ class Rollout:
     prompt_len: int  # P
     mask: torch.Tensor  # True on real tokens; in the host's memory, the other tensors are on the device
     logprobs: torch.Tensor  # nats, of the policy that sampled
-    values: torch.Tensor
+    values: torch.Tensor  # of the value head
+    potentials: torch.Tensor  # the part of the value that ppo.text_scores gives
     advantages: torch.Tensor  # whitened
-    returns: torch.Tensor  # in units of the rewards
+    returns: torch.Tensor  # without the potentials: what the value head learns, in units of the rewards
     kl: torch.Tensor  # k1, nats per token
     scores: torch.Tensor  # (B,), as given by the reward
     objective: torch.Tensor  # (B,), what PPO maximizes: the score, clipped and penalized, minus kl_coef times the KL
@@ -79,7 +80,8 @@ def rollout_metrics(batch, policy, ref_policy, truncated_frac, cfg):
         "entropy": -batch.logprobs[real].mean(),  # nats per token, of the policy's own samples: unbiased
         "perplexity": (kl - batch.logprobs)[real].mean().exp(),  # kl is the log-ratio to the reference
         "explained_variance": 1
-        - (returns - batch.values[real]).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8),
+        - (returns - batch.values[real]).var(unbiased=False)
+        / ((returns + batch.potentials[real]).var(unbiased=False) + 1e-8),
         "response_length": mask.sum(1).float().mean(),
         "eos_frac": batch.ended.float().mean(),
         "truncated_frac": truncated_frac,
