@@ -25,7 +25,6 @@ The details that matter, in the order of the code:
 
 import runtime  # isort: skip  # noqa: F401 - first, since it refuses a Python older than 3.11
 import copy
-import math
 import time
 from dataclasses import replace
 
@@ -163,15 +162,12 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
     watch.lap("generate")
 
     # 2. score prompt and response, decoded together: a character can begin in one and end in the other
-    clip, texts, potentials = (
-        cfg.score_clip or math.inf,
-        decode(ids, tokenizer),
-        torch.zeros_like(mask, dtype=torch.float),
-    )
+    texts, clip = decode(ids, tokenizer), cfg.score_clip or float("inf")
+    potentials = torch.zeros_like(mask, dtype=torch.float)  # (B, T)
     if cfg.shaping_every and cfg.advantage == "gae":  # the score before each token is a part of its value
         so_far = [decode(ids[:, :t], tokenizer) for t in range(prompt_len, end, cfg.shaping_every)]
         parts = torch.stack([score(reward_fn, texts, device, ranks)[0] for texts in so_far], 1).clamp(-clip, clip)
-        potentials = parts.repeat_interleave(cfg.shaping_every, 1)[:, : end - prompt_len]  # (B, T)
+        potentials = parts.repeat_interleave(cfg.shaping_every, 1)[:, : end - prompt_len]
     scores, positive_by_reward = score(reward_fn, texts, device, ranks)  # (B,) each
     ended = (sequences[:, prompt_len:] == eos_id).any(1)
     penalized = scores.clamp(-clip, clip) - cfg.missing_eos_penalty * ~ended
@@ -181,7 +177,7 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
 
     # 3. log-probabilities of the policy and of the reference, and values
     logprobs, values = logprobs_and_values(policy, sequences, prompt_len, cfg, ranks)  # (B, T) each
-    checked = torch.stack([scores + 0 * potentials.sum(1), (logprobs + values).where(mask, 0).sum(1)]).cpu()
+    checked = torch.stack([scores + potentials.sum(1), (logprobs + values).where(mask, 0).sum(1)]).cpu()
     check_finite("score", checked[0], texts)
     check_finite("log-probability or value", checked[1], texts)
     watch.lap("logprobs")
@@ -189,14 +185,12 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
     check_finite("the reference's log-probability", ref_logprobs.where(mask, 0).sum(1), texts)
     watch.lap("reference")
 
-    # 4. rewards
+    # 4. rewards and advantages
     kl = (logprobs - ref_logprobs).where(mask, 0)
     rewards = token_rewards(penalized.to(kl.dtype), kl, mask, kl_coef)
     objective = rewards.sum(1)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, real, shift_mean=False)
-
-    # 5. advantages
     if cfg.advantage == "gae":
         advantages, returns = gae(rewards, values + potentials, mask, cfg.gamma, cfg.lam)
         returns = (returns - potentials).where(mask, 0)  # the value head learns what the potentials lack

@@ -221,10 +221,10 @@ def run_row(run, cfg, evaluator):
 
 
 def best_of_n_rows(scores, shares, start, ns):
-    """Return the rows of best-of-n: of the response with the highest score of n of the reference's, by an exact formula.
+    """Return the rows of best-of-n, the response with the highest score of n of the reference's, by an exact formula.
 
-    scores, shares: (M, N). start: the row of the reference, to whose score the gain is added. kl is log n - (n - 1) / n,
-    an upper bound (Beirami et al. 2024, arXiv:2401.01879).
+    scores, shares: (M, N). start: the row of the reference, to whose score the gain is added. kl is an upper bound,
+    log n - (n - 1) / n (Beirami et al. 2024, arXiv:2401.01879).
     """
     order, rows = scores.argsort(1), []
     ranked = [np.take_along_axis(x, order, 1).mean(0) for x in (scores, shares)]  # (N,) each, in rising order of scores
