@@ -13,6 +13,7 @@ policies (frontier.py).
 
 import runtime  # isort: skip  # noqa: F401 - first, since it refuses a Python older than 3.11
 import json
+import math
 import shlex
 import textwrap
 from dataclasses import replace
@@ -32,7 +33,7 @@ from analysis.tables import KL_NOTE, efficiency_text, kl_text, table_text
 from config import EvaluateConfig
 from data import load_prompts
 from ppo import gae, response_mask, token_rewards
-from reward import load_rewards
+from reward import load_rewards, scores_so_far
 from runtime import checkpoint
 from runtime.checkpoint import (
     RESULTS,
@@ -71,11 +72,12 @@ def sample_responses(policies, tokenizer, judge, groups, cfg, device):
 
 
 @torch.no_grad()
-def token_metrics(policies, sequences, prompt_len, scores, ppo, temperature, eos_id):
+def token_metrics(policies, sequences, prompt_len, scores, ppo, temperature, eos_id, so_far=0):
     """Return ({name: (B, T)}, mask): metrics of the response tokens for the policy after PPO.
 
     kl: its log-probability minus that of the policy before PPO, nats; ratio: e^kl. If it was trained with GAE (ppo is
     the config of its run), also its value, and the advantage from PPO's rewards with the initial kl_coef, not whitened.
+    so_far: with reward shaping, the scores before each token (B, T), from reward.scores_so_far.
     RLOO, GRPO and dpo.py train no value head, and the advantages of RLOO and GRPO need all responses of a group.
     """
     responses = sequences[:, prompt_len:]
@@ -86,13 +88,14 @@ def token_metrics(policies, sequences, prompt_len, scores, ppo, temperature, eos
     if getattr(ppo, "advantage", "") != "gae":
         return metrics, mask
     scores = scores.to(kl)
-    scores = scores.clamp(-ppo.score_clip, ppo.score_clip) if ppo.score_clip else scores
-    scores = scores - ppo.missing_eos_penalty * ~(responses == eos_id).any(1)
+    clip = ppo.score_clip or math.inf
+    scores = scores.clamp(-clip, clip) - ppo.missing_eos_penalty * ~(responses == eos_id).any(1)
+    values = values + torch.as_tensor(so_far).clamp(-clip, clip)
     advantages, _ = gae(token_rewards(scores, kl, mask, ppo.kl_coef), values, mask, ppo.gamma, ppo.lam)
     return metrics | {"value": values, "advantage": advantages}, mask
 
 
-def by_token(policies, tokenizer, prompts, tokens, values, ppo, cfg):
+def by_token(policies, tokenizer, reward_fn, prompts, tokens, values, ppo, cfg):
     """Return the responses to prompts (B, P) for viewer.json: dicts of the tokens, their metrics, score and judge.
 
     tokens: the responses, B lists of ids. values: {"score", "judge"}, (B,) each.
@@ -100,8 +103,12 @@ def by_token(policies, tokenizer, prompts, tokens, values, ppo, cfg):
     eos_id, prompt_len = tokenizer.eos_token_id, prompts.shape[1]
     responses = pad_sequence([torch.tensor(ids) for ids in tokens], True, eos_id).to(prompts.device)
     sequences, scores, rows = torch.cat([prompts, responses], dim=1), torch.from_numpy(values["score"]), []
+    so_far = torch.zeros(responses.shape, device=prompts.device)
+    if ppo and ppo.advantage == "gae" and ppo.shaping_every:
+        so_far = scores_so_far(reward_fn, sequences.cpu(), prompt_len, tokenizer, ppo).to(so_far)
     for part in micro_batches(policies["after"], sequences):
-        metrics, mask = token_metrics(policies, sequences[part], prompt_len, scores[part], ppo, cfg.temperature, eos_id)
+        rest = scores[part], ppo, cfg.temperature, eos_id, so_far[part]
+        metrics, mask = token_metrics(policies, sequences[part], prompt_len, *rest)
         for i, real in enumerate(mask):
             rows.append({name: [round(x, 4) for x in table[i][real].tolist()] for name, table in metrics.items()})
     for i, (prompt, ids) in enumerate(zip(prompts.tolist(), tokens)):
@@ -110,7 +117,7 @@ def by_token(policies, tokenizer, prompts, tokens, values, ppo, cfg):
     return rows
 
 
-def viewer(policies, tokenizer, groups, responses, values, ppo, cfg, device):
+def viewer(policies, tokenizer, reward_fn, groups, responses, values, ppo, cfg, device):
     """Return the content of viewer.json: responses token by token to cfg.viewer_samples evenly spaced prompts.
 
     responses, values: {"before", "after"}, returned by respond and measure, for all prompts. ppo: the config of the run
@@ -123,7 +130,8 @@ def viewer(policies, tokenizer, groups, responses, values, ppo, cfg, device):
         for name in responses if len(rows) else ():
             tokens = [responses[name]["tokens"][i] for i in rows]
             columns = {key: values[name][key][rows] for key in ("score", "judge")}
-            shown = by_token(policies, tokenizer, prompts[rows - start].to(device), tokens, columns, ppo, cfg)
+            prompts_shown = prompts[rows - start].to(device)
+            shown = by_token(policies, tokenizer, reward_fn, prompts_shown, tokens, columns, ppo, cfg)
             for i, response in zip(rows, shown):
                 samples[i][name] = response
         start += len(prompts)
@@ -208,7 +216,7 @@ def main(cfg):
         {"prompt": prompt} | {name: {"text": text, "judge": p} for name, (text, p) in zip(policies, sides)}
         for prompt, sides in samples
     ]
-    tokens = viewer(policies, tokenizer, groups, responses, values, trained, cfg, device)
+    tokens = viewer(policies, tokenizer, reward_fn, groups, responses, values, trained, cfg, device)
     card = card_text(results, samples, cfg, trained, log)
 
     caption = f"Samples at temperature {cfg.sample_temperature}, with the judge's probability of POSITIVE"

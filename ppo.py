@@ -33,7 +33,7 @@ import torch
 from config import PPOConfig
 from data import decode, load_prompts, prompt_batch
 from model import compile_passes
-from reward import check_finite, load_rewards, reward_fingerprint, scored
+from reward import check_finite, load_rewards, reward_fingerprint, scored, scores_so_far
 from runtime.checkpoint import Checkpoints, check_run, fingerprint
 from runtime.cli import run
 from runtime.device import micro_batch_size, pick_device, random_generator, to_device, true_places
@@ -165,9 +165,8 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
     texts, clip = decode(ids, tokenizer), cfg.score_clip or float("inf")
     potentials = torch.zeros_like(mask, dtype=torch.float)  # (B, T)
     if cfg.shaping_every and cfg.advantage == "gae":  # the score before each token is a part of its value
-        so_far = [decode(ids[:, :t], tokenizer) for t in range(prompt_len, end, cfg.shaping_every)]
-        parts = torch.stack([score(reward_fn, texts, device, ranks)[0] for texts in so_far], 1).clamp(-clip, clip)
-        potentials = parts.repeat_interleave(cfg.shaping_every, 1)[:, : end - prompt_len]
+        so_far = scores_so_far(lambda part: score(reward_fn, part, device, ranks)[0], ids, prompt_len, tokenizer, cfg)
+        potentials = so_far.clamp(-clip, clip)
     scores, positive_by_reward = score(reward_fn, texts, device, ranks)  # (B,) each
     ended = (sequences[:, prompt_len:] == eos_id).any(1)
     penalized = scores.clamp(-clip, clip) - cfg.missing_eos_penalty * ~ended

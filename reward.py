@@ -318,6 +318,17 @@ def scored(reward_fn, texts):
     return as_scores(reward_fn(texts), texts), None
 
 
+def scores_so_far(score, ids, prompt_len, tokenizer, cfg):
+    """Return the score of the text before each token of a response: ids (B, P + T) -> (B, T).
+
+    score: function of B texts, returns (B,). Texts are scored every cfg.shaping_every tokens; those between have the
+    score before them.
+    """
+    length, every = ids.shape[1] - prompt_len, cfg.shaping_every
+    texts = (decode(ids[:, : prompt_len + t], tokenizer) for t in range(0, length, every))
+    return torch.stack([score(part) for part in texts], 1).repeat_interleave(every, 1)[:, :length]
+
+
 def reward_fingerprint(reward_fn):
     """Return the fingerprint of a classifier and its tokenizer, or of the file of a user's function; "" for others."""
     if isinstance(reward_fn, Teachers):

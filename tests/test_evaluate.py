@@ -186,7 +186,7 @@ def test_the_logits_of_the_viewer_take_the_memory_of_a_micro_batch(opened):
     out = {"before": respond(other, policy, tokenizer, groups, cfg, CPU, "m")}
     values = {"before": {"score": np.zeros(200), "judge": np.zeros(200)}}
     with LogitsMemory(policy.gpt2.n_tokens) as memory:
-        viewer({"before": policy, "after": other}, tokenizer, groups, out, values, PPOConfig(), cfg, CPU)
+        viewer({"before": policy, "after": other}, tokenizer, None, groups, out, values, PPOConfig(), cfg, CPU)
     assert 0 < memory.largest <= FIT * 30 * policy.gpt2.n_tokens
     assert memory.most <= 3 * FIT * 30 * policy.gpt2.n_tokens
 
@@ -201,7 +201,7 @@ def test_the_micro_batch_size_does_not_change_the_evaluation(opened, monkeypatch
         monkeypatch.setattr(responses, "rows_that_fit", lambda *_, rows=rows: rows)
         out = {name: respond(other, policy, tokenizer, groups, cfg, CPU, "m") for name in ("before", "after")}
         values = dict.fromkeys(out, {"score": np.arange(8.0), "judge": np.zeros(8)})
-        shown = viewer({"before": policy, "after": other}, tokenizer, groups, out, values, PPOConfig(), cfg, CPU)
+        shown = viewer({"before": policy, "after": other}, tokenizer, None, groups, out, values, PPOConfig(), cfg, CPU)
         results.append((out["after"], shown["samples"]))
     (whole, whole_shown), (parts, parts_shown) = results
     assert [parts[name] for name in ("texts", "tokens", "prompts")] == [
@@ -304,7 +304,7 @@ def test_the_metrics_of_each_token_are_those_of_the_ppo_update():
     torch.testing.assert_close(metrics["kl"], torch.tensor([[0.5, -1], [0, 0], [0, 0]]))
     torch.testing.assert_close(metrics["ratio"], torch.tensor([[0.5, -1], [0, 0], [0, 0]]).exp())
     torch.testing.assert_close(metrics["advantage"], torch.tensor([[0.625, 1.85], [1, 2], [-1.5, -3]]))
-    assert metrics["value"] is values
+    assert torch.equal(metrics["value"], values)
 
 
 def test_the_ratio_of_a_token_that_the_reference_almost_excludes_is_finite():
@@ -322,7 +322,7 @@ def test_the_kl_of_each_token_is_at_the_temperature_of_the_responses(opened):
     out = {"after": respond(other, policy, tokenizer, GROUPS, cfg, CPU, "m")}
     out["before"] = out["after"]
     values = dict.fromkeys(out, {"score": np.zeros(4), "judge": np.zeros(4)})
-    shown = viewer({"before": policy, "after": other}, tokenizer, GROUPS, out, values, None, cfg, CPU)
+    shown = viewer({"before": policy, "after": other}, tokenizer, None, GROUPS, out, values, None, cfg, CPU)
     kls = [sum(sample["after"]["kl"]) for sample in shown["samples"]]
     assert kls == pytest.approx(out["after"]["kl"], abs=2e-3)
 
@@ -332,8 +332,8 @@ def test_a_policy_trained_without_a_value_head_has_no_value_and_no_advantage(ope
     """The advantages of RLOO and GRPO need the other responses of a group. A policy without a run has no config."""
     policies, groups, out, values = evaluated
     ppo = PPOConfig(advantage=advantage, kl_coef=0.3) if advantage else None
-    shown = viewer(policies, opened[2], groups, out, values, ppo, CFG, CPU)
-    with_gae = viewer(policies, opened[2], groups, out, values, PPOConfig(), CFG, CPU)
+    shown = viewer(policies, opened[2], None, groups, out, values, ppo, CFG, CPU)
+    with_gae = viewer(policies, opened[2], None, groups, out, values, PPOConfig(), CFG, CPU)
     assert set(shown) == {"samples"} and len(shown["samples"]) == 16
     for sample, full in zip(shown["samples"], with_gae["samples"]):
         for side in ("before", "after"):
@@ -367,7 +367,7 @@ def test_viewer_json_has_the_metrics_of_each_token_of_both_responses(opened, eva
     """kl sums to the KL of the response of the policy; the advantages are those of GAE with the rewards of PPO."""
     tokenizer, (policies, groups, out, values) = opened[2], evaluated
     ppo = PPOConfig(kl_coef=0.3, gamma=0.9, lam=0.8)
-    page = json.loads(json.dumps(viewer(policies, tokenizer, groups, out, values, ppo, CFG, CPU)))
+    page = json.loads(json.dumps(viewer(policies, tokenizer, None, groups, out, values, ppo, CFG, CPU)))
     assert page["kl_coef"] == 0.3
     assert len(page["samples"]) == 16
     for i, sample in enumerate(page["samples"]):
@@ -391,10 +391,10 @@ def test_viewer_json_has_the_metrics_of_each_token_of_both_responses(opened, eva
 
 def test_the_prompts_of_the_viewer_have_all_lengths(opened, evaluated):
     policies, groups, out, values = evaluated
-    page = viewer(policies, opened[2], groups, out, values, PPOConfig(), replace(CFG, viewer_samples=4), CPU)
+    page = viewer(policies, opened[2], None, groups, out, values, PPOConfig(), replace(CFG, viewer_samples=4), CPU)
     prompts = out["before"]["prompts"]
     assert [sample["prompt"] for sample in page["samples"]] == [prompts[i] for i in (0, 5, 10, 15)]
-    none = viewer(policies, opened[2], groups, out, values, PPOConfig(), replace(CFG, viewer_samples=0), CPU)
+    none = viewer(policies, opened[2], None, groups, out, values, PPOConfig(), replace(CFG, viewer_samples=0), CPU)
     assert none["samples"] == []
 
 

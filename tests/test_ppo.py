@@ -409,6 +409,51 @@ def test_return_of_a_response_is_its_score_minus_beta_times_k1():
     assert (batch.kl[batch.mask] < 0).any() and close(batch.returns[:, 0], batch.scores - 0.3 * batch.kl.sum(1))
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_with_shaping_a_value_is_the_value_head_plus_the_score_of_the_text_so_far(every):
+    """Of prompt and response before the token. The value head learns the rest of the return."""
+    cfg = config(shaping_every=every, gamma=0.9, lam=0.5, score_clip=2.0)
+    policy, total = tiny_policy(0, value_std=0.5), lambda texts: tensor([sum(map(int, t.split())) / 20 for t in texts])
+    batch, plain = (tiny_rollout(replace(cfg, shaping_every=n), policy, reward=total) for n in (every, 0))
+    potentials = torch.zeros_like(batch.values)
+    for t in range(batch.mask.shape[1]):
+        parts = batch.sequences[:, : 3 + t // every * every].tolist()
+        potentials[:, t] = total([" ".join(str(i) for i in row if i != EOS) for row in parts]).clamp(max=2)
+    assert close(batch.potentials, potentials) and len(potentials.unique()) > 8 and potentials.max() == 2
+    rewards = token_rewards(batch.scores.clamp(max=2).double(), batch.kl, batch.mask, cfg.kl_coef)
+    advantages, returns = gae(rewards, batch.values + batch.potentials, batch.mask, 0.9, 0.5)
+    assert close(batch.advantages, whiten(advantages, batch.mask)) and not plain.potentials.any()
+    assert not torch.allclose(batch.advantages, plain.advantages, atol=0.1)
+    assert close(batch.returns, (returns - batch.potentials).where(batch.mask, 0))
+    assert torch.equal(batch.scores, plain.scores) and torch.equal(batch.objective, plain.objective)
+
+
+def test_with_shaping_and_lambda_1_the_returns_are_those_without():
+    """Shaping with a potential is a baseline: it changes no sum of rewards (Ng et al. 1999)."""
+    batch, plain = (tiny_rollout(config(gamma=1, lam=1, shaping_every=every)) for every in (1, 0))
+    mask = batch.mask
+    assert batch.potentials.any() and close((batch.returns + batch.potentials)[mask], plain.returns[mask])
+
+
+def test_only_gae_scores_the_text_so_far_and_the_whole_text_is_scored_last():
+    """So that the reward's truncated_frac is that of the whole texts."""
+    calls = []
+    reward = lambda texts: calls.append(texts) or count_sevens(texts)  # noqa: E731
+    batch = tiny_rollout(config(shaping_every=2), reward=reward)
+    assert len(calls) == 1 + math.ceil(batch.mask.shape[1] / 2) and calls[-1] == batch.texts
+    assert calls[0] == [" ".join(str(i) for i in row if i != EOS) for row in random_prompts().tolist()]
+    calls.clear()
+    tiny_rollout(config(shaping_every=2, advantage="rloo", samples_per_prompt=2), reward=reward)
+    assert len(calls) == 1
+
+
+def test_a_score_of_a_part_of_a_text_that_is_not_finite_is_an_error():
+    parts = []
+    reward = lambda texts: parts.append(texts) or [math.nan if len(parts) == 2 else 1.0] * len(texts)  # noqa: E731
+    with pytest.raises(BadInput, match=r"score of text 0 is nan"):
+        tiny_rollout(config(shaping_every=1), reward=reward)
+
+
 def test_missing_eos_penalty_ignores_the_prompt():
     """Every prompt here holds <|endoftext|>: a search in prompt and response penalizes no episode."""
     prompts = random_prompts().index_fill(1, tensor([1]), EOS)
@@ -435,7 +480,9 @@ def test_no_tensor_of_a_rollout_requires_grad(compile):
         assert not result.requires_grad and not result.is_inference()
 
 
-@pytest.mark.parametrize("changes", [{}, dict(whiten_rewards=True), dict(advantage="rloo", samples_per_prompt=2)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(whiten_rewards=True), dict(advantage="rloo", samples_per_prompt=2), dict(shaping_every=2)]
+)
 def test_nan_after_the_end_of_a_response_changes_no_rollout(changes, monkeypatch):
     cfg, forward = config(**changes), Policy.forward
     clean = tiny_rollout(cfg)
@@ -514,7 +561,7 @@ def test_rollout_measures_the_seconds_of_each_phase():
 # ---- rollout_metrics
 
 
-def example_rollout(values=0.0):
+def example_rollout(values=0.0, potentials=None):
     """Return two responses of 3 and 5 tokens; each token has a KL of .1 nats and a log-probability of -2 nats."""
     mask, returns = MASK, torch.arange(10.0).reshape(2, 5)
     scores, ended = tensor([1.0, 3.0]), tensor([True, False])
@@ -522,9 +569,10 @@ def example_rollout(values=0.0):
     sequences, seconds = torch.ones(2, 8).long(), {"generate": 2.0, "score": 1.0, "logprobs": 1.0}
     kl, values = 0.1 * mask, torch.where(mask, values * returns, 99.0)
     positive = tensor([1.0, 1.0]), tensor([1.0, 0.0])  # according to reward and judge
+    potentials = torch.zeros(2, 5) if potentials is None else potentials
     return Rollout(
-        sequences, 3, mask, logprobs, values, returns, returns, kl, scores, scores - 0.5, *positive, ended, ["a", "b"],
-        seconds,
+        sequences, 3, mask, logprobs, values, potentials, returns, returns, kl, scores, scores - 0.5, *positive, ended,
+        ["a", "b"], seconds,
     )  # fmt: skip
 
 
@@ -538,6 +586,14 @@ def test_metrics_sum_kl_over_a_response_and_average_over_responses():
         explained_variance=0, perplexity=math.exp(2.1),
     )  # fmt: skip
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-8)
+
+
+def test_the_explained_variance_is_that_of_value_head_and_potential_together():
+    """Returns 0, 1, 2, 5, ... 9 of which the potential gives all but 1/10, and the value head nothing."""
+    policy, returns = tiny_policy(), torch.arange(10.0).reshape(2, 5)
+    shaped = replace(example_rollout(potentials=9 * returns), returns=returns)
+    explained = rollout_metrics(shaped, policy, policy, 0, config())["explained_variance"]
+    assert explained == pytest.approx(0.99, abs=1e-6)
 
 
 def test_positive_shares_of_reward_and_judge_are_logged_if_there_are_any():
@@ -558,7 +614,8 @@ def test_kl_far_below_0_prints_a_warning(kl, has_warning):
     lines = []
     log = RunLog(config(), rank=1)
     log.bar = types.SimpleNamespace(set_postfix=lambda *_, **__: None, write=lines.append)
-    log.write_rollout(1, dict(score=0.0, kl=kl, tokens_per_second=1.0), samples=None)
+    others = dict(score=0.0, kl_stderr=0.1, tokens_per_second=1.0, clip_frac=0.0, entropy=1.0)
+    log.write_rollout(1, others | dict(kl=kl), samples=None)
     assert [line.startswith(f"warning: KL is {kl:.2f}") for line in lines] == [True] * has_warning
 
 

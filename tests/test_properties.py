@@ -232,9 +232,10 @@ def rollouts(draw):
     with torch.no_grad():
         logprobs, values = tiny_policy(0, value_std=0.5)(sequences, 3)
     scores, ended, seconds = torch.arange(8.0), mask.sum(1) < 4, dict(generate=1.0, score=1.0, logprobs=1.0)
+    potentials = torch.zeros_like(values)
     return Rollout(
-        sequences, 3, mask, logprobs, values, advantages, returns, kl * mask, scores, scores, None, None, ended,
-        ["text"] * 8, seconds,
+        sequences, 3, mask, logprobs, values, potentials, advantages, returns, kl * mask, scores, scores, None, None,
+        ended, ["text"] * 8, seconds,
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def data(length, seed=0, prompt_len=2):
     empty = dict.fromkeys(("kl", "scores", "objective", "positive_by_reward", "positive_by_judge", "ended"))
     sequences = torch.randint(0, 50, (8, length), generator=rng)
     return Rollout(
-        sequences, prompt_len, mask, logprobs - 4, values, advantages, returns, **empty, texts=[], seconds={}
+        sequences, prompt_len, mask, logprobs - 4, values, None, advantages, returns, **empty, texts=[], seconds={}
     )
 
 
