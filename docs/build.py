@@ -74,12 +74,12 @@ def sources():
     }
     for name in dict.fromkeys(f"{row['method']}, {row['setting']}" for row in rows):
         runs = [row for row in rows if f"{row['method']}, {row['setting']}" == name]
-        data["frontier"][name] = {m: mean([row[m] for row in runs]) for m in frontier.MEASURES}
+        data["frontier"][name] = {m: mean([row[m] for row in runs]) for m in frontier.measured(rows)}
     for name in dict.fromkeys(row["setting"] for row in ablation):
         runs = [row for row in ablation if row["setting"] == name]
         data["ablation"][name] = {
             m: mean([row[m] - (base[row["seed"]][m] if name != frontier.PRESET else 0) for row in runs])
-            for m in frontier.MEASURES
+            for m in frontier.measured(ablation)
         }
     return data
 
