@@ -243,7 +243,7 @@ def test_weighted_fine_tuning_converges_to_the_optimum_of_the_objective_of_ppo(b
 
 
 def test_dpo_moves_the_policy_towards_the_optimum_and_in_the_order_of_the_scores():
-    """KL(pi* || pi) falls to a quarter. Its own optimum is elsewhere: without random labels, margins have no bound."""
+    """KL(pi* || pi) falls to a quarter. The optimum of DPO is elsewhere: its labels are not random."""
     ref_probs, probs, optimum = learn(samples_per_prompt=4, steps=15, lr=1e-3)
     before, after = ((optimum * (optimum / p).log()).sum() for p in (ref_probs, probs))
     assert before > 0.1 and after < before / 4
