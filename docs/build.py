@@ -10,7 +10,6 @@ Draws the figures, executes the tutorial, and fills these places of the pages:
 A number keeps its decimals. It may be followed by its interval, [low, high] or ± half-width, and by " %".
 """
 
-import csv
 import json
 import re
 import statistics
@@ -25,6 +24,7 @@ from runtime.errors import BadInput, print_error, printable
 from runtime.log import duration
 
 ROOT = Path(__file__).parent.parent
+FRONTIER = ROOT / "asset" / "frontier"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NUMBER = re.compile(r"(-?\d[\d,]*(?:\.(\d+))?)( ± [\d,.]+| \[[-\d., ]+\])?( %)?<!-- ([^:>]+) -->")
 BLOCK = re.compile(r"(<!-- begin: ([^>]+) -->\n)(?:(?!<!-- begin).)*?(<!-- end -->)", re.DOTALL)
@@ -42,14 +42,6 @@ def read(path):
     return json.loads((ROOT / path).read_text(encoding="utf-8"))
 
 
-def read_rows(path):
-    """Return the rows of a CSV of the frontier, with numbers as floats."""
-    with open(ROOT / path, newline="", encoding="utf-8") as file:
-        texts = ("method", "setting", "seed")
-        rows = [{k: v if k in texts else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    return [row | {"seed": int(row["seed"])} for row in rows]
-
-
 def mean(values):
     """Return {"value", "half"}: the mean over seeds, and the half-width of its 95 % interval."""
     return {"value": statistics.mean(values), "half": frontier.half_width(values) if len(values) > 1 else 0.0}
@@ -57,7 +49,7 @@ def mean(values):
 
 def sources():
     """Return the numbers that pages may name, as nested dicts."""
-    rows, ablation = read_rows("asset/frontier/frontier.csv"), read_rows("asset/frontier/ablation.csv")
+    rows, ablation = (frontier.read_csv(FRONTIER / name) for name in ("frontier.csv", "ablation.csv"))
     base = {row["seed"]: row for row in ablation if row["setting"] == frontier.PRESET}
     data = {
         "results": read("asset/results.json"),
@@ -74,7 +66,7 @@ def sources():
     }
     for name in dict.fromkeys(f"{row['method']}, {row['setting']}" for row in rows):
         runs = [row for row in rows if f"{row['method']}, {row['setting']}" == name]
-        data["frontier"][name] = {m: mean([row[m] for row in runs]) for m in frontier.measured(rows)}
+        data["frontier"][name] = {m: mean([row[m] for row in runs]) for m in frontier.measured(runs)}
     for name in dict.fromkeys(row["setting"] for row in ablation):
         runs = [row for row in ablation if row["setting"] == name]
         data["ablation"][name] = {
@@ -144,7 +136,7 @@ def performance(data):
 def blocks():
     """Return {name: text} of the tables and outputs that pages may have."""
     results, recorded = read("asset/results.json"), read("asset/recorded.json")
-    rows, ablation = read_rows("asset/frontier/frontier.csv"), read_rows("asset/frontier/ablation.csv")
+    rows, ablation = (frontier.read_csv(FRONTIER / name) for name in ("frontier.csv", "ablation.csv"))
     names = {
         "score": "score of the reward",
         "positive_by_judge": "share positive by the judge",

@@ -15,16 +15,21 @@ from conftest import ROOT, message, reviews_csv, write_balanced_bert, write_tune
 from analysis import frontier
 from analysis.frontier import (
     ABLATIONS,
+    BEST_OF_N,
     METHODS,
+    OFFLINE,
     PRESET,
     START,
     Run,
     ablation_table,
+    add_efficiency,
     at_equal_kl,
+    best_of_n_rows,
     check_sweep,
+    efficiency_table,
     mean_text,
-    measured,
     methods_table,
+    read_csv,
     runs_of,
     runs_table,
     source_of,
@@ -32,9 +37,10 @@ from analysis.frontier import (
     write_config,
     write_csv,
 )
+from analysis.limit import sample_scores
 from analysis.metrics import open_second_lm, second_nll
-from analysis.responses import respond
-from config import PRESETS, FinetuneConfig, FrontierConfig, PPOConfig
+from analysis.responses import prompt_groups, respond
+from config import PRESETS, DPOConfig, FinetuneConfig, FrontierConfig, PPOConfig
 from data import load_splits
 from reward import SentimentReward
 from runtime.cli import parse
@@ -42,7 +48,10 @@ from runtime.hub import load_policy, open_gpt2
 
 pytest.importorskip("sklearn", reason="scikit-learn is in requirements-dev.txt")
 
-CFG = FrontierConfig(seeds=2, kl_coefs=(0.1, 0.3), best_of=(1, 2), positive_epochs=(0.5,), prompts=8, device="cpu")
+CFG = FrontierConfig(
+    seeds=2, kl_coefs=(0.1, 0.3), dpo_betas=(0.2,), weighted_betas=(0.2, 0.4), best_of=(1, 2), positive_epochs=(0.5,),
+    prompts=8, device="cpu",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -59,7 +68,7 @@ def test_the_positive_only_baseline_starts_from_a_trained_model(preset):
 def test_every_method_has_a_run_for_every_coefficient_and_seed_with_the_same_settings():
     """With a fixed coefficient: with a controller, the runs of all coefficients would end at the same KL."""
     runs = runs_of(CFG)
-    assert len({run.name for run in runs}) == len(runs) == 2 * (3 * 2 + 1 + len(ABLATIONS))
+    assert len({run.name for run in runs}) == len(runs) == 2 * (3 * 2 + 1 + 2 + 1 + len(ABLATIONS))
     keys = {(run.method, run.setting, run.seed) for run in runs}
     assert {(m, s, seed) for m in METHODS for s in ("0.1", "0.3") for seed in (0, 1)} <= keys
     for run in runs:
@@ -67,6 +76,10 @@ def test_every_method_has_a_run_for_every_coefficient_and_seed_with_the_same_set
             cfg = parse(PPOConfig, [str(flag) for flag in run.flags])
             assert (cfg.advantage, f"{cfg.kl_coef:g}", cfg.kl_target) == (METHODS[run.method], run.setting, 0)
             assert (cfg.steps, cfg.response_len) == (CFG.steps, CFG.response_len)
+        if run.method in OFFLINE:
+            cfg = parse(DPOConfig, [str(flag) for flag in run.flags])
+            assert (cfg.method, f"{cfg.beta:g}") == (OFFLINE[run.method], run.setting)
+            assert (cfg.steps, cfg.response_len, run.script) == (CFG.steps, CFG.response_len, "dpo.py")
         if run.method == frontier.POSITIVE_ONLY:
             cfg = parse(FinetuneConfig, [str(flag) for flag in run.flags])
             assert (cfg.reviews, f"{cfg.epochs:g}", cfg.weights) == ("positive", run.setting, "last")
@@ -117,6 +130,7 @@ def overrides(tmp_path, monkeypatch, gpt2_folder, bert_folder, judge_folder):
     fields = dict(
         before=str(gpt2_folder), reward=str(bert_folder), judge=str(judge_folder), max_prompt_len=4, batch_size=4,
         dataset=str(reviews_csv(tmp_path / "reviews.csv")), positive_label="", self_check=False,
+        limit_cache=str(tmp_path / "limit"),
     )  # fmt: skip
     monkeypatch.setattr(frontier, "parse", lambda cls, argv: replace(parse(cls, argv), **fields))
     return fields
@@ -154,11 +168,12 @@ def test_a_stopped_sweep_is_resumed_and_trains_no_run_twice(sweep, tmp_path, cap
     assert sorted(names) == sorted([run.name for run in runs_of(cfg)] + [names[4]])  # the fifth was interrupted
     rows, ablation = rows_of(out / "frontier.csv"), rows_of(out / "ablation.csv")
     assert rows[0]["method"] == START and float(rows[0]["kl_exact"]) == 0
-    assert len(rows) == 1 + 2 * (6 + 1 + 2) and len(ablation) == 2 * len(ABLATIONS)
-    for method in {row["method"] for row in rows[1:]}:  # each seed has its own runs and random numbers
+    assert len(rows) == 1 + 2 * (6 + 1 + 2 + 1) + 2 and len(ablation) == 2 * len(ABLATIONS)
+    for method in {row["method"] for row in rows[1:]} - {BEST_OF_N}:  # each seed has its own runs and random numbers
         scores = [[row["score"] for row in rows if (row["method"], row["seed"]) == (method, s)] for s in ("0", "1")]
         assert len(scores[0]) == len(scores[1]) > 0 and scores[0] != scores[1], method
     assert (out / "frontier.png").stat().st_size > 10_000
+    assert_efficiencies([*read_csv(out / "frontier.csv")[1:], *read_csv(out / "ablation.csv")], rows[0], out)
     assert not list(out.glob("*/*.safetensors"))
     first = (out / "frontier.csv").read_text()
     frontier.main(cfg)  # everything is done
@@ -166,21 +181,15 @@ def test_a_stopped_sweep_is_resumed_and_trains_no_run_twice(sweep, tmp_path, cap
     assert "score above PPO's frontier" in capsys.readouterr().out
 
 
-def responses_of(evaluator, seed, n=4):
-    """Return the texts that best-of-n chooses from, a list of n lists."""
-    return [evaluator.respond(evaluator.reference, "", 1 + 1000 * seed + i)["texts"] for i in range(n)]
-
-
-def test_best_of_n_has_the_highest_score_of_n_responses_and_the_bound_of_the_kl(sweep):
-    """With n = 1 it is the fine-tuned model. Catches the worst of n, and the same response n times."""
-    evaluator = frontier.Evaluator(sweep[0])
-    best = evaluator.best_of_n((1, 4), seed=0)
-    draws = responses_of(evaluator, seed=0)
-    scores = torch.stack([evaluator.reward_fn(texts) for texts in draws]).double()
-    assert len(set(map(tuple, draws))) == 4
-    assert best["1"]["score"] == pytest.approx(scores[0].mean().item()) and best["1"]["kl"] == 0
-    assert best["4"]["score"] == pytest.approx(scores.max(0).values.mean().item())
-    assert best["4"]["kl_exact"] == pytest.approx(math.log(4) - 3 / 4)
+def assert_efficiencies(rows, start, out):
+    """Of each run, from its score and KL and the curve in limit.csv."""
+    limit = read_csv(out / "limit.csv")
+    assert limit[0]["kl"] == limit[0]["gain"] == 0 and len(limit) > 10
+    for row in rows:
+        if row["kl_exact"]:
+            curve = [[point[name] for point in limit] for name in ("gain", "kl")]
+            needed = np.interp(row["score"] - float(start["score"]), *curve)
+            assert row["kl_efficiency"] == pytest.approx(needed / row["kl_exact"])
 
 
 @pytest.fixture
@@ -220,14 +229,23 @@ def test_a_run_is_evaluated_with_its_own_policy_against_the_fine_tuned_model(eva
     assert row["kl_exact"] > 0.1
 
 
-def test_the_reward_and_not_the_judge_chooses_the_best_of_n(evaluator):
-    draws = responses_of(evaluator, seed=1)
-    reward, judge = (SentimentReward.load(name) for name in (evaluator.cfg.reward, evaluator.cfg.judge))
-    best = torch.stack([reward(texts) for texts in draws]).argmax(0).tolist()
-    by_reward, by_judge = shares([draws[i][row] for row, i in enumerate(best)], reward, judge)
-    row = evaluator.best_of_n((4,), seed=1)["4"]
-    assert (row["positive_by_reward"], row["positive_by_judge"]) == pytest.approx((by_reward, by_judge))
-    assert by_reward > by_judge + 0.1
+def test_the_limit_and_best_of_n_are_of_responses_of_the_fine_tuned_model_to_the_prompts_of_the_sweep(evaluator):
+    """The reward and not the judge chooses: for n = 1 it is the mean, for n = N the highest score of each prompt."""
+    evaluator.cfg = replace(evaluator.cfg, limit_prompts=8, limit_samples=32)
+    scores, shares = evaluator.limit()
+    again, _ = sample_scores(
+        evaluator.reference, evaluator.tokenizer, evaluator.reward_fn, evaluator.judge,
+        list(prompt_groups(evaluator.pool, replace(evaluator.cfg, prompts=8))), evaluator.cfg, torch.device("cpu"),
+    )  # fmt: skip
+    assert scores.shape == (8, 32) and np.array_equal(scores, again)
+    one, two, every = best_of_n_rows(scores, shares, {"score": 10.0}, (1, 2, 32))
+    assert (one["score"], one["positive_by_judge"]) == pytest.approx((10, shares.mean())) and one["kl"] == 0
+    rows = np.arange(8)
+    assert every["score"] == pytest.approx(10 + scores.max(1).mean() - scores.mean())
+    assert every["positive_by_judge"] == pytest.approx(shares[rows, scores.argmax(1)].mean())
+    assert two["kl_exact"] == pytest.approx(math.log(2) - 1 / 2)
+    pairs = [max(row[a], row[b]) for row in scores for a in range(32) for b in range(a)]
+    assert two["score"] == pytest.approx(10 + np.mean(pairs) - scores.mean())
 
 
 def test_the_share_positive_by_words_is_that_of_a_classifier_of_labels_that_no_other_model_saw(sweep, overrides):
@@ -244,8 +262,8 @@ def test_the_share_positive_by_words_is_that_of_a_classifier_of_labels_that_no_o
     assert evaluator.measure(responses)["positive_by_words"] == 0.75
 
 
-def test_bits_per_character_are_by_the_second_model_also_for_best_of_n(sweep, tmp_path, gpt2_folder):
-    """Of all responses, or of those that the reward chose. Without a second model, there are none."""
+def test_bits_per_character_are_by_the_second_model(sweep, tmp_path, gpt2_folder):
+    """Of all responses. Without a second model, there are none."""
     second = str(write_tuned(gpt2_folder, tmp_path / "second", seed=7))
     evaluator = frontier.Evaluator(replace(sweep[0], second_lm=second))
 
@@ -257,12 +275,6 @@ def test_bits_per_character_are_by_the_second_model_also_for_best_of_n(sweep, tm
     responses = evaluator.respond(evaluator.reference, "")
     bits = evaluator.measure(responses)["bits_per_character"]
     assert bits == expected(responses)
-    draws = [evaluator.respond(evaluator.reference, "", 1 + i) for i in range(4)]
-    best = np.stack([evaluator.reward_fn(draw["texts"]).numpy() for draw in draws]).argmax(0)
-    chosen = {name: [draws[i][name][row] for row, i in enumerate(best)] for name in ("texts", "prompts")}
-    row = evaluator.best_of_n((4,), seed=0)["4"]
-    assert row["bits_per_character"] == expected(chosen) != pytest.approx(bits)
-    assert 0 <= row["positive_by_words"] <= 1
     assert "bits_per_character" not in frontier.Evaluator(sweep[0]).measure(responses)
 
 
@@ -309,7 +321,7 @@ def test_the_error_of_a_failed_run_names_its_log(tmp_path):
 
 
 def point(method, kl, score, seed=0, setting="1"):
-    numbers = dict.fromkeys(frontier.MEASURES, 0.0) | {"kl_exact": kl, "score": score}
+    numbers = dict.fromkeys(set(frontier.MEASURES) - {"kl_efficiency"}, 0.0) | {"kl_exact": kl, "score": score}
     return {"method": method, "setting": setting, "seed": seed} | numbers
 
 
@@ -336,17 +348,61 @@ def test_runs_at_6_and_38_nats_give_no_value_at_8_nats():
     assert cells(runs_table(rows))["GRPO, 1"][0].startswith("22.250 ")  # the runs themselves are reported
 
 
-def test_a_measure_is_in_the_tables_and_files_if_every_run_has_it(tmp_path):
-    """Sweeps of earlier versions have no share positive by words, and those without second_lm no bits."""
+def test_a_measure_is_in_the_tables_and_files_if_a_run_has_it(tmp_path):
+    """Earlier sweeps have no share positive by words, those without second_lm no bits, best-of-n neither of both."""
     rows = [point(START, 0, 0), *(point("PPO", 2, 3, seed) for seed in (0, 1))]
     new = {"positive_by_words", "bits_per_character"}
     old = [{name: value for name, value in row.items() if name not in new} for row in rows]
-    for table, present in ((rows, new), (old, set()), ([*rows[:2], old[2]], set())):
+    for table, present in ((rows, new), (old, set()), ([*old[:2], rows[2]], new)):
         write_csv(tmp_path / "frontier.csv", table)
         assert {*rows_of(tmp_path / "frontier.csv")[0]} & new == present
         assert {*table_rows(runs_table(table))[0]} & new == present
-        headers = {first for first, *_ in table_rows(summary(table, [], CFG))}
+        headers = {first for first, *_ in table_rows(summary(table, [], [], CFG))}
         assert {name for name in new if f"{name} at a KL of" in headers} == present
+
+
+LIMIT = [{"kl": kl, "gain": 2 * kl, "positive_by_judge": 0.5 + kl / 10} for kl in (0.0, 1.0, 3.0)]
+
+
+def test_the_efficiency_at_a_kl_is_the_kl_that_the_limit_needs_for_the_interpolated_score():
+    """The limit gains 2 per nat: a gain of 2 needs 1 nat. Beyond its end at 3 nats, it counts as 3."""
+    rows = [point(START, 0, 1), point("PPO", 2, 3, 0), point("PPO", 4, 99, 0)]
+    add_efficiency(rows, rows[0], LIMIT)
+    assert [row.get("kl_efficiency") for row in rows] == [None, 0.5, 0.75]
+    lines = cells(efficiency_table(rows, LIMIT))
+    assert lines["PPO"] == ["-", "0.500", "0.750", "-", "-"] and "limit" not in lines
+
+
+def test_the_line_of_the_limit_ends_with_its_curve_and_is_that_of_score_and_judge():
+    rows = [point(START, 0, 1), point("PPO", 2, 3, 0)]
+    assert cells(methods_table(rows, "score", LIMIT))["limit"] == ["3.000", "5.000", "-", "-", "-"]
+    assert cells(methods_table(rows, "positive_by_judge", LIMIT))["limit"] == ["0.600", "0.700", "-", "-", "-"]
+    assert "limit" not in cells(methods_table(rows, "perplexity", LIMIT)) and "limit" not in cells(
+        methods_table(rows, "score")
+    )
+    text = summary(rows, [], LIMIT, CFG)
+    assert "scores of up to 6.00 above" in text and "kl_efficiency at a KL of" in text
+    assert "efficiency" not in summary(rows, [], [], CFG)
+
+
+def test_a_method_without_a_measure_has_none_at_any_kl():
+    """Best-of-n has no perplexity: its texts are not kept."""
+    rows = [point(START, 0, 1), {"method": "best-of-n", "setting": "4", "seed": 0, "kl_exact": 1.0, "score": 2.0}]
+    assert at_equal_kl(rows, "score", 1) == {"best-of-n": [2]} and at_equal_kl(rows, "perplexity", 1) == {
+        "best-of-n": []
+    }
+    assert cells(runs_table(rows))["best-of-n, 4"][:2] == ["1.000", "2.000"]
+    assert cells(runs_table(rows))["best-of-n, 4"][2] == "-"
+
+
+def test_a_csv_is_read_as_it_was_written(tmp_path):
+    """A number that a row lacks is missing, not 0 or nan."""
+    rows = [
+        {"method": "PPO", "setting": "0.1", "seed": 3, "score": 0.1},
+        {"method": "a", "setting": "2", "seed": 0, "kl": 1.5},
+    ]
+    write_csv(tmp_path / "rows.csv", rows)
+    assert read_csv(tmp_path / "rows.csv") == rows
 
 
 def test_the_fine_tuned_model_is_not_a_run_of_a_method():
@@ -399,16 +455,13 @@ def test_the_score_above_the_frontier_is_empty_if_no_run_of_the_frontier_is_near
     assert (lines[PRESET][-1] == "-") == (far == PRESET)
 
 
-def committed(name):
-    """Return the rows of a committed CSV, with numbers as in frontier.main."""
-    rows = rows_of(ROOT / "asset" / "frontier" / name)
-    return [row | {n: float(row[n]) for n in measured(rows)} | {"seed": int(row["seed"])} for row in rows]
-
-
 def test_the_published_tables_are_computed_from_the_committed_runs():
     """frontier.md is the output for the two CSVs. docs/results.md has the same tables, see test_docs.py."""
-    text = summary(committed("frontier.csv"), committed("ablation.csv"), FrontierConfig(seeds=3, prompts=512))
-    assert (ROOT / "asset" / "frontier" / "frontier.md").read_text(encoding="utf-8") == text
+    folder = ROOT / "asset" / "frontier"
+    runs, ablation = (read_csv(folder / name) for name in ("frontier.csv", "ablation.csv"))
+    limit = read_csv(folder / "limit.csv") if (folder / "limit.csv").is_file() else []
+    text = summary(runs, ablation, limit, FrontierConfig(seeds=3, prompts=512))
+    assert (folder / "frontier.md").read_text(encoding="utf-8") == text
     near = f"within {100 * frontier.NEAR:g} % of that KL"
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert near in text and near in " ".join(page.split())
