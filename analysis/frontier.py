@@ -273,11 +273,13 @@ def value_at(rows, method, seed, measure, nats):
     None if the method lacks the measure, if no run has a KL within NEAR of this one, or if this one is above the KL of
     every run.
     """
-    runs = [row for row in rows if (row["method"], row["seed"]) == (method, seed) and measure in row]
+    rows = [row for row in rows if measure in row]
+    runs = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
+    if not any(abs(row["kl_exact"] - nats) <= NEAR * nats for row in runs):
+        return None
     points = sorted((row["kl_exact"], row[measure]) for row in [*runs, *(r for r in rows if r["method"] == START)])
     kl, values = zip(*points)
-    near = any(abs(row["kl_exact"] - nats) <= NEAR * nats for row in runs)
-    return float(np.interp(nats, kl, values)) if near and nats <= kl[-1] else None
+    return float(np.interp(nats, kl, values)) if nats <= kl[-1] else None
 
 
 def limit_at(limit, start, measure, nats):

@@ -55,6 +55,18 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         ],
     },
     "ppo.py": {
+        "test_ppo::test_with_shaping_a_value_is_the_value_head_plus_the_score_of_the_text_so_far": [
+            (
+                "the value head learns the whole return, which the potential then counts twice",
+                "returns = (returns - potentials).where(mask, 0)",
+                "returns = returns.where(mask, 0)",
+            ),
+            (
+                "the potential is not a part of the value",
+                "gae(rewards, values + potentials, mask",
+                "gae(rewards, values, mask",
+            ),
+        ],
         "test_ppo::test_score_lands_on_the_last_real_token_and_kl_on_every_one": [
             (
                 "the score is given at the last column, not at the last token of each response",
@@ -503,6 +515,13 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         ],
     },
     "reward.py": {
+        "test_ppo::test_with_shaping_a_value_is_the_value_head_plus_the_score_of_the_text_so_far": [
+            (
+                "the value of a token is the score of the text that includes the token",
+                "decode(ids[:, : prompt_len + t], tokenizer)",
+                "decode(ids[:, : prompt_len + t + 1], tokenizer)",
+            ),
+        ],
         "test_linear_classifier::test_the_baseline_is_trained_on_crops_of_its_splits_only_with_their_labels": [
             (
                 "the crops of the linear classifier are the same in all passes",
@@ -585,6 +604,44 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         ],
         "test_metrics::test_the_second_model_gives_the_loss_of_transformers": [
             ("the perplexity of a response includes its prompt", "end > len(prompt) for", "end > 0 for"),
+        ],
+    },
+    "analysis/limit.py": {
+        "test_limit::test_the_curve_is_that_of_pi_star_where_all_responses_are_known": [
+            (
+                "the KL of pi* without the number of responses",
+                "torch.xlogy(weights, n * weights)",
+                "torch.xlogy(weights, weights)",
+            ),
+            ("pi* at 1 / beta", "(scores / beta).softmax(1)", "(scores * beta).softmax(1)"),
+        ],
+        "test_limit::test_few_responses_need_too_much_kl_by_the_share_that_margin_states": [
+            (
+                "weights are normalized over all prompts",
+                "(scores / beta).softmax(1)",
+                "(scores / beta).flatten().softmax(0).view_as(scores) * len(scores)",
+            ),
+        ],
+        "test_limit::test_best_of_n_is_the_mean_of_the_highest_score_over_all_choices": [
+            (
+                "n are drawn with replacement",
+                "math.comb(i, n - 1) / math.comb(size, n)",
+                "((i + 1) ** n - i**n) / size**n",
+            ),
+        ],
+        "test_limit::test_pi_star_has_an_efficiency_of_1_and_half_of_it_at_twice_the_kl": [
+            (
+                "the efficiency is the gain of the policy over that of the limit",
+                "needed / float(kls.mean()),",
+                "float(kls.mean()) / needed,",
+            ),
+        ],
+        "test_limit::test_the_second_call_reads_the_scores_and_another_reference_reward_or_option_does_not": [
+            (
+                "all references share their responses",
+                "fingerprint(*models, str(options)",
+                "fingerprint(*models[1:], str(options)",
+            ),
         ],
     },
     "analysis/frontier.py": {
