@@ -206,7 +206,7 @@ def main(cfg):
         results[name], values[name] = measure(responses[name], reward_fn, judge, cfg)
     results["difference"] = difference(values["before"], values["after"], cfg)
     if cfg.limit_samples:
-        scores, _ = reference_scores(policies["before"], tokenizer, reward_fn, judge, pool, cfg, device)
+        (scores,) = reference_scores(policies["before"], tokenizer, reward_fn, None, pool, cfg, device)
         gains = values["after"]["score"] - values["before"]["score"]
         results["kl_efficiency"] = kl_efficiency(scores, gains, values["after"]["kl_exact"], cfg)
     names = ("before", "after", "task", "reward", "judge", "second_lm", "seed", "temperature", "sample_temperature")

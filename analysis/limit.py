@@ -129,9 +129,10 @@ def best_of_n_weights(n, size):
 
 @torch.no_grad()
 def sample_scores(policy, tokenizer, reward_fn, judge, groups, cfg, device):
-    """Return (scores, shares) of cfg.limit_samples responses of the policy to each prompt, (M, N) float64 each.
+    """Return the scores of cfg.limit_samples responses of the policy to each prompt: (1, M, N) float64.
 
-    shares: 1 if the judge finds the response positive, else 0. groups: from prompt_groups.
+    With a judge, (2, M, N): the second row is 1 if the judge finds the response positive, else 0. groups: from
+    prompt_groups.
     """
     scores, shares, eos_id = [], [], tokenizer.eos_token_id
     parts = [part for group in groups for part in group.repeat_interleave(cfg.limit_samples, 0).split(ROWS)]
@@ -140,9 +141,11 @@ def sample_scores(policy, tokenizer, reward_fn, judge, groups, cfg, device):
         texts = decode(policy.gpt2.generate(prompts, cfg.response_len, cfg.temperature, eos_id, rng), tokenizer)
         scores.append(scored(reward_fn, texts)[0].double())
         check_finite("score", scores[-1], texts)
-        shares.append((judge.log_odds(texts) > 0).double())
+        if judge:
+            shares.append((judge.log_odds(texts) > 0).double())
         release_memory(torch.device(device))
-    return tuple(torch.cat(x).view(-1, cfg.limit_samples).cpu().numpy() for x in (scores, shares))
+    columns = [scores, shares] if judge else [scores]
+    return np.stack([torch.cat(x).view(-1, cfg.limit_samples).cpu().numpy() for x in columns])
 
 
 def reference_scores(policy, tokenizer, reward_fn, judge, pool, cfg, device):
@@ -152,13 +155,14 @@ def reference_scores(policy, tokenizer, reward_fn, judge, pool, cfg, device):
     evaluation takes the time to generate them. With a reward that has no fingerprint, nothing is kept.
     """
     groups = list(prompt_groups(pool, replace(cfg, prompts=min(cfg.limit_prompts, cfg.prompts))))
-    models = policy_fingerprint(policy, tokenizer), reward_fingerprint(reward_fn), reward_fingerprint(judge)
+    models = [policy_fingerprint(policy, tokenizer), reward_fingerprint(reward_fn)]
+    models += [reward_fingerprint(judge)] if judge else []
     options = cfg.limit_samples, cfg.response_len, cfg.temperature, cfg.seed, cfg.reward_kind, cfg.task
     key = fingerprint(*models, str(options), str([group.tolist() for group in groups]))
     file = Path(cfg.limit_cache, f"{key}.npy")
     if all(models) and file.is_file():
         try:
-            return tuple(np.load(file))
+            return np.load(file)
         except (ValueError, EOFError):  # damaged
             pass
     kept = sample_scores(policy, tokenizer, reward_fn, judge, groups, cfg, device)

@@ -465,7 +465,7 @@ def test_the_kl_efficiency_compares_the_gain_with_the_scores_of_the_reference(ru
     out = run()
     results, output = json.loads((out / "results.json").read_text()), " ".join(capsys.readouterr().out.split())
     entry, (scores,) = results["kl_efficiency"], (tmp_path / ".cache" / "limit").iterdir()
-    assert entry["responses"] == [8, 16] and np.load(scores).shape == (2, 8, 16)
+    assert entry["responses"] == [8, 16] and np.load(scores).shape == (1, 8, 16)
     assert entry["gain"] == pytest.approx(results["difference"]["score"]["value"])
     assert entry["kl"] == results["after"]["kl_exact"]["value"] > 0
     curve = [x.mean(1) for x in limit_curve(np.load(scores)[0])]

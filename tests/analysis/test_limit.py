@@ -206,6 +206,8 @@ def test_a_damaged_file_in_the_cache_is_replaced(models, tmp_path):
         file.write_bytes(content)
         assert np.array_equal(reference_scores(policy, tokenizer, reward_fn, judge, POOL, cfg, CPU), first)
     assert np.load(file).shape == (2, 6, 16)
+    (scores,) = reference_scores(policy, tokenizer, reward_fn, None, POOL, cfg, CPU)  # without a judge
+    assert np.array_equal(scores, first[0]) and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_reward_without_a_fingerprint_is_not_kept(models, tmp_path):
