@@ -60,7 +60,7 @@ from runtime.optimizer import Stepper
 
 # %% [markdown]
 # All constants are in `config.py`. We take preset `mini` and make it smaller: 32 responses of at most 16 tokens per
-# step, 20 steps, and scores that are not clipped.
+# step and 20 steps, with a higher learning rate, an adaptive KL coefficient, and values without reward shaping.
 
 # %%
 cfg = replace(
@@ -72,7 +72,12 @@ cfg = replace(
     micro_batch_size=16,
     response_len=16,
     steps=20,
+    lr=4e-4,
+    lr_end=0.1,
+    kl_coef=0.08,
+    kl_target=5.0,
     score_clip=0.0,
+    shaping_every=0,
 )
 pick_device(cfg)
 print(f"{cfg.policy = }, {cfg.reward = }")
@@ -548,7 +553,7 @@ assert kl_padding > kl_real
 # %% [markdown]
 # ## What next
 #
-# - `python ppo.py --preset mini` is the full run on a CPU: 40 steps of 128 responses.
+# - `python ppo.py --preset mini` is the full run on a CPU: 60 steps of 128 responses.
 # - The [README](../README.md) says how to change the reward, the data and the model.
 # - The docstring of `ppo.py` lists the details that matter, in the order of the code.
 # - [implementation-details.md](implementation-details.md) explains them, [kl.md](kl.md) the KL.

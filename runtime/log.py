@@ -200,9 +200,13 @@ def ppo_flops(cfg, gpt2, rewards):
 
     A backward pass takes twice a forward pass. rewards: the reward and the judge; only classifiers count.
     """
-    tokens = (cfg.min_prompt_len + cfg.max_prompt_len) / 2 + cfg.response_len
-    passes = 3 + 3 * cfg.ppo_epochs
-    classifiers = sum(classifier_flops(reward.model, tokens) for reward in rewards if hasattr(reward, "model"))
+    prompt = (cfg.min_prompt_len + cfg.max_prompt_len) / 2
+    tokens, passes = prompt + cfg.response_len, 3 + 3 * cfg.ppo_epochs
+    scored = [(reward, tokens) for reward in rewards]
+    if cfg.shaping_every and cfg.advantage == "gae":  # the reward scores each text so far
+        lengths = range(0, cfg.response_len, cfg.shaping_every)
+        scored += [(reward, prompt + t) for reward in rewards[:1] for t in lengths]
+    classifiers = sum(classifier_flops(reward.model, n) for reward, n in scored if hasattr(reward, "model"))
     return cfg.steps * cfg.batch_size * (passes * gpt2.flops(tokens, cfg.response_len) + classifiers)
 
 

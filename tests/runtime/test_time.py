@@ -66,6 +66,13 @@ def test_the_flops_of_ppo_are_those_that_pytorch_counts_in_a_rollout_and_its_upd
     assert ppo_flops(cfg, policy.gpt2, [reward_fn, None]) == pytest.approx(policy_flops + classifier)
     assert ppo_flops(cfg, policy.gpt2, [len, reward_fn]) == pytest.approx(policy_flops + classifier)
     assert ppo_flops(cfg, policy.gpt2, [reward_fn, reward_fn]) == pytest.approx(policy_flops + 2 * classifier)
+    shaped = replace(cfg, shaping_every=5)  # texts of 4, 9 and 14 tokens
+    for rewards in ([reward_fn, None], [reward_fn, len]):
+        expected = policy_flops + classifier * (1 + (4 + 9 + 14) / 16)
+        assert ppo_flops(shaped, policy.gpt2, rewards) == pytest.approx(expected)
+    assert ppo_flops(shaped, policy.gpt2, [len, reward_fn]) == pytest.approx(policy_flops + classifier)
+    rloo = replace(shaped, advantage="rloo")
+    assert ppo_flops(rloo, policy.gpt2, [reward_fn, None]) == pytest.approx(policy_flops + classifier)
 
 
 def test_the_flops_of_a_classifier_are_those_that_pytorch_counts(bert_folder):
