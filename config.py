@@ -362,7 +362,7 @@ class EvaluateConfig(DataConfig, ComparisonConfig, PromptConfig):
     samples: int = 8  # number of random prompts whose responses are shown side by side
     sample_temperature: float = 0.7  # of the samples only: easier to read than at temperature 1
     viewer_samples: int = 200  # evenly spaced prompts whose responses are in viewer.json token by token
-    limit_prompts: int = 128  # M, prompts for the limit of analysis/limit.py, with which KL efficiency is measured
+    limit_prompts: int = by_preset(128, mini=64)  # M, prompts for KL efficiency, see analysis/limit.py
     limit_samples: int = 128  # N, responses of the reference to each of them; 0: do not measure KL efficiency
     limit_cache: str = ".cache/limit"  # folder that keeps the scores of these responses for the next evaluation
     self_check: bool = True  # check reward and judge first; False only for random weights

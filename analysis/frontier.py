@@ -160,8 +160,9 @@ class Evaluator:
 
     def __init__(self, cfg):
         LinearClassifier()  # raises BadInput without scikit-learn, before anything expensive
-        sizes = ["--prompts", cfg.prompts, "--response_len", cfg.response_len, "--device", cfg.device]
-        self.cfg = parse(EvaluateConfig, ["--preset", cfg.preset, *map(str, sizes), "--dtype", cfg.dtype])
+        sizes = ["--prompts", cfg.prompts, "--response_len", cfg.response_len, "--limit_prompts", 128]
+        device = ("--device", cfg.device, "--dtype", cfg.dtype)
+        self.cfg = parse(EvaluateConfig, ["--preset", cfg.preset, *map(str, sizes), *device])
         self.device, self.dtype = pick_device(self.cfg)
         self.second = open_second_lm(cfg.second_lm, self.device) if cfg.second_lm else None
         opened = open_gpt2(self.cfg.before)
