@@ -61,9 +61,12 @@ ABLATIONS = {  # detail: the flags, or the patch in asset/ablations/, that chang
     "values do not train the trunk": "detached_values.patch",
     "value loss not clipped": "--value_clip 1e9",
     "ratio not clipped": "--clip_eps 1e9",
-    "KL coefficient fixed": "--kl_target 0",
+    "no reward shaping": "--shaping_every 0",
+    "lambda 1": "--lam 1",
+    "KL coefficient adaptive": "--kl_target 2.5",
     "scores not cut": "--score_clip 0",
     "Adam's epsilon 1e-8": "--adam_eps 1e-8",
+    "learning rate 4e-4": "--lr 4e-4",
     "learning rate constant": "--lr_end 1",
 }
 # A value at a KL needs a run within this share of that KL. With 1/4, GRPO's value at 8 nats would be interpolated

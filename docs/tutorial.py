@@ -553,7 +553,7 @@ assert kl_padding > kl_real
 # %% [markdown]
 # ## What next
 #
-# - `python ppo.py --preset mini` is the full run on a CPU: 60 steps of 128 responses.
+# - `python ppo.py --preset mini` is the full run on a CPU: 40 steps of 128 responses.
 # - The [README](../README.md) says how to change the reward, the data and the model.
 # - The docstring of `ppo.py` lists the details that matter, in the order of the code.
 # - [implementation-details.md](implementation-details.md) explains them, [kl.md](kl.md) the KL.
