@@ -11,7 +11,8 @@ run, the log and a line of JSON are kept, but not the weights.
 
 A policy that has exploited the reward often misleads the judge as well, which is a neural network trained in a similar
 way. Two measures share nothing with the reward: the share positive by a linear classifier of words and word pairs, and
-the bits per character under a second language model. Needs scikit-learn.
+the bits per character under a second language model. Neither shows that a text is a list of positive words, but the
+perplexity under the fine-tuned model does: see docs/troubleshooting.md. Needs scikit-learn.
 """
 
 import csv
