@@ -104,7 +104,7 @@ def by_token(policies, tokenizer, reward_fn, prompts, tokens, values, ppo, cfg):
     responses = pad_sequence([torch.tensor(ids) for ids in tokens], True, eos_id).to(prompts.device)
     sequences, scores, rows = torch.cat([prompts, responses], dim=1), torch.from_numpy(values["score"]), []
     so_far = torch.zeros(responses.shape, device=prompts.device)
-    if ppo and ppo.advantage == "gae" and ppo.shaping_every:
+    if getattr(ppo, "advantage", "") == "gae" and ppo.shaping_every:
         so_far = scores_so_far(reward_fn, sequences.cpu(), prompt_len, tokenizer, ppo).to(so_far)
     for part in micro_batches(policies["after"], sequences):
         rest = scores[part], ppo, cfg.temperature, eos_id, so_far[part]

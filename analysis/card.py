@@ -83,6 +83,7 @@ def policy_run(policy):
     if not {"kl_coef", "method"} & saved.keys():  # no run, or one of finetune_gpt2.py
         return None, []
     cls, metric = (PPOConfig, "score") if "kl_coef" in saved else (DPOConfig, "loss")
+    saved = {"shaping_every": 0} | saved  # runs of earlier versions have none
     flags = [(f"--{f.name}", str(saved[f.name])) for f in fields(cls) if f.name in saved]
     try:
         run = parse(cls, [part for flag in flags for part in flag])

@@ -389,6 +389,27 @@ def test_viewer_json_has_the_metrics_of_each_token_of_both_responses(opened, eva
         assert any(x != 0 for x in sample["before"]["kl"])  # also these KLs are of the policy after PPO
 
 
+def test_with_shaping_the_values_of_the_viewer_have_the_score_of_the_text_so_far(opened, evaluated):
+    """Clipped, and the advantages follow from them."""
+    tokenizer, (policies, groups, out, values) = opened[2], evaluated
+    ppo = PPOConfig(kl_coef=0.3, gamma=0.9, lam=0.8, score_clip=1.0, shaping_every=2)
+
+    def length(texts):
+        return torch.tensor([len(text) / 20 for text in texts])
+
+    page = viewer(policies, tokenizer, length, groups, out, values, ppo, CFG, CPU)
+    for i, sample in enumerate(page["samples"]):
+        shown, tokens = sample["after"], out["after"]["tokens"][i]
+        prompt = tokenizer(sample["prompt"])["input_ids"]
+        parts = tokenizer.batch_decode([prompt + tokens[: t // 2 * 2] for t in range(len(tokens))], True)
+        potentials = length(parts).clamp(max=1)[None]
+        assert shown["value"] == pytest.approx((0.5 + potentials[0]).tolist(), abs=1e-4)
+        kl, mask = torch.tensor([shown["kl"]]), torch.ones(1, len(tokens), dtype=torch.bool)
+        rewards = token_rewards(torch.tensor([shown["score"]]).clamp(-1, 1), kl, mask, 0.3)
+        advantages, _ = gae(rewards, 0.5 + potentials, mask, 0.9, 0.8)
+        assert shown["advantage"] == pytest.approx(advantages[0].tolist(), abs=2e-3)
+
+
 def test_the_prompts_of_the_viewer_have_all_lengths(opened, evaluated):
     policies, groups, out, values = evaluated
     page = viewer(policies, opened[2], None, groups, out, values, PPOConfig(), replace(CFG, viewer_samples=4), CPU)

@@ -124,13 +124,13 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_ppo::test_rloo_gives_the_golden_numbers": [
             (
                 "the RLOO baseline includes the response itself",
-                "/ (cfg.samples_per_prompt - 1)",
-                "/ cfg.samples_per_prompt",
+                "else (k - 1) / k  #",
+                "else 1.0  #",
             ),
             (
                 "a group has responses to different prompts",
-                "groups = rewards.view(-1, cfg.samples_per_prompt)",
-                "groups = rewards.view(cfg.samples_per_prompt, -1).T",
+                "groups = rewards.view(-1, k)",
+                "groups = rewards.view(k, -1).T",
             ),
         ],
         "test_ppo::test_grpo_gives_the_golden_numbers": [
@@ -213,9 +213,9 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_reward::test_a_character_split_between_prompt_and_response_is_complete_for_the_classifier": [
             (
                 "prompt and response are decoded separately",
-                "texts = decode(ids, tokenizer)",
-                "texts = [a + b for a, b in zip(decode(prompts, tokenizer), "
-                "decode(sequences[:, prompt_len:], tokenizer))]",
+                "texts, clip = decode(ids, tokenizer), cfg",
+                "texts, clip = [a + b for a, b in zip(decode(prompts, tokenizer), "
+                "decode(sequences[:, prompt_len:], tokenizer))], cfg",
             ),
         ],
         "test_ppo::test_micro_batch_size_does_not_change_the_step": [
@@ -648,8 +648,8 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_frontier::test_a_value_at_a_kl_needs_a_run_near_it_and_none_is_extrapolated": [
             (
                 "methods are compared at a KL that none of their runs is close to",
-                "if near and nats <= kl[-1] else None",
-                "if nats <= kl[-1] else None",
+                "<= NEAR * nats for row in runs",
+                "<= 1e9 for row in runs",
             ),
         ],
         "test_frontier::test_the_share_positive_by_words_is_that_of_a_classifier_of_labels_that_no_other_model_saw": [
