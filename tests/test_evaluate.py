@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from analysis.limit import limit_curve
 from analysis.responses import micro_batches, pieces, prompt_groups, respond
 from analysis.tables import efficiency_text, kl_text, table_text
 from config import EvaluateConfig, PPOConfig
-from data import CONTROLS, load_splits, prompt_pool
+from data import CONTROLS, decode, load_splits, prompt_pool
 from evaluate import check_results, sample_responses, token_metrics, viewer
 from model import GPT2
 from ppo import gae, token_rewards
@@ -397,11 +398,11 @@ def test_with_shaping_the_values_of_the_viewer_have_the_score_of_the_text_so_far
     def length(texts):
         return torch.tensor([len(text) / 20 for text in texts])
 
-    page = viewer(policies, tokenizer, length, groups, out, values, ppo, CFG, CPU)
+    page, prompts = viewer(policies, tokenizer, length, groups, out, values, ppo, CFG, CPU), [*chain(*groups)]
     for i, sample in enumerate(page["samples"]):
         shown, tokens = sample["after"], out["after"]["tokens"][i]
-        prompt = tokenizer(sample["prompt"])["input_ids"]
-        parts = tokenizer.batch_decode([prompt + tokens[: t // 2 * 2] for t in range(len(tokens))], True)
+        prompt = prompts[i].tolist()
+        parts = decode([prompt + tokens[: t // 2 * 2] for t in range(len(tokens))], tokenizer)
         potentials = length(parts).clamp(max=1)[None]
         assert shown["value"] == pytest.approx((0.5 + potentials[0]).tolist(), abs=1e-4)
         kl, mask = torch.tensor([shown["kl"]]), torch.ones(1, len(tokens), dtype=torch.bool)
