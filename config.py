@@ -249,7 +249,7 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     batch_size: int = 128  # B, episodes per rollout
 
     # reward
-    kl_coef: float = by_preset(0.2, mini=0.08)  # beta of Ziegler et al. 2019, Eq. 2, per nat; initial value if adaptive
+    kl_coef: float = by_preset(0.2, mini=0.1)  # beta of Ziegler et al. 2019, Eq. 2, per nat; initial value if adaptive
     kl_target: float = by_preset(6.0, mini=0.0)  # target KL of adaptive kl_coef, nats per response; 0: fixed kl_coef
     kl_horizon: float = by_preset(10_000, mini=2000)  # episodes in which kl_coef changes by a factor of at most e^0.2
     score_clip: float = by_preset(0.0, mini=1.0)  # clip scores to +-score_clip; 0: do not clip
@@ -271,7 +271,7 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     ppo_epochs: int = by_preset(4, mini=2)  # K, passes over a rollout
     minibatch_size: int = by_preset(128, mini=64)  # episodes per optimizer step
     micro_batch_size: int = 0  # episodes per forward pass, does not change the result; 0: see runtime/device.py
-    lr: float = by_preset(1.41e-5, mini=2e-5)  # initial learning rate of Adam
+    lr: float = by_preset(1.41e-5, mini=5e-5)  # initial learning rate of Adam
     lr_end: float = by_preset(1.0, mini=0.0)  # final learning rate / lr; 1: constant (TRL), 0: linear decay (OpenAI)
     adam_eps: float = by_preset(1e-5, mini=1e-3)  # as in lm-human-preferences; larger values slow down rare tokens
     grad_clip: float = 1.0  # largest norm of the gradient
