@@ -32,7 +32,7 @@ class Rollout:
     mask: torch.Tensor  # True on real tokens; in the host's memory, the other tensors are on the device
     logprobs: torch.Tensor  # nats, of the policy that sampled
     values: torch.Tensor  # of the value head
-    potentials: torch.Tensor  # the part of the value that ppo.text_scores gives
+    potentials: torch.Tensor  # the part of the value that reward.scores_so_far gives
     advantages: torch.Tensor  # whitened
     returns: torch.Tensor  # without the potentials: what the value head learns, in units of the rewards
     kl: torch.Tensor  # k1, nats per token
