@@ -542,6 +542,18 @@ def test_the_numbers_of_a_token_are_shown_on_hover_focus_and_tap(browser):
     assert tip.text.splitlines() == expected[2]
 
 
+def test_a_mouse_that_leaves_something_else_does_not_hide_the_numbers_of_the_focused_token(browser):
+    from selenium.webdriver import ActionChains
+
+    page, _ = browser()
+    tip = page.find_element("id", "tip")
+    ActionChains(page).move_to_element(page.find_element("tag name", "h2")).perform()
+    page.execute_script("document.querySelector('.after .token').focus()")
+    for heading in ("h1", "h2"):
+        ActionChains(page).move_to_element(page.find_element("tag name", heading)).perform()
+        assert tip.is_displayed()
+
+
 @pytest.mark.parametrize("name", ["run", "hostile"])
 def test_on_a_phone_nothing_scrolls_sideways_and_the_responses_are_below_each_other(browser, name):
     page, _ = browser(name, width=390)
