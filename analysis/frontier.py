@@ -50,7 +50,13 @@ from runtime.hub import load_policy, open_gpt2
 from runtime.linear_classifier import LinearClassifier
 
 ROOT = Path(__file__).parent.parent
-METHODS = {"PPO": "gae", "RLOO": "rloo", "GRPO": "grpo"}  # {method: advantage of ppo.py}
+FIRST_CONSTANTS = "PPO, first constants"  # those of preset mini before reward shaping
+METHODS = {  # {method: flags of ppo.py}; scores are not cut, as in the limit
+    "PPO": "--advantage gae --score_clip 0",
+    FIRST_CONSTANTS: "--advantage gae --score_clip 0 --shaping_every 0 --lr 4e-4 --lr_end 0.1",
+    "RLOO": "--advantage rloo --score_clip 0",
+    "GRPO": "--advantage grpo --score_clip 0",
+}
 OFFLINE = {"DPO": "dpo", "reward-weighted": "weighted"}  # {method: method of dpo.py}
 BEST_OF_N, POSITIVE_ONLY, START, ABLATION = "best-of-n", "positive-only fine-tuning", "fine-tuned model", "ablation"
 LIMIT = "limit"  # the best possible policy
@@ -64,15 +70,14 @@ ABLATIONS = {  # detail: the flags, or the patch in asset/ablations/, that chang
     "ratio not clipped": "--clip_eps 1e9",
     "no reward shaping": "--shaping_every 0",
     "lambda 1": "--lam 1",
+    "no KL penalty": "--kl_coef 0",
     "KL coefficient adaptive": "--kl_target 2.5",
     "scores not cut": "--score_clip 0",
     "Adam's epsilon 1e-8": "--adam_eps 1e-8",
     "learning rate 4e-4": "--lr 4e-4",
     "learning rate constant": "--lr_end 1",
 }
-# A value at a KL needs a run within this share of that KL. With 1/4, GRPO's value at 8 nats would be interpolated
-# between runs at 6.5 and 38 nats and be 0.1 too low, because the curve bends in between.
-NEAR = 1 / 8
+NEAR = 1 / 5  # a value at a KL needs a run within this share of that KL, because curves bend between distant runs
 MEASURES = (
     "score", "positive_by_reward", "positive_by_judge", "positive_by_words", "kl", "kl_exact", "perplexity",
     "bits_per_character", "distinct_2", "response_length", "kl_efficiency",
@@ -105,9 +110,11 @@ def runs_of(cfg):
     start = ("--init_from", defaults(PPOConfig, "medium").policy) if cfg.preset == "medium" else ()  # not "scratch"
     runs = []
     for seed in range(cfg.seeds):
-        for method, advantage in METHODS.items():
+        for method, constants in METHODS.items():
+            if method == FIRST_CONSTANTS and cfg.preset == "gpt2":  # whose constants are the published ones
+                continue
             for coef in cfg.kl_coefs:
-                flags = (*sizes, "--advantage", advantage, "--kl_coef", coef, "--kl_target", 0)
+                flags = (*sizes, *constants.split(), "--kl_coef", coef, "--kl_target", 0)
                 runs.append(Run(method, f"{coef:g}", seed, "ppo.py", flags))
         for (method, name), betas in zip(OFFLINE.items(), (cfg.dpo_betas, cfg.weighted_betas)):
             for beta in betas:

@@ -303,7 +303,7 @@ def example_results(folder):
 
 
 METHODS = {  # method in frontier.csv: (colour, marker)
-    "PPO": (BLUE, "o"), "RLOO": (AMBER, "s"), "GRPO": (GREEN, "^"),
+    "PPO": (BLUE, "o"), "PPO, first constants": (BLUE, "x"), "RLOO": (AMBER, "s"), "GRPO": (GREEN, "^"),
     "best-of-n": (PURPLE, "D"), "positive-only fine-tuning": (INK, "v"),
     "DPO": (RED, "P"), "reward-weighted": (GREY, "X"),
 }  # fmt: skip
