@@ -386,14 +386,15 @@ class GenerateConfig(ComparisonConfig):
 
 @dataclass(frozen=True)
 class FrontierConfig(Config):
-    """Reward and judge against KL: PPO, RLOO, GRPO and two baselines, and ablations of implementation details."""
+    """Reward and judge against KL: PPO, RLOO, GRPO and their baselines, and ablations of implementation details."""
 
     out: str = by_preset("frontier/gpt2", medium="frontier/medium", mini="frontier/mini")  # a stopped sweep is resumed
     seeds: int = 3  # runs per setting
     steps: int = by_preset(200, mini=24)  # rollouts of a run
     response_len: int = by_preset(16, mini=24)  # T, maximum length of a response, tokens
     # each kl_coef is a point of a method's frontier
-    kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.0, 0.03, 0.1, 0.3))  # fixed kl_coef values
+    kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.09, 0.16, 0.26, 0.37))  # fixed kl_coef
+    first_kl_coefs: tuple[float, ...] = by_preset((), mini=(0.03, 0.06, 0.1, 0.2))  # with the constants before shaping
     best_of: tuple[int, ...] = (2, 4, 8, 16, 32)  # n of best-of-n: responses of the fine-tuned model to choose from
     positive_epochs: tuple[float, ...] = by_preset((0.25, 1.0), mini=(0.05, 0.2))  # passes over positive reviews
     dpo_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.1, 0.2, 0.4))  # beta of DPO
@@ -466,8 +467,8 @@ RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exc
     "min_crop_words min_prompt_len minibatch_size muon_lr n_embd n_head n_layer n_positions num_heads num_layers "
     "ppo_epochs prompt_len prompts repeats resamples response_len sample_every sample_temperature samples_per_prompt "
     "save_every short_words steps temperature value_clip vocab_size weighted_betas workers",
-    "[0, inf)": "alarm_window kl_ceiling kl_coef kl_coefs kl_target limit_samples micro_batch_size min_lr "
-    "missing_eos_penalty perplexity_ceiling positive_epochs sample_prompts samples score_clip seed shaping_every "
+    "[0, inf)": "alarm_window first_kl_coefs kl_ceiling kl_coef kl_coefs kl_target limit_samples micro_batch_size "
+    "min_lr missing_eos_penalty perplexity_ceiling positive_epochs sample_prompts samples score_clip seed shaping_every "
     "vf_coef viewer_samples warmup_steps weight_decay",
     "[0, 1]": "crop_share gamma lam lr_end teacher_share",
     "[0, 1)": "beta1 beta2 dropout",

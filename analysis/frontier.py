@@ -111,9 +111,7 @@ def runs_of(cfg):
     runs = []
     for seed in range(cfg.seeds):
         for method, constants in METHODS.items():
-            if method == FIRST_CONSTANTS and cfg.preset == "gpt2":  # whose constants are the published ones
-                continue
-            for coef in cfg.kl_coefs:
+            for coef in cfg.first_kl_coefs if method == FIRST_CONSTANTS else cfg.kl_coefs:
                 flags = (*sizes, *constants.split(), "--kl_coef", coef, "--kl_target", 0)
                 runs.append(Run(method, f"{coef:g}", seed, "ppo.py", flags))
         for (method, name), betas in zip(OFFLINE.items(), (cfg.dpo_betas, cfg.weighted_betas)):
@@ -411,7 +409,7 @@ def summary(frontier, ablation, limit, cfg):
 def check_sweep(cfg):
     """Raise BadInput if the folder holds a sweep of other sizes, whose points would not be comparable."""
     file = Path(cfg.out) / RUN_CONFIG
-    coefficients = ("kl_coefs", "best_of", "positive_epochs", "dpo_betas", "weighted_betas")
+    coefficients = ("kl_coefs", "first_kl_coefs", "best_of", "positive_epochs", "dpo_betas", "weighted_betas")
     free = ("seeds", *coefficients, "ablation", "workers")  # may change when resuming
     saved = read_json(file) if file.is_file() else asdict(cfg)
     if changed := differing(cfg, saved | {name: getattr(cfg, name) for name in free}):

@@ -50,7 +50,7 @@ from runtime.hub import load_policy, open_gpt2
 pytest.importorskip("sklearn", reason="scikit-learn is in requirements-dev.txt")
 
 CFG = FrontierConfig(
-    seeds=2, kl_coefs=(0.1, 0.3), dpo_betas=(0.2,), weighted_betas=(0.2, 0.4), best_of=(1, 2), positive_epochs=(0.5,),
+    seeds=2, kl_coefs=(0.1, 0.3), first_kl_coefs=(0.05,), dpo_betas=(0.2,), weighted_betas=(0.2, 0.4), best_of=(1, 2), positive_epochs=(0.5,),
     prompts=8, device="cpu",
 )  # fmt: skip
 
@@ -68,10 +68,11 @@ def test_the_positive_only_baseline_starts_from_a_trained_model(preset):
 
 def test_every_method_has_a_run_for_every_coefficient_and_seed_with_the_same_settings():
     """With a fixed coefficient: with a controller, the runs of all coefficients would end at the same KL."""
-    runs = runs_of(replace(CFG, preset="mini"))
-    assert len({run.name for run in runs}) == len(runs) == 2 * (4 * 2 + 1 + 2 + 1 + len(ABLATIONS))
+    runs = runs_of(CFG)
+    assert len({run.name for run in runs}) == len(runs) == 2 * (3 * 2 + 1 + 1 + 2 + 1 + len(ABLATIONS))
     keys = {(run.method, run.setting, run.seed) for run in runs}
-    assert {(m, s, seed) for m in METHODS for s in ("0.1", "0.3") for seed in (0, 1)} <= keys
+    coefficients = {method: ("0.05",) if method == FIRST_CONSTANTS else ("0.1", "0.3") for method in METHODS}
+    assert {(m, s, seed) for m, settings in coefficients.items() for s in settings for seed in (0, 1)} <= keys
     for run in runs:
         if run.method in METHODS:
             cfg = parse(PPOConfig, [str(flag) for flag in run.flags])
@@ -87,12 +88,12 @@ def test_every_method_has_a_run_for_every_coefficient_and_seed_with_the_same_set
             assert (cfg.reviews, f"{cfg.epochs:g}", cfg.weights) == ("positive", run.setting, "last")
 
 
-def test_the_first_constants_are_those_before_reward_shaping_and_not_a_method_of_preset_gpt2():
+def test_the_first_constants_are_those_of_preset_mini_before_shaping_and_preset_gpt2_has_no_such_line():
     """asset/experiments.md has them."""
-    flags = next(run.flags for run in runs_of(replace(CFG, preset="mini")) if run.method == FIRST_CONSTANTS)
+    flags = next(run.flags for run in runs_of(CFG) if run.method == FIRST_CONSTANTS)
     cfg = parse(PPOConfig, ["--preset", "mini", *map(str, flags)])
     assert (cfg.shaping_every, cfg.lr, cfg.lr_end) == (0, 4e-4, 0.1)
-    assert {run.method for run in runs_of(replace(CFG, preset="gpt2"))} & set(METHODS) == {"PPO", "RLOO", "GRPO"}
+    assert {run.method for run in runs_of(parse(FrontierConfig, []))} & set(METHODS) == {"PPO", "RLOO", "GRPO"}
 
 
 def test_a_run_is_trained_with_its_own_seed_and_the_preset_and_device_of_the_sweep(tmp_path, monkeypatch):
@@ -178,7 +179,7 @@ def test_a_stopped_sweep_is_resumed_and_trains_no_run_twice(sweep, tmp_path, cap
     assert sorted(names) == sorted([run.name for run in runs_of(cfg)] + [names[4]])  # the fifth was interrupted
     rows, ablation = rows_of(out / "frontier.csv"), rows_of(out / "ablation.csv")
     assert rows[0]["method"] == START and float(rows[0]["kl_exact"]) == 0
-    assert len(rows) == 1 + 2 * (8 + 1 + 2 + 1) + 2 and len(ablation) == 2 * len(ABLATIONS)
+    assert len(rows) == 1 + 2 * (6 + 1 + 1 + 2 + 1) + 2 and len(ablation) == 2 * len(ABLATIONS)
     for method in {row["method"] for row in rows[1:]} - {BEST_OF_N}:  # each seed has its own runs and random numbers
         scores = [[row["score"] for row in rows if (row["method"], row["seed"]) == (method, s)] for s in ("0", "1")]
         assert len(scores[0]) == len(scores[1]) > 0 and scores[0] != scores[1], method
