@@ -468,8 +468,8 @@ RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exc
     "ppo_epochs prompt_len prompts repeats resamples response_len sample_every sample_temperature samples_per_prompt "
     "save_every short_words steps temperature value_clip vocab_size weighted_betas workers",
     "[0, inf)": "alarm_window first_kl_coefs kl_ceiling kl_coef kl_coefs kl_target limit_samples micro_batch_size "
-    "min_lr missing_eos_penalty perplexity_ceiling positive_epochs sample_prompts samples score_clip seed shaping_every "
-    "vf_coef viewer_samples warmup_steps weight_decay",
+    "min_lr missing_eos_penalty perplexity_ceiling positive_epochs sample_prompts samples score_clip seed "
+    "shaping_every vf_coef viewer_samples warmup_steps weight_decay",
     "[0, 1]": "crop_share gamma lam lr_end teacher_share",
     "[0, 1)": "beta1 beta2 dropout",
     "(0, 1]": "save_share",

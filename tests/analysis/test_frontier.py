@@ -50,8 +50,8 @@ from runtime.hub import load_policy, open_gpt2
 pytest.importorskip("sklearn", reason="scikit-learn is in requirements-dev.txt")
 
 CFG = FrontierConfig(
-    seeds=2, kl_coefs=(0.1, 0.3), first_kl_coefs=(0.05,), dpo_betas=(0.2,), weighted_betas=(0.2, 0.4), best_of=(1, 2), positive_epochs=(0.5,),
-    prompts=8, device="cpu",
+    seeds=2, kl_coefs=(0.1, 0.3), first_kl_coefs=(0.05,), dpo_betas=(0.2,), weighted_betas=(0.2, 0.4),
+    best_of=(1, 2), positive_epochs=(0.5,), prompts=8, device="cpu",
 )  # fmt: skip
 
 
