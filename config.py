@@ -271,7 +271,7 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     ppo_epochs: int = by_preset(4, mini=2)  # K, passes over a rollout
     minibatch_size: int = by_preset(128, mini=64)  # episodes per optimizer step
     micro_batch_size: int = 0  # episodes per forward pass, does not change the result; 0: see runtime/device.py
-    lr: float = by_preset(1.41e-5, mini=5e-5)  # initial learning rate of Adam
+    lr: float = by_preset(1.41e-5, mini=1e-4)  # initial learning rate of Adam
     lr_end: float = by_preset(1.0, mini=0.0)  # final learning rate / lr; 1: constant (TRL), 0: linear decay (OpenAI)
     adam_eps: float = by_preset(1e-5, mini=1e-3)  # as in lm-human-preferences; larger values slow down rare tokens
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -327,7 +327,7 @@ class DPOConfig(TrainConfig, ScoreConfig, PromptConfig):
     epochs: int = 1  # passes over a rollout
     minibatch_size: int = by_preset(128, mini=64)  # episodes per optimizer step
     micro_batch_size: int = 0  # episodes per forward pass, does not change the result; 0: see runtime/device.py
-    lr: float = by_preset(1.41e-5, mini=1e-4)  # initial learning rate of Adam
+    lr: float = by_preset(1.41e-5, mini=5e-5)  # initial learning rate of Adam
     lr_end: float = 0.0  # final learning rate / lr; 1: constant, 0: linear decay
     adam_eps: float = 1e-5  # as in ppo.py with preset gpt2
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -390,15 +390,15 @@ class FrontierConfig(Config):
 
     out: str = by_preset("frontier/gpt2", medium="frontier/medium", mini="frontier/mini")  # a stopped sweep is resumed
     seeds: int = 3  # runs per setting
-    steps: int = by_preset(200, mini=24)  # rollouts of a run
+    steps: int = by_preset(200, mini=32)  # rollouts of a run
     response_len: int = by_preset(16, mini=24)  # T, maximum length of a response, tokens
     # each kl_coef is a point of a method's frontier
-    kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.09, 0.16, 0.26, 0.37))  # fixed kl_coef
+    kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.09, 0.16, 0.26, 0.38))  # fixed kl_coef
     first_kl_coefs: tuple[float, ...] = by_preset((), mini=(0.03, 0.06, 0.1, 0.2))  # with the constants before shaping
     best_of: tuple[int, ...] = (2, 4, 8, 16, 32)  # n of best-of-n: responses of the fine-tuned model to choose from
     positive_epochs: tuple[float, ...] = by_preset((0.25, 1.0), mini=(0.05, 0.2))  # passes over positive reviews
-    dpo_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.1, 0.2, 0.4))  # beta of DPO
-    weighted_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.1, 0.2, 0.4))  # of weighted tuning
+    dpo_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.1, 0.3, 1.0, 2.0))  # beta of DPO
+    weighted_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.03, 0.1, 0.2))  # of weighted tuning
     ablation: bool = True  # also run the ABLATIONS of frontier.py
     prompts: int = 512  # held-out prompts, the same for all
     second_lm: str = ""  # another language model, to measure bits per character: hub name, folder or .gguf file

@@ -57,7 +57,10 @@ METHODS = {  # {method: flags of ppo.py}; scores are not cut, as in the limit
     "RLOO": "--advantage rloo --score_clip 0",
     "GRPO": "--advantage grpo --score_clip 0",
 }
-OFFLINE = {"DPO": "dpo", "reward-weighted": "weighted"}  # {method: method of dpo.py}
+OFFLINE = {  # {method: flags of dpo.py}; with k responses per prompt, a weighted policy ends below log k nats
+    "DPO": "--method dpo",
+    "reward-weighted": "--method weighted --samples_per_prompt 16",
+}
 BEST_OF_N, POSITIVE_ONLY, START, ABLATION = "best-of-n", "positive-only fine-tuning", "fine-tuned model", "ablation"
 LIMIT = "limit"  # the best possible policy
 PRESET = "as the preset"
@@ -114,9 +117,9 @@ def runs_of(cfg):
             for coef in cfg.first_kl_coefs if method == FIRST_CONSTANTS else cfg.kl_coefs:
                 flags = (*sizes, *constants.split(), "--kl_coef", coef, "--kl_target", 0)
                 runs.append(Run(method, f"{coef:g}", seed, "ppo.py", flags))
-        for (method, name), betas in zip(OFFLINE.items(), (cfg.dpo_betas, cfg.weighted_betas)):
+        for (method, constants), betas in zip(OFFLINE.items(), (cfg.dpo_betas, cfg.weighted_betas)):
             for beta in betas:
-                flags = (*sizes, "--method", name, "--beta", beta)
+                flags = (*sizes, *constants.split(), "--beta", beta)
                 runs.append(Run(method, f"{beta:g}", seed, "dpo.py", flags))
         for epochs in cfg.positive_epochs:
             flags = (*start, "--reviews", "positive", "--epochs", epochs, "--weights", "last")

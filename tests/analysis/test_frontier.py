@@ -81,7 +81,8 @@ def test_every_method_has_a_run_for_every_coefficient_and_seed_with_the_same_set
             assert (cfg.steps, cfg.response_len) == (CFG.steps, CFG.response_len)
         if run.method in OFFLINE:
             cfg = parse(DPOConfig, [str(flag) for flag in run.flags])
-            assert (cfg.method, f"{cfg.beta:g}") == (OFFLINE[run.method], run.setting)
+            expected = {"DPO": ("dpo", 4), "reward-weighted": ("weighted", 16)}[run.method]
+            assert (cfg.method, cfg.samples_per_prompt, f"{cfg.beta:g}") == (*expected, run.setting)
             assert (cfg.steps, cfg.response_len, run.script) == (CFG.steps, CFG.response_len, "dpo.py")
         if run.method == frontier.POSITIVE_ONLY:
             cfg = parse(FinetuneConfig, [str(flag) for flag in run.flags])
