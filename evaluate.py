@@ -29,7 +29,7 @@ from analysis.limit import kl_efficiency, reference_scores
 from analysis.metrics import difference, measure, open_second_lm, second_nll
 from analysis.plot import example_results, learning_curves, save
 from analysis.responses import micro_batches, pieces, prompt_groups, respond
-from analysis.tables import KL_NOTE, efficiency_text, kl_text, table_text
+from analysis.tables import JUDGED, KL_NOTE, efficiency_text, kl_text, table_text
 from config import EvaluateConfig
 from data import load_prompts
 from ppo import gae, response_mask, token_rewards
@@ -56,7 +56,7 @@ def sample_responses(policies, tokenizer, judge, groups, cfg, device):
     """Sample responses for display, at cfg.sample_temperature, to cfg.samples random prompts of the groups.
 
     policies: {"before": Policy, "after": Policy}. Returns a list of (prompt, [before, after]), each of the two a
-    (response, judge's probability of POSITIVE).
+    (response, judge's probability, see JUDGED).
     """
     prompts = [prompt[None] for group in groups for prompt in group]  # (1, P) each
     chosen = sorted(np.random.default_rng([cfg.seed, 4]).permutation(len(prompts))[: cfg.samples].tolist())
@@ -219,7 +219,7 @@ def main(cfg):
     tokens = viewer(policies, tokenizer, reward_fn, groups, responses, values, trained, cfg, device)
     card = card_text(results, samples, cfg, trained, log)
 
-    caption = f"Samples at temperature {cfg.sample_temperature}, with the judge's probability of POSITIVE"
+    caption = f"Samples at temperature {cfg.sample_temperature}, with the judge's {JUDGED[cfg.task]}"
     print(f"\n{cfg.prompts} held-out prompts, the same for both; 95 % bootstrap intervals\n\n{table_text(results)}\n")
     print(f"{kl_text(results)}\n\n{textwrap.fill(KL_NOTE, 118)}\n")
     if "kl_efficiency" in results:

@@ -15,6 +15,7 @@ import sys
 
 import torch
 
+from analysis.tables import JUDGED
 from config import GenerateConfig
 from data import decode, encode
 from reward import check_finite, load_judge, load_reward, scored
@@ -95,7 +96,7 @@ def main(cfg):
         prompt_ids(cfg.prompt, tokenizer, config, cfg)  # check it before loading weights
     judge, reward_fn = load_judge(cfg, device, dtype), load_reward(cfg, device, dtype)
     policies = [load_policy(*parts, dtype).to(device).eval() for parts in opened.values()]
-    print(f"Temperature {cfg.temperature}; below each response are its score and the judge's probability of POSITIVE.")
+    print(f"Temperature {cfg.temperature}; below each response are its score and the judge's {JUDGED[cfg.task]}.")
     for prompt in prompts(cfg):
         try:
             respond(prompt, policies, tokenizer, reward_fn, judge, cfg)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from analysis.tables import CAPTIONS, KL_NOTE, efficiency_text, kl_text, markdown, number, table_text
+from analysis.tables import CAPTIONS, JUDGED, KL_NOTE, caption, efficiency_text, kl_text, markdown, number, table_text
 from config import DPOConfig, PPOConfig
 from runtime import checkpoint
 from runtime.checkpoint import BEST, REVISIONS, RUN_CONFIG, read_json
@@ -118,7 +118,7 @@ def metadata(results, cfg, run):
     after = {name: results["after"][name]["value"] for name in CAPTIONS if name in results["after"]}
     task["dataset_name"] = dataset or printable(Path(cfg.dataset).name)
     entries = [
-        EvalResult(metric_type=metric, metric_name=CAPTIONS[metric], metric_value=round(value, 4), **task)
+        EvalResult(metric_type=metric, metric_name=caption(metric, cfg.task), metric_value=round(value, 4), **task)
         for metric, value in after.items()
     ]
     return ModelCardData(
@@ -215,7 +215,7 @@ Perplexity after / before: {number(results["difference"]["perplexity_ratio"], 3)
 {efficiency}
 ## Samples
 
-Random prompts, responses at temperature {cfg.sample_temperature}, and the judge's probability of POSITIVE.
+Random prompts, responses at temperature {cfg.sample_temperature}, and the judge's {JUDGED[cfg.task]}.
 
 {samples_markdown(samples)}
 ## Use

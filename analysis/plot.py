@@ -24,6 +24,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 matplotlib.use("Agg")  # files only, no screen
 import matplotlib.pyplot as plt
 
+from analysis.tables import JUDGED
 from runtime.errors import BadInput, print_error, printable
 
 ASSET = Path("asset")
@@ -56,6 +57,7 @@ PANELS = (  # (metrics of a panel, its title)
     (("response_length",), "response length, tokens"),
     (("entropy",), "entropy, nats per token"),
 )
+TASKS = {"positive": "positive", "controlled": "agreeing"}  # which responses the classifiers count
 DPO_PANELS = (  # of a run of dpo.py
     (("loss",), "loss, nats"),
     (("accuracy", "effective_samples"), "pairs in the order of their scores, or responses that count"),
@@ -97,11 +99,11 @@ def columns(lines, *names):
     return [[float(line[name]) for line in lines if all(n in line for n in names)] for name in names]
 
 
-def kl_target(folder):
-    """Return the KL target of a run in nats per response; 0 if there is none or no run_config.json."""
+def constant(folder, name, default):
+    """Return a constant of the run in a folder; the default if the run, or run_config.json, does not have it."""
     file = Path(folder) / "run_config.json"
     with reading(file):
-        return json.loads(file.read_text(encoding="utf-8")).get("kl_target", 0) if file.is_file() else 0
+        return json.loads(file.read_text(encoding="utf-8")).get(name, default) if file.is_file() else default
 
 
 def panels_of(folder):
@@ -129,10 +131,11 @@ def curves(folder, panels=None, width=WIDTH):
             steps, kl, stderr = columns(lines, "step", "kl", "kl_stderr")
             low, high = ([k + sign * s for k, s in zip(kl, stderr)] for sign in (-1, 1))
             axis.fill_between(steps, low, high, color=BLUE, alpha=0.2, linewidth=0)
-            if (target := kl_target(folder)) > 0:
+            if (target := constant(folder, "kl_target", 0)) > 0:
                 axis.axhline(target, color=GREY, linestyle="--", label="target")
         if title == PANELS[0][1]:
             axis.set_ylim(0, 1)
+            title = title.replace("positive", TASKS[constant(folder, "task", "positive")])
         if names[0] in CURVES:
             axis.legend()
         axis.set_title(title)
@@ -297,7 +300,8 @@ def example_results(folder):
             box(axis, x, y - 0.25, 0.5, 0.24, f"{p:.2f}", GREEN if p > 0.5 else RED, solid=True, size=SMALL)
         y -= height
     axis.axhline(y, 0.03, 0.97, color=GREY, linewidth=0.6)
-    caption = f"temperature {temperature}; in colour: the judge's probability of POSITIVE"
+    judged = JUDGED[results["config"].get("task", "positive")]
+    caption = f"temperature {temperature}; in colour: the judge's {judged}"
     note(axis, 0.3, y - 0.2, caption, ha="left", color=GREY)
     return figure
 

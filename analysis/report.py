@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from analysis.plot import THEMES, curves, panels_of, png, read_jsonl, read_results, reading
-from analysis.tables import efficiency_text, results_rows
+from analysis.tables import JUDGED, efficiency_text, results_rows
 from runtime.errors import BadInput, print_error
 
 PAGE = "report.html"
@@ -107,6 +107,7 @@ def write(folder):
         rows=rows,
         config=config,
         efficiency=efficiency,
+        judged=JUDGED[config.get("task", "positive")],
         prompts=results.get("prompts"),
         panels=panels,
         training=samples,

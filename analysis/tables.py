@@ -17,6 +17,10 @@ CAPTIONS = {  # metrics of evaluate.py, in the order of the rows
     "repetition": "repetition, 4-grams",
     "response_length": "length, tokens",
 }
+JUDGED = {  # task: what the judge's probability of a text means
+    "positive": "probability of POSITIVE",
+    "controlled": "probability that the text agrees with its control",
+}
 DIGITS = {"repetition": 4}  # decimals; 2 for the other metrics
 KLS = ("kl", "kl_k3", "kl_exact")
 KL_NOTE = (
@@ -41,6 +45,12 @@ def number(entry, digits=2):
     return f"{value} [{', '.join(bounds)}]" if bounds else value
 
 
+def caption(metric, task="positive"):
+    """Return the caption of a metric, or its name without one. In the task "controlled", classifiers find agreement."""
+    text = CAPTIONS.get(metric, metric)
+    return text.replace("positive, by", "agreeing, by") if task == "controlled" else text
+
+
 def results_rows(results):
     """Return the rows of the table before/after: the header, then one row per metric, with "-" for a missing number.
 
@@ -48,12 +58,11 @@ def results_rows(results):
     """
     sides = results["before"], results["after"], results.get("difference", {})
     names = [name for name in CAPTIONS if name in sides[0]] + [name for name in sides[0] if name not in CAPTIONS]
-    controlled = results.get("config", {}).get("task") == "controlled"  # the judge then scores agreement
+    task = results.get("config", {}).get("task", "positive")
     rows = [["", "before PPO", "after PPO", "difference"]]
     for name in names:
-        caption = CAPTIONS.get(name, name)
         cells = [number(side[name], DIGITS.get(name, 2)) if name in side else "-" for side in sides]
-        rows.append([caption.replace("positive, by", "agreeing, by") if controlled else caption, *cells])
+        rows.append([caption(name, task), *cells])
     return rows
 
 

@@ -537,6 +537,15 @@ def test_the_task_and_the_columns_of_the_dataset_are_those_of_the_config(run, tm
     assert all(prompt.startswith(f"{CONTROLS[i % 2]} R") for i, prompt in enumerate(prompts))
 
 
+def test_the_results_of_the_controlled_task_name_agreement_and_not_sentiment(run, capsys):
+    """The judge's probability is then that a text agrees with its control. Catches a caption of the other task."""
+    out = run(task="controlled", samples=2)
+    files = ("samples.md", "README.md", "report.html")
+    for text in (capsys.readouterr().out, *((out / name).read_text(encoding="utf-8") for name in files)):
+        assert "probability that the text agrees with its control" in text
+        assert not re.search("of POSITIVE|positive, by", text)
+
+
 @pytest.mark.parametrize(("name", "dtype"), DTYPES.items())
 def test_all_models_compute_in_the_dtype_of_the_config(run, monkeypatch, name, dtype):
     policies, rewards = [], []

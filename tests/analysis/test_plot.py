@@ -18,6 +18,7 @@ from matplotlib.text import Text
 
 from analysis import plot
 from analysis.plot import FIGURES, PANELS, THEMES, curves, example_results, finetune_model, frontier, main, reward_model
+from analysis.tables import JUDGED
 
 SOURCES = ["log.jsonl", "mini/gpt2/log.jsonl", "mini/reward/results.json", "results.json"]
 SHARES = ("positive_by_reward", "positive_by_judge")
@@ -292,6 +293,17 @@ def test_there_is_a_target_line_if_the_run_has_a_kl_target(asset, config):
         (asset / "run_config.json").write_text(json.dumps(config))
     targets = [line for line in curves(asset).axes[1].lines if line.get_label() == "target"]
     assert [set(line.get_ydata()) for line in targets] == ([{6.5}] if config and config["kl_target"] else [])
+
+
+@pytest.mark.parametrize(("task", "word"), plot.TASKS.items())
+def test_the_figures_name_what_the_classifiers_count_in_the_task_of_the_run(asset, task, word):
+    (asset / "run_config.json").write_text(json.dumps({"task": task}))
+    assert curves(asset).axes[0].get_title(loc="left") == f"share of {word} responses"
+    results = json.loads((asset / "results.json").read_text())
+    results["config"]["task"] = task
+    (asset / "results.json").write_text(json.dumps(results))
+    captions = [text.get_text() for text in example_results(asset).axes[0].texts]
+    assert sum(caption.endswith(f"the judge's {JUDGED[task]}") for caption in captions) == 1
 
 
 def test_the_validation_curve_is_over_millions_of_tokens(asset):
