@@ -1,7 +1,7 @@
 """The configuration of the scripts: one dataclass per script, one field per line, with its meaning in a comment.
 
 Edit the values here, or override one for a run: `python ppo.py --kl_coef 0.1`. `--help` prints the comments.
-`by_preset(1.41e-5, mini=4e-4)` is 1.41e-5 in preset gpt2 (GPT-2 124M at full size) and 4e-4 with `--preset mini` (small
+`by_preset(1.41e-5, mini=1e-4)` is 1.41e-5 in preset gpt2 (GPT-2 124M at full size) and 1e-4 with `--preset mini` (small
 models from asset/mini, offline on a CPU). mini_scratch is the value with `--preset mini --init_from scratch`, which
 made asset/mini/gpt2 and the first stage of asset/mini/reward; the cards there have all commands. Preset medium is a
 GPT-2 of another size, trained from scratch: where it has no value of its own (medium, medium_scratch), that of mini

@@ -61,7 +61,7 @@ def test_every_constant_has_a_comment_and_help_shows_it(cls, capsys, monkeypatch
 
 
 def test_help_shows_the_defaults_of_the_preset(capsys):
-    for preset, value in (("gpt2", "1.41e-05"), ("mini", "5e-05")):
+    for preset, value in (("gpt2", "1.41e-05"), ("mini", "0.0001")):
         with pytest.raises(SystemExit):
             parse(PPOConfig, ["--preset", preset, "--help"])
         assert f"(default:{value})" in without_spaces(capsys.readouterr().out)
