@@ -24,7 +24,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 matplotlib.use("Agg")  # files only, no screen
 import matplotlib.pyplot as plt
 
-from analysis.tables import JUDGED
+from analysis.tables import COUNTED, JUDGED
 from runtime.errors import BadInput, print_error, printable
 
 ASSET = Path("asset")
@@ -57,7 +57,6 @@ PANELS = (  # (metrics of a panel, its title)
     (("response_length",), "response length, tokens"),
     (("entropy",), "entropy, nats per token"),
 )
-TASKS = {"positive": "positive", "controlled": "agreeing"}  # which responses the classifiers count
 DPO_PANELS = (  # of a run of dpo.py
     (("loss",), "loss, nats"),
     (("accuracy", "effective_samples"), "pairs in the order of their scores, or responses that count"),
@@ -135,7 +134,7 @@ def curves(folder, panels=None, width=WIDTH):
                 axis.axhline(target, color=GREY, linestyle="--", label="target")
         if title == PANELS[0][1]:
             axis.set_ylim(0, 1)
-            title = title.replace("positive", TASKS[constant(folder, "task", "positive")])
+            title = title.replace("positive", COUNTED[constant(folder, "task", "positive")])
         if names[0] in CURVES:
             axis.legend()
         axis.set_title(title)

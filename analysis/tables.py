@@ -17,6 +17,7 @@ CAPTIONS = {  # metrics of evaluate.py, in the order of the rows
     "repetition": "repetition, 4-grams",
     "response_length": "length, tokens",
 }
+COUNTED = {"positive": "positive", "controlled": "agreeing"}  # task: the texts that a share counts
 JUDGED = {  # task: what the judge's probability of a text means
     "positive": "probability of POSITIVE",
     "controlled": "probability that the text agrees with its control",
@@ -47,8 +48,7 @@ def number(entry, digits=2):
 
 def caption(metric, task="positive"):
     """Return the caption of a metric, or its name without one. In the task "controlled", classifiers find agreement."""
-    text = CAPTIONS.get(metric, metric)
-    return text.replace("positive, by", "agreeing, by") if task == "controlled" else text
+    return CAPTIONS.get(metric, metric).replace("positive, by", f"{COUNTED[task]}, by")
 
 
 def results_rows(results):

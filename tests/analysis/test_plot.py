@@ -18,7 +18,7 @@ from matplotlib.text import Text
 
 from analysis import plot
 from analysis.plot import FIGURES, PANELS, THEMES, curves, example_results, finetune_model, frontier, main, reward_model
-from analysis.tables import JUDGED
+from analysis.tables import COUNTED, JUDGED
 
 SOURCES = ["log.jsonl", "mini/gpt2/log.jsonl", "mini/reward/results.json", "results.json"]
 SHARES = ("positive_by_reward", "positive_by_judge")
@@ -295,7 +295,7 @@ def test_there_is_a_target_line_if_the_run_has_a_kl_target(asset, config):
     assert [set(line.get_ydata()) for line in targets] == ([{6.5}] if config and config["kl_target"] else [])
 
 
-@pytest.mark.parametrize(("task", "word"), plot.TASKS.items())
+@pytest.mark.parametrize(("task", "word"), COUNTED.items())
 def test_the_figures_name_what_the_classifiers_count_in_the_task_of_the_run(asset, task, word):
     (asset / "run_config.json").write_text(json.dumps({"task": task}))
     assert curves(asset).axes[0].get_title(loc="left") == f"share of {word} responses"
