@@ -340,9 +340,10 @@ def frontier(folder):
                 kl, values = ([float(row[n]) for row in runs] for n in ("kl_exact", name))
                 axis.plot(kl, values, marker, color=colour, label=method, **style)
         # square root, as in Gao et al. 2022: most changes happen in the first nats
+        end = 1.1 * max(float(row["kl_exact"]) for row in rows)
         axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
-        axis.set_xticks((0, 1, 2, 4, 8, 16, 32, 64))
-        axis.set(xlabel="KL, nats per response, square-root scale", ylabel=label, xlim=(0, 70))
+        axis.set_xticks([kl for kl in (0, 0.25, 1, 2, 4, 8, 16, 32, 64) if kl < end], minor=False)
+        axis.set(xlabel="KL, nats per response, square-root scale", ylabel=label, xlim=(0, end))
     axes[1].legend(loc="lower right", title="one marker per run")
     return figure
 

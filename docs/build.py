@@ -17,7 +17,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from analysis import frontier, plot
+from analysis import frontier_tables, plot
 from analysis.tables import markdown, number, table_text
 from docs import build_tutorial
 from runtime.errors import BadInput, print_error, printable
@@ -44,13 +44,13 @@ def read(path):
 
 def mean(values):
     """Return {"value", "half"}: the mean over seeds, and the half-width of its 95 % interval."""
-    return {"value": statistics.mean(values), "half": frontier.half_width(values) if len(values) > 1 else 0.0}
+    return {"value": statistics.mean(values), "half": frontier_tables.half_width(values) if len(values) > 1 else 0.0}
 
 
 def sources():
     """Return the numbers that pages may name, as nested dicts."""
-    rows, ablation = (frontier.read_csv(FRONTIER / name) for name in ("frontier.csv", "ablation.csv"))
-    base = {row["seed"]: row for row in ablation if row["setting"] == frontier.PRESET}
+    rows, ablation = (frontier_tables.read_csv(FRONTIER / name) for name in ("frontier.csv", "ablation.csv"))
+    base = {row["seed"]: row for row in ablation if row["setting"] == frontier_tables.PRESET}
     data = {
         "results": read("asset/results.json"),
         "gpt2": read("asset/mini/gpt2/results.json"),
@@ -67,12 +67,12 @@ def sources():
     }
     for name in dict.fromkeys(f"{row['method']}, {row['setting']}" for row in rows):
         runs = [row for row in rows if f"{row['method']}, {row['setting']}" == name]
-        data["frontier"][name] = {m: mean([row[m] for row in runs]) for m in frontier.measured(runs)}
+        data["frontier"][name] = {m: mean([row[m] for row in runs]) for m in frontier_tables.measured(runs)}
     for name in dict.fromkeys(row["setting"] for row in ablation):
         runs = [row for row in ablation if row["setting"] == name]
         data["ablation"][name] = {
-            m: mean([row[m] - (base[row["seed"]][m] if name != frontier.PRESET else 0) for row in runs])
-            for m in frontier.measured(ablation)
+            m: mean([row[m] - (base[row["seed"]][m] if name != frontier_tables.PRESET else 0) for row in runs])
+            for m in frontier_tables.measured(ablation)
         }
     return data
 
@@ -137,7 +137,7 @@ def performance(data):
 def blocks():
     """Return {name: text} of the tables and outputs that pages may have."""
     results, recorded = read("asset/results.json"), read("asset/recorded.json")
-    rows, ablation = (frontier.read_csv(FRONTIER / name) for name in ("frontier.csv", "ablation.csv"))
+    rows, ablation = (frontier_tables.read_csv(FRONTIER / name) for name in ("frontier.csv", "ablation.csv"))
     names = {
         "score": "score of the reward",
         "positive_by_judge": "share positive by the judge",
@@ -169,9 +169,9 @@ def blocks():
         "full": table_text(read("asset/gpt2/results.json")),
         "controlled": table_text(read("asset/controlled/results.json")),
         "example": "\n".join(["```text", *example, "```"]),
-        "runs": frontier.runs_table(rows),
-        **{name: frontier.methods_table(rows, name) for name in ("score", "positive_by_judge", "perplexity")},
-        "ablation": frontier.ablation_table(rows, ablation),
+        "runs": frontier_tables.runs_table(rows),
+        **{name: frontier_tables.methods_table(rows, name) for name in ("score", "positive_by_judge", "perplexity")},
+        "ablation": frontier_tables.ablation_table(rows, ablation),
     } | performance(read("asset/performance.json"))
 
 

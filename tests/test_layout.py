@@ -31,6 +31,7 @@ LAYERS = (  # a module imports only from its own layer and those before it
         "analysis.limit",
         "analysis.report",
         "analysis.card",
+        "analysis.frontier_tables",
         "analysis.frontier",
         "analysis.bench",
         "analysis.quality",

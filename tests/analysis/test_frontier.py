@@ -19,25 +19,14 @@ from analysis.frontier import (
     FIRST_CONSTANTS,
     METHODS,
     OFFLINE,
-    PRESET,
-    START,
     Run,
-    ablation_table,
-    add_efficiency,
-    at_equal_kl,
     best_of_n_rows,
     check_sweep,
-    efficiency_table,
-    mean_text,
-    methods_table,
-    read_csv,
     runs_of,
-    runs_table,
     source_of,
-    summary,
     write_config,
-    write_csv,
 )
+from analysis.frontier_tables import START, read_csv
 from analysis.limit import sample_scores
 from analysis.metrics import open_second_lm, second_nll
 from analysis.responses import prompt_groups, respond
@@ -327,159 +316,3 @@ def test_the_error_of_a_failed_run_names_its_log(tmp_path):
     error = message(frontier.train, Run("PPO", "0.1", 0, "ppo.py", ("--steps", "0")), cfg)
     assert "failed with exit status 2" in error and "PPO-0.1-0.log" in error
     assert "steps is 0" in (tmp_path / "PPO-0.1-0.log").read_text()
-
-
-# ---- tables
-
-
-def point(method, kl, score, seed=0, setting="1"):
-    numbers = dict.fromkeys(set(frontier.MEASURES) - {"kl_efficiency"}, 0.0) | {"kl_exact": kl, "score": score}
-    return {"method": method, "setting": setting, "seed": seed} | numbers
-
-
-def test_a_value_at_a_kl_is_interpolated_if_a_run_is_near():
-    """Between (0, 1), (2, 3), (4, 4). Near is within a fifth of the KL."""
-    rows = [point(START, 0, 1), point("PPO", 4, 4), point("PPO", 2, 3, setting="2")]
-    for nats, score in ((2, 3), (1.7, 2.7), (2.4, 3.2), (3.4, 3.7), (4, 4)):
-        assert at_equal_kl(rows, "score", nats)["PPO"] == pytest.approx([score])
-    assert frontier.NEAR == 1 / 5
-
-
-@pytest.mark.parametrize("nats", [1, 1.65, 2.6, 3, 3.3, 4.1, 8])
-def test_a_value_at_a_kl_needs_a_run_near_it_and_none_is_extrapolated(nats):
-    rows = [point(START, 0, 1), point("PPO", 4, 4), point("PPO", 2, 3, setting="2")]
-    assert at_equal_kl(rows, "score", nats) == {"PPO": []}
-
-
-def test_runs_at_6_and_38_nats_give_no_value_at_8_nats():
-    """Interpolated over that range, the value was .1 too low, and GRPO seemed worse than PPO."""
-    rows = [point(START, 0, 0), *(point("PPO", 8.1, 1.25, seed) for seed in (0, 1))]
-    rows += [point("GRPO", kl, score, seed) for kl, score in ((6.3, 1.15), (38, 1.54)) for seed in (0, 1)]
-    assert at_equal_kl(rows, "score", 8)["GRPO"] == []
-    assert cells(methods_table(rows, "score"))["GRPO"] == ["-"] * 5
-    assert cells(runs_table(rows))["GRPO, 1"][0].startswith("22.150 ")  # the runs themselves are reported
-
-
-def test_a_measure_is_in_the_tables_and_files_if_a_run_has_it(tmp_path):
-    """Earlier sweeps have no share positive by words, those without second_lm no bits, best-of-n neither of both."""
-    rows = [point(START, 0, 0), *(point("PPO", 2, 3, seed) for seed in (0, 1))]
-    new = {"positive_by_words", "bits_per_character"}
-    old = [{name: value for name, value in row.items() if name not in new} for row in rows]
-    for table, present in ((rows, new), (old, set()), ([*old[:2], rows[2]], new)):
-        write_csv(tmp_path / "frontier.csv", table)
-        assert {*rows_of(tmp_path / "frontier.csv")[0]} & new == present
-        assert {*table_rows(runs_table(table))[0]} & new == present
-        headers = {first for first, *_ in table_rows(summary(table, [], [], CFG))}
-        assert {name for name in new if f"{name} at a KL of" in headers} == present
-
-
-LIMIT = [{"kl": kl, "gain": 2 * kl, "positive_by_judge": 0.5 + kl / 10} for kl in (0.0, 1.0, 3.0)]
-
-
-def test_the_efficiency_at_a_kl_is_the_kl_that_the_limit_needs_for_the_interpolated_score():
-    """The limit gains 2 per nat: a gain of 2 needs 1 nat. Beyond its end at 3 nats, it counts as 3."""
-    rows = [point(START, 0, 1), point("PPO", 2, 3, 0), point("PPO", 4, 99, 0)]
-    add_efficiency(rows, rows[0], LIMIT)
-    assert [row.get("kl_efficiency") for row in rows] == [None, 0.5, 0.75]
-    lines = cells(efficiency_table(rows, LIMIT))
-    assert lines["PPO"] == ["-", "0.500", "0.750", "-", "-"] and "limit" not in lines
-
-
-def test_the_line_of_the_limit_ends_with_its_curve_and_is_that_of_score_and_judge():
-    rows = [point(START, 0, 1), point("PPO", 2, 3, 0)]
-    assert cells(methods_table(rows, "score", LIMIT))["limit"] == ["3.000", "5.000", "-", "-", "-"]
-    assert cells(methods_table(rows, "positive_by_judge", LIMIT))["limit"] == ["0.600", "0.700", "-", "-", "-"]
-    assert "limit" not in cells(methods_table(rows, "perplexity", LIMIT)) and "limit" not in cells(
-        methods_table(rows, "score")
-    )
-    text = summary(rows, [], LIMIT, CFG)
-    assert "scores of up to 6.00 above" in text and "kl_efficiency at a KL of" in text
-    assert "efficiency" not in summary(rows, [], [], CFG)
-
-
-def test_a_method_without_a_measure_has_none_at_any_kl():
-    """Best-of-n has no perplexity: its texts are not kept."""
-    rows = [point(START, 0, 1), {"method": "best-of-n", "setting": "4", "seed": 0, "kl_exact": 1.0, "score": 2.0}]
-    assert at_equal_kl(rows, "score", 1) == {"best-of-n": [2]} and at_equal_kl(rows, "perplexity", 1) == {
-        "best-of-n": []
-    }
-    assert cells(runs_table(rows))["best-of-n, 4"][:2] == ["1.000", "2.000"]
-    assert cells(runs_table(rows))["best-of-n, 4"][2] == "-"
-
-
-def test_a_csv_is_read_as_it_was_written(tmp_path):
-    """A number that a row lacks is missing, not 0 or nan."""
-    rows = [
-        {"method": "PPO", "setting": "0.1", "seed": 3, "score": 0.1},
-        {"method": "a", "setting": "2", "seed": 0, "kl": 1.5},
-    ]
-    write_csv(tmp_path / "rows.csv", rows)
-    assert read_csv(tmp_path / "rows.csv") == rows
-
-
-def test_the_fine_tuned_model_is_not_a_run_of_a_method():
-    assert at_equal_kl([point(START, 0, 1), point("PPO", 4, 4)], "score", 0) == {"PPO": []}
-
-
-def test_each_seed_is_interpolated_separately_and_a_method_needs_a_value_of_every_seed():
-    """Catches runs of another seed or method, and a mean over fewer seeds than stated."""
-    rows = [point(START, 0, 0), point("PPO", 2, 3, 0), point("PPO", 2, 5, 1), point("RLOO", 2, 7, 0)]
-    assert at_equal_kl(rows, "score", 2) == {"PPO": [3, 5], "RLOO": [7]}
-    assert at_equal_kl([*rows, point("RLOO", 3, 9, 1)], "score", 2) == {"PPO": [3, 5], "RLOO": []}
-
-
-def table_rows(text):
-    """Return the rows of Markdown tables as tuples of cells, without the lines below the headers."""
-    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in text.splitlines() if "|" in line]
-    return [row for row in rows if set("".join(row)) != {"-"}]
-
-
-def cells(text):
-    """Return {first cell: [other cells]} of the rows of Markdown tables."""
-    return {first: others for first, *others in table_rows(text)}
-
-
-def test_the_ablation_reports_differences_within_a_seed():
-    """Two seeds that differ by 1, and a detail that adds .5 to both: a difference of .5 without any spread."""
-    rows = [point("ablation", 1, seed, seed, PRESET) for seed in (0, 1)]
-    rows += [point("ablation", 1, seed + 0.5, seed, "a detail") for seed in (0, 1)]
-    lines = cells(ablation_table([point(START, 0, 0), point("PPO", 9, 9), point("PPO", 9, 9, 1)], rows))
-    assert lines["a detail"][0] == "0.500 ± 0.000"
-
-
-def test_the_score_above_the_frontier_is_relative_to_the_same_seed_at_the_kl_of_the_run():
-    """PPO's frontier rises by 1 and by 2 per nat; the preset is .25 above it at 2 nats, the detail .75 at 4."""
-    ppo = [point(START, 0, 0), *(point("PPO", kl, kl * (seed + 1), seed) for kl in (2, 4) for seed in (0, 1))]
-    rows = [point("ablation", 2, 2 * (seed + 1) + 0.25, seed, PRESET) for seed in (0, 1)]
-    rows += [point("ablation", 4, 4 * (seed + 1) + 0.75, seed, "a detail") for seed in (0, 1)]
-    lines = cells(ablation_table(ppo, rows))
-    assert (lines[PRESET][-1], lines["a detail"][-1]) == ("0.250 ± 0.000", "0.500 ± 0.000")
-
-
-@pytest.mark.parametrize("far", [PRESET, "a detail"])
-def test_the_score_above_the_frontier_is_empty_if_no_run_of_the_frontier_is_near(far):
-    """A difference needs both runs. The other columns are not affected."""
-    ppo = [point(START, 0, 0), *(point("PPO", kl, kl, seed) for kl in (2, 8) for seed in (0, 1))]
-    kls = {PRESET: 2, "a detail": 2} | {far: 4.5}
-    rows = [point("ablation", kl, 1, seed, detail) for detail, kl in kls.items() for seed in (0, 1)]
-    lines = cells(ablation_table(ppo, rows))
-    assert lines["a detail"][-1] == "-" and lines["a detail"][0] == "0.000 ± 0.000"
-    assert (lines[PRESET][-1] == "-") == (far == PRESET)
-
-
-def test_the_published_tables_are_computed_from_the_committed_runs():
-    """frontier.md is the output for the two CSVs. docs/results.md has the same tables, see test_docs.py."""
-    folder = ROOT / "asset" / "frontier"
-    runs, ablation = (read_csv(folder / name) for name in ("frontier.csv", "ablation.csv"))
-    limit = read_csv(folder / "limit.csv") if (folder / "limit.csv").is_file() else []
-    text = summary(runs, ablation, limit, FrontierConfig(seeds=3, prompts=512))
-    assert (folder / "frontier.md").read_text(encoding="utf-8") == text
-    near = f"within {100 * frontier.NEAR:g} % of that KL"
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert near in text and near in " ".join(page.split())
-
-
-def test_the_interval_of_three_seeds_uses_student_s_t():
-    """Of 1, 2, 3: 4.30 x 1 / sqrt(3). The 1.96 of the normal distribution would be too narrow."""
-    assert mean_text([1.0, 2.0, 3.0]) == "2.000 ± 2.483"
-    assert (mean_text([1.0]), mean_text([])) == ("1.000", "-")

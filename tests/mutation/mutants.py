@@ -644,14 +644,16 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
             ),
         ],
     },
-    "analysis/frontier.py": {
-        "test_frontier::test_a_value_at_a_kl_needs_a_run_near_it_and_none_is_extrapolated": [
+    "analysis/frontier_tables.py": {
+        "test_frontier_tables::test_a_value_at_a_kl_needs_a_run_near_it_and_none_is_extrapolated": [
             (
                 "methods are compared at a KL that none of their runs is close to",
                 "<= NEAR * nats for row in runs",
                 "<= 1e9 for row in runs",
             ),
         ],
+    },
+    "analysis/frontier.py": {
         "test_frontier::test_the_share_positive_by_words_is_that_of_a_classifier_of_labels_that_no_other_model_saw": [
             (
                 "the independent classifier is trained on the labels of the judge",

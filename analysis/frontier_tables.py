@@ -1,0 +1,177 @@
+"""The tables and CSV files of frontier.py, which also fill docs/results.md.
+
+The row of a run is a dict: method, setting, seed and its MEASURES.
+"""
+
+import csv
+import statistics
+
+import numpy as np
+
+from analysis.limit import kl_needed
+from analysis.tables import markdown
+
+START = "fine-tuned model"  # the method of the row of the reference
+LIMIT = "limit"  # the best possible policy
+PRESET = "as the preset"  # the ablation that changes nothing
+NEAR = 1 / 5  # a value at a KL needs a run within this share of that KL, because curves bend between distant runs
+MEASURES = (
+    "score", "positive_by_reward", "positive_by_judge", "positive_by_words", "kl", "kl_exact", "perplexity",
+    "bits_per_character", "distinct_2", "response_length", "kl_efficiency",
+)  # fmt: skip
+AT_EQUAL_KL = ("score", "positive_by_judge", "positive_by_words", "perplexity", "bits_per_character")
+NATS = (1, 2, 4, 8)  # KLs at which methods are compared
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # {seeds: t} for 95 %
+
+
+def measured(rows, names=MEASURES):
+    """Return the measures that some rows have. Without a second language model, there are no bits per character."""
+    return [name for name in names if any(name in row for row in rows)]
+
+
+def write_csv(path, rows, names=None):
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, names or ["method", "setting", "seed", *measured(rows)], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path):
+    """Return the rows of a CSV as dicts, without empty cells; numbers are floats, but settings are texts."""
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    texts = ("method", "setting")
+    return [{k: v if k in texts else int(v) if k == "seed" else float(v) for k, v in row.items() if v} for row in rows]
+
+
+def value_at(rows, method, seed, measure, nats):
+    """Return a measure at a KL, interpolated linearly between the runs of a method and seed and the fine-tuned model.
+
+    None if the method lacks the measure, if no run has a KL within NEAR of this one, or if this one is above the KL of
+    every run.
+    """
+    rows = [row for row in rows if measure in row]
+    runs = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
+    if not any(abs(row["kl_exact"] - nats) <= NEAR * nats for row in runs):
+        return None
+    points = sorted((row["kl_exact"], row[measure]) for row in [*runs, *(r for r in rows if r["method"] == START)])
+    kl, values = zip(*points)
+    return float(np.interp(nats, kl, values)) if nats <= kl[-1] else None
+
+
+def limit_at(limit, start, measure, nats):
+    """Return [score or judge's share of the best possible policy at a KL], or [] beyond its curve."""
+    if not limit or nats > limit[-1]["kl"] or measure not in ("score", "positive_by_judge"):
+        return []
+    values = [start["score"] + row["gain"] if measure == "score" else row[measure] for row in limit]
+    return [float(np.interp(nats, [row["kl"] for row in limit], values))]
+
+
+def at_equal_kl(rows, measure, nats):
+    """Return {method: [value at a KL per seed]}, with an empty list if a seed has no value; see value_at."""
+    methods = {}
+    for method, seed in dict.fromkeys((row["method"], row["seed"]) for row in rows if row["method"] != START):
+        methods.setdefault(method, []).append(value_at(rows, method, seed, measure, nats))
+    return {method: [] if None in values else values for method, values in methods.items()}
+
+
+def half_width(values):
+    """Return the half-width of the 95 % interval of a mean over at least two seeds, by Student's t."""
+    return STUDENT_T.get(len(values), 2.2) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def mean_text(values):
+    """Return the mean of the values of all seeds and its 95 % interval as text; "-" without values."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "-"
+    return f"{statistics.mean(values):.3f} ± {half_width(values):.3f}"
+
+
+def table(header, lines):
+    """Return a Markdown table of {first cell: [values of all seeds, per column]}."""
+    return markdown([header, *([name, *map(mean_text, columns)] for name, columns in lines.items())])
+
+
+def runs_table(frontier):
+    """Return the table of all runs: a line per method and setting, with the number of its runs."""
+    names, lines = measured(frontier, ("kl_exact", *AT_EQUAL_KL, "distinct_2", "kl_efficiency")), {}
+    for row in frontier:
+        name = START if row["method"] == START else f"{row['method']}, {row['setting']}"
+        lines.setdefault(name, []).append(row)
+    columns = {
+        name: [str(len(rows)), *(mean_text([row[m] for row in rows if m in row]) for m in names)]
+        for name, rows in lines.items()
+    }
+    return markdown([["method, setting", "runs", *names], *([name, *cells] for name, cells in columns.items())])
+
+
+def methods_table(frontier, measure, limit=(), nats=NATS):
+    """Return the table of a measure at equal KL: a line per method, and one of the best possible policy."""
+    start = next(row for row in frontier if row["method"] == START)
+    columns = [at_equal_kl(frontier, measure, n) | {LIMIT: limit_at(limit, start, measure, n)} for n in nats]
+    lines = {method: [column[method] for column in columns] for method in columns[0]}
+    lines = {method: line for method, line in lines.items() if any(line) or method != LIMIT}
+    return table([f"{measure} at a KL of", *(f"{n} nats" for n in nats)], lines)
+
+
+def efficiency_table(frontier, limit, nats=NATS):
+    """Return the table of the KL efficiency at equal KL, from the scores of methods_table."""
+    start = next(row for row in frontier if row["method"] == START)
+    curve = [[point[name] for point in limit] for name in ("kl", "gain")]
+    columns = [at_equal_kl(frontier, "score", n) for n in nats]
+    lines = {
+        method: [
+            [kl_needed(score - start["score"], *curve) / n for score in column[method]]
+            for n, column in zip(nats, columns)
+        ]
+        for method in columns[0]
+    }
+    return table(["kl_efficiency at a KL of", *(f"{n} nats" for n in nats)], lines)
+
+
+def ablation_table(frontier, ablation):
+    """Return a table with the means of the preset's runs, and each change's differences from them, seed by seed.
+
+    The last column is the score minus that of PPO's frontier at the KL of the run, because most changes move the KL
+    too. It is "-" unless value_at returns a value for every run, with and without the change.
+    """
+    names = ("score", "positive_by_judge", "kl_exact", "perplexity", "distinct_2", "above")
+    for row in ablation:
+        level = value_at(frontier, "PPO", row["seed"], "score", row["kl_exact"])
+        row["above"] = None if level is None else row["score"] - level
+    base, lines = {row["seed"]: row for row in ablation if row["setting"] == PRESET}, {}
+    for detail in dict.fromkeys(row["setting"] for row in ablation):
+        rows = [row for row in ablation if row["setting"] == detail]
+        reference = {seed: dict.fromkeys(names, 0.0) for seed in base} if detail == PRESET else base
+        pairs = [[(row[name], reference[row["seed"]][name]) for row in rows] for name in names]
+        lines[detail] = [[] if None in sum(column, ()) else [x - y for x, y in column] for column in pairs]
+    return table(["changed", *names[:-1], "score above PPO's frontier"], lines)
+
+
+def summary(frontier, ablation, limit, cfg):
+    """Return the text of frontier.md. limit: from limit_rows, or empty if it was not measured."""
+    parts = [
+        f"Means over the runs, which differ in the seed, and 95 % intervals; {cfg.prompts} held-out prompts. The "
+        "setting of PPO, RLOO and GRPO is the KL coefficient, that of DPO and reward-weighted fine-tuning is beta, "
+        "that of best-of-n is n, that of positive-only fine-tuning is the number of epochs.",
+        runs_table(frontier),
+        "Values at equal KL, interpolated linearly between the runs of a seed. A value is given only if every seed has "
+        f"a run within {100 * NEAR:g} % of that KL.",
+        *(methods_table(frontier, name, limit) for name in measured(frontier, AT_EQUAL_KL)),
+    ]
+    if limit:
+        end = f"{limit[-1]['gain']:.2f}"
+        parts += [
+            "The limit is the best possible policy, estimated from responses of the fine-tuned model; see "
+            "analysis/limit.py. KL efficiency is the KL that it needs for the score of a run, divided by the KL of the "
+            f"run. It shows scores of up to {end} above the fine-tuned model's; for higher ones, the efficiency is at "
+            "least the number given.",
+            efficiency_table(frontier, limit),
+        ]
+    if ablation:
+        parts += [
+            "One detail changed: differences from the run of the preset with the same seed. The last column is the "
+            "score minus that of PPO's frontier at the KL of the run, under the same condition.",
+            ablation_table(frontier, ablation),
+        ]
+    return "\n\n".join(parts) + "\n"
