@@ -15,6 +15,7 @@ START = "fine-tuned model"  # the method of the row of the reference
 LIMIT = "limit"  # the best possible policy
 PRESET = "as the preset"  # the ablation that changes nothing
 NEAR = 1 / 5  # a value at a KL needs a run within this share of that KL, because curves bend between distant runs
+BEYOND = 1 / 10  # the line through the last two runs is continued by at most this share of the last run's KL
 MEASURES = (
     "score", "positive_by_reward", "positive_by_judge", "positive_by_words", "kl", "kl_exact", "perplexity",
     "bits_per_character", "distinct_2", "response_length", "kl_efficiency",
@@ -47,16 +48,19 @@ def read_csv(path):
 def value_at(rows, method, seed, measure, nats):
     """Return a measure at a KL, interpolated linearly between the runs of a method and seed and the fine-tuned model.
 
-    None if the method lacks the measure, if no run has a KL within NEAR of this one, or if this one is above the KL of
-    every run.
+    None if the method or the fine-tuned model lacks the measure, if no run has a KL within NEAR of this one, or if this
+    one is further than BEYOND above the KL of the last run.
     """
     rows = [row for row in rows if measure in row]
     runs = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
-    if not any(abs(row["kl_exact"] - nats) <= NEAR * nats for row in runs):
-        return None
     points = sorted((row["kl_exact"], row[measure]) for row in [*runs, *(r for r in rows if r["method"] == START)])
-    kl, values = zip(*points)
-    return float(np.interp(nats, kl, values)) if nats <= kl[-1] else None
+    near = any(abs(row["kl_exact"] - nats) <= NEAR * nats for row in runs)
+    if not near or len(points) < 2 or nats > points[-1][0] * (1 + BEYOND):
+        return None
+    (kl, value), (last_kl, last) = points[-2:]
+    if nats > last_kl:
+        return last + (nats - last_kl) * (last - value) / (last_kl - kl)
+    return float(np.interp(nats, *zip(*points)))
 
 
 def limit_at(limit, start, measure, nats):
@@ -156,7 +160,8 @@ def summary(frontier, ablation, limit, cfg):
         "that of best-of-n is n, that of positive-only fine-tuning is the number of epochs.",
         runs_table(frontier),
         "Values at equal KL, interpolated linearly between the runs of a seed. A value is given only if every seed has "
-        f"a run within {100 * NEAR:g} % of that KL.",
+        f"a run within {100 * NEAR:g} % of that KL. The line through the last two runs is continued by at most "
+        f"{100 * BEYOND:g} % of the KL.",
         *(methods_table(frontier, name, limit) for name in measured(frontier, AT_EQUAL_KL)),
     ]
     if limit:

@@ -309,16 +309,21 @@ METHODS = {  # method in frontier.csv: (colour, marker)
     "PPO": (BLUE, "o"), "PPO, first constants": (BLUE, "x"), "RLOO": (AMBER, "s"), "GRPO": (GREEN, "^"),
     "best-of-n": (PURPLE, "D"), "positive-only fine-tuning": (INK, "v"),
     "DPO": (RED, "P"), "reward-weighted": (GREY, "X"),
+    "TRL 0.11.4, its constants": (RED, "1"), "TRL 0.11.4, our constants": (RED, "2"),
 }  # fmt: skip
 
 
 def frontier(folder):
     """Draw score and judge against KL in frontier.csv of a folder: a marker per run, without lines between them.
 
-    If there is a limit.csv, also the curve of the best possible policy, with the interval of its score.
+    If there is a limit.csv, also the curve of the best possible policy, with the interval of its score. If there is a
+    trl.csv, also the runs of TRL in it.
     """
     with open(Path(folder) / "frontier.csv", newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
+    if (file := Path(folder) / "trl.csv").is_file():
+        with open(file, newline="", encoding="utf-8") as f:
+            rows += [row for row in csv.DictReader(f) if row["method"].startswith("TRL")]
     start = next(row["method"] for row in rows if row["method"] not in METHODS)
     limit, file = {}, Path(folder) / "limit.csv"
     if file.is_file():

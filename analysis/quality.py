@@ -51,7 +51,8 @@ def continuations(policy, tokenizer, texts, cfg, device):
     """Return the continuations of the same prompts by people and by the policy, as two dicts like that of respond.
 
     Prompts are the first P tokens of the reviews that are longer. People's continuations are the next T tokens, and end
-    earlier where the review ends, as the policy's do.
+    earlier where the review ends, as the policy's do. Before a prompt, the policy reads <|endoftext|>, as in its
+    training: without it, the prompt could be from any place of a review, and one in ten continuations ends early.
     """
     eos_id, length = tokenizer.eos_token_id, cfg.prompt_len + cfg.response_len
     rows = [ids + length * [eos_id] for ids in encode(texts, tokenizer) if len(ids) > cfg.prompt_len]
@@ -61,7 +62,8 @@ def continuations(policy, tokenizer, texts, cfg, device):
     prompts, responses = sequences[:, : cfg.prompt_len], sequences[:, cfg.prompt_len :]
     human = {"prompts": decode(prompts, tokenizer), "texts": decode(sequences, tokenizer)}
     human["tokens"] = [row[keep].tolist() for row, keep in zip(responses, response_mask(responses, eos_id))]
-    return human, respond(policy, policy, tokenizer, prompts.split(cfg.batch_size), cfg, device, "the model")
+    groups = torch.cat([torch.full((len(prompts), 1), eos_id), prompts], 1).split(cfg.batch_size)
+    return human, respond(policy, policy, tokenizer, groups, cfg, device, "the model")
 
 
 def responses_only(out):
@@ -87,8 +89,8 @@ def discriminate(human, generated):
 
 def sample(policy, tokenizer, prompts, cfg, device):
     """Return samples for display: [{"prompt": text, "1.0": response, "0.7": response}], with these temperatures."""
-    longest = policy.gpt2.config.n_positions - cfg.response_len
-    groups = [torch.tensor([ids[:longest]]) for ids in encode(prompts, tokenizer)]
+    longest, eos_id = policy.gpt2.config.n_positions - cfg.response_len, tokenizer.eos_token_id
+    groups = [torch.tensor([[eos_id, *ids][:longest]]) for ids in encode(prompts, tokenizer)]
     samples = [{"prompt": prompt} for prompt in prompts]
     for temperature in SAMPLE_TEMPERATURES:
         out = respond(policy, policy, tokenizer, groups, replace(cfg, temperature=temperature), device, "samples")
@@ -103,8 +105,8 @@ def measure_gpt2(opened, splits, second, cfg, device, dtype):
     opened: from open_gpt2. second: from open_second_lm, or None.
     """
     _, config, tokenizer = opened
-    if cfg.prompt_len + cfg.response_len > config.n_positions:
-        raise BadInput(f"prompt_len + response_len is over the model's {config.n_positions} positions")
+    if 1 + cfg.prompt_len + cfg.response_len > config.n_positions:
+        raise BadInput(f"1 + prompt_len + response_len is over the model's {config.n_positions} positions")
     policy = load_policy(*opened, dtype).to(device).eval()
     held_out = validation_texts(splits["prompts"].texts, tokenizer, cfg.eval_tokens)
     stream, characters = pack(held_out, tokenizer), sum(map(len, held_out))

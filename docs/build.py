@@ -47,9 +47,22 @@ def mean(values):
     return {"value": statistics.mean(values), "half": frontier_tables.half_width(values) if len(values) > 1 else 0.0}
 
 
+def settings(rows):
+    """Return {"method, setting": {measure: mean over the seeds}} of the rows of a CSV file in asset/frontier."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(f"{row['method']}, {row['setting']}", []).append(row)
+    return {name: {m: mean([run[m] for run in runs]) for m in numbers_of(runs)} for name, runs in groups.items()}
+
+
+def numbers_of(runs):
+    """Return the names of the numbers that every run has, without the seed."""
+    return [name for name in runs[0] if name not in ("method", "setting", "seed") and all(name in run for run in runs)]
+
+
 def sources():
     """Return the numbers that pages may name, as nested dicts."""
-    rows, ablation = (frontier_tables.read_csv(FRONTIER / name) for name in ("frontier.csv", "ablation.csv"))
+    ablation = frontier_tables.read_csv(FRONTIER / "first" / "ablation.csv")
     base = {row["seed"]: row for row in ablation if row["setting"] == frontier_tables.PRESET}
     data = {
         "results": read("asset/results.json"),
@@ -61,13 +74,12 @@ def sources():
         "full fine-tuning": read("asset/gpt2/finetune_results.json"),
         "medium": read("asset/medium/results.json"),
         "controlled": read("asset/controlled/results.json"),
-        "frontier": {},
+        "frontier": settings(frontier_tables.read_csv(FRONTIER / "frontier.csv")),
+        "first frontier": settings(frontier_tables.read_csv(FRONTIER / "first" / "frontier.csv")),
+        "trl": settings(frontier_tables.read_csv(FRONTIER / "trl.csv")),
         "ablation": {},
         "mutation": mutation(),
     }
-    for name in dict.fromkeys(f"{row['method']}, {row['setting']}" for row in rows):
-        runs = [row for row in rows if f"{row['method']}, {row['setting']}" == name]
-        data["frontier"][name] = {m: mean([row[m] for row in runs]) for m in frontier_tables.measured(runs)}
     for name in dict.fromkeys(row["setting"] for row in ablation):
         runs = [row for row in ablation if row["setting"] == name]
         data["ablation"][name] = {
@@ -134,10 +146,21 @@ def performance(data):
     return {"bench": markdown(bench), "peers": markdown(peers)}
 
 
+def trl_table(rows):
+    """Return the table of the runs of tests/trl_learning.py, the rows of trl.csv."""
+    names = ("kl_exact", "score", "positive_by_judge", "distinct_2", "kl_efficiency")
+    lines = [["run, KL coefficient", *names, "seconds to 0.85 positive", "seconds"]]
+    for row in rows:
+        cells = [f"{row[name]:.2f}" for name in names] + [f"{row['seconds_to_share']:.0f}", f"{row['seconds']:.0f}"]
+        lines.append([f"{row['method']}, {row['setting']}", *cells])
+    return markdown(lines)
+
+
 def blocks():
     """Return {name: text} of the tables and outputs that pages may have."""
     results, recorded = read("asset/results.json"), read("asset/recorded.json")
-    rows, ablation = (frontier_tables.read_csv(FRONTIER / name) for name in ("frontier.csv", "ablation.csv"))
+    rows, limit = (frontier_tables.read_csv(FRONTIER / name) for name in ("frontier.csv", "limit.csv"))
+    first = (frontier_tables.read_csv(FRONTIER / "first" / name) for name in ("frontier.csv", "ablation.csv"))
     names = {
         "score": "score of the reward",
         "positive_by_judge": "share positive by the judge",
@@ -170,8 +193,10 @@ def blocks():
         "controlled": table_text(read("asset/controlled/results.json")),
         "example": "\n".join(["```text", *example, "```"]),
         "runs": frontier_tables.runs_table(rows),
-        **{name: frontier_tables.methods_table(rows, name) for name in ("score", "positive_by_judge", "perplexity")},
-        "ablation": frontier_tables.ablation_table(rows, ablation),
+        **{name: frontier_tables.methods_table(rows, name, limit) for name in frontier_tables.AT_EQUAL_KL},
+        "kl_efficiency": frontier_tables.efficiency_table(rows, limit),
+        "trl": trl_table(frontier_tables.read_csv(FRONTIER / "trl.csv")),
+        "ablation": frontier_tables.ablation_table(*first),
     } | performance(read("asset/performance.json"))
 
 

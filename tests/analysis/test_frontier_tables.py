@@ -5,6 +5,7 @@ from conftest import ROOT
 
 from analysis.frontier import add_efficiency
 from analysis.frontier_tables import (
+    BEYOND,
     MEASURES,
     NEAR,
     PRESET,
@@ -28,15 +29,15 @@ def point(method, kl, score, seed=0, setting="1"):
 
 
 def test_a_value_at_a_kl_is_interpolated_if_a_run_is_near():
-    """Between (0, 1), (2, 3), (4, 4). Near is within a fifth of the KL."""
+    """Between (0, 1), (2, 3), (4, 4), and on the last line up to a tenth above 4. Near is within a fifth of the KL."""
     rows = [point(START, 0, 1), point("PPO", 4, 4), point("PPO", 2, 3, setting="2")]
-    for nats, score in ((2, 3), (1.7, 2.7), (2.4, 3.2), (3.4, 3.7), (4, 4)):
+    for nats, score in ((2, 3), (1.7, 2.7), (2.4, 3.2), (3.4, 3.7), (4, 4), (4.2, 4.1), (4.4, 4.2)):
         assert at_equal_kl(rows, "score", nats)["PPO"] == pytest.approx([score])
-    assert NEAR == 1 / 5
+    assert (NEAR, BEYOND) == (1 / 5, 1 / 10)
 
 
-@pytest.mark.parametrize("nats", [1, 1.65, 2.6, 3, 3.3, 4.1, 8])
-def test_a_value_at_a_kl_needs_a_run_near_it_and_none_is_extrapolated(nats):
+@pytest.mark.parametrize("nats", [1, 1.65, 2.6, 3, 3.3, 4.41, 4.9, 8])
+def test_a_value_at_a_kl_needs_a_run_near_it_and_is_extrapolated_by_at_most_a_tenth(nats):
     rows = [point(START, 0, 1), point("PPO", 4, 4), point("PPO", 2, 3, setting="2")]
     assert at_equal_kl(rows, "score", nats) == {"PPO": []}
 

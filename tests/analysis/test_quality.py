@@ -89,6 +89,20 @@ def test_people_and_model_continue_the_same_prompts_and_end_where_the_review_end
     assert "longer" in message(continuations, load_policy(*opened), opened[2], ["A film"] * 9, cfg, "cpu")
 
 
+def test_the_model_reads_an_end_of_text_before_each_prompt_as_in_its_training(gpt2_folder, monkeypatch):
+    """In the continuations and in the samples; without it, a prompt could be from any place of a review."""
+    opened, read, cfg = open_gpt2(str(gpt2_folder)), [], replace(MINI, prompt_len=4, response_len=12)
+    policy, tokenizer = load_policy(*opened), opened[2]
+    generate = policy.gpt2.generate
+    monkeypatch.setattr(policy.gpt2, "generate", lambda ids, *rest: read.append(ids.tolist()) or generate(ids, *rest))
+    human, generated = continuations(policy, tokenizer, TEXTS[:5], cfg, "cpu")
+    (row,) = quality.sample(policy, tokenizer, TEXTS[5:6], cfg, "cpu")
+    expected = [[tokenizer.eos_token_id, *tokenizer.encode(text)[:4]] for text in TEXTS[:5]]
+    samples = 2 * [[[tokenizer.eos_token_id, *tokenizer.encode(TEXTS[5])][:36]]]  # n_positions - response_len
+    assert read == [expected, *samples]
+    assert generated["prompts"] == human["prompts"] and row["prompt"] == TEXTS[5]  # the texts do not contain it
+
+
 # ---- classifiers
 
 
@@ -137,7 +151,7 @@ def test_the_command_measures_every_model_and_keeps_the_results_of_others(
     monkeypatch.setattr(quality, "second_nll", lambda *args: responses.append(args[2]) or nll(*args))
     csv, (one, two), second = inputs
     cfg = replace(MINI, dataset=csv, out=str(tmp_path / "out"), device="cpu", samples=2, lm_prompts=3, short_words=8)
-    cfg = replace(cfg, models=(f"small={gpt2_folder}", f"one={one}", f"two={two}"), second_lm=second)
+    cfg = replace(cfg, models=(f"small={gpt2_folder}", f"one={one}", f"two={two}"), second_lm=second, prompt_len=7)
     main(cfg)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     small, table = results["gpt2"]["small"], capsys.readouterr().out
@@ -183,7 +197,7 @@ def test_generated_text_is_escaped_in_the_samples():
 
 def test_a_wrong_input_is_one_line(gpt2_folder, inputs, tmp_path):
     cfg = replace(MINI, dataset=inputs[0], out=str(tmp_path), device="cpu", models=(str(gpt2_folder),))
-    assert "48 positions" in message(main, replace(cfg, response_len=41))
+    assert "48 positions" in message(main, replace(cfg, response_len=40))
     assert "twice" in message(main, replace(cfg, models=(f"a={gpt2_folder}", f"a={inputs[1][0]}")))
     assert "nowhere" in message(main, replace(cfg, models=("./nowhere",)))
     assert not list(tmp_path.iterdir())
