@@ -389,16 +389,18 @@ class FrontierConfig(Config):
     """Reward and judge against KL: PPO, RLOO, GRPO and their baselines, and ablations of implementation details."""
 
     out: str = by_preset("frontier/gpt2", medium="frontier/medium", mini="frontier/mini")  # a stopped sweep is resumed
-    seeds: int = 3  # runs per setting
+    seeds: int = by_preset(3, mini=5)  # runs per setting
     steps: int = by_preset(200, mini=32)  # rollouts of a run
     response_len: int = by_preset(16, mini=24)  # T, maximum length of a response, tokens
-    # each kl_coef is a point of a method's frontier
-    kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.09, 0.16, 0.26, 0.38))  # fixed kl_coef
-    first_kl_coefs: tuple[float, ...] = by_preset((), mini=(0.03, 0.06, 0.1, 0.2))  # with the constants before shaping
+    # each coefficient is a point of a method's frontier; those of preset mini lead to about 8, 4, 2 and 1 nats
+    kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.09, 0.16, 0.26, 0.38))  # of PPO, fixed
+    first_kl_coefs: tuple[float, ...] = by_preset((), mini=(0.1, 0.2, 0.35, 0.6))  # with the constants before shaping
+    rloo_kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.09, 0.16, 0.31, 0.47))  # of RLOO
+    grpo_kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.07, 0.16, 0.26, 0.45))  # of GRPO
+    dpo_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.19, 0.39, 0.73, 1.4))  # beta of DPO
+    weighted_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.03, 0.1, 0.2))  # of weighted tuning
     best_of: tuple[int, ...] = (2, 4, 8, 16, 32)  # n of best-of-n: responses of the fine-tuned model to choose from
     positive_epochs: tuple[float, ...] = by_preset((0.25, 1.0), mini=(0.05, 0.2))  # passes over positive reviews
-    dpo_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.1, 0.3, 1.0, 2.0))  # beta of DPO
-    weighted_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.03, 0.1, 0.2))  # of weighted tuning
     ablation: bool = True  # also run the ABLATIONS of frontier.py
     prompts: int = 512  # held-out prompts, the same for all
     second_lm: str = ""  # another language model, to measure bits per character: hub name, folder or .gguf file
@@ -467,9 +469,9 @@ RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exc
     "min_crop_words min_prompt_len minibatch_size muon_lr n_embd n_head n_layer n_positions num_heads num_layers "
     "ppo_epochs prompt_len prompts repeats resamples response_len sample_every sample_temperature samples_per_prompt "
     "save_every short_words steps temperature value_clip vocab_size weighted_betas workers",
-    "[0, inf)": "alarm_window first_kl_coefs kl_ceiling kl_coef kl_coefs kl_target limit_samples micro_batch_size "
-    "min_lr missing_eos_penalty perplexity_ceiling positive_epochs sample_prompts samples score_clip seed "
-    "shaping_every vf_coef viewer_samples warmup_steps weight_decay",
+    "[0, inf)": "alarm_window first_kl_coefs grpo_kl_coefs kl_ceiling kl_coef kl_coefs kl_target limit_samples "
+    "micro_batch_size min_lr missing_eos_penalty perplexity_ceiling positive_epochs rloo_kl_coefs sample_prompts "
+    "samples score_clip seed shaping_every vf_coef viewer_samples warmup_steps weight_decay",
     "[0, 1]": "crop_share gamma lam lr_end teacher_share",
     "[0, 1)": "beta1 beta2 dropout",
     "(0, 1]": "save_share",

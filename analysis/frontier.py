@@ -49,16 +49,16 @@ from runtime.linear_classifier import LinearClassifier
 
 ROOT = Path(__file__).parent.parent
 FIRST_CONSTANTS = "PPO, first constants"  # those of preset mini before reward shaping
-METHODS = {  # {method: flags of ppo.py}; scores are not cut, as in the limit
-    "PPO": "--advantage gae --score_clip 0",
-    FIRST_CONSTANTS: "--advantage gae --score_clip 0 --shaping_every 0 --lr 4e-4 --lr_end 0.1",
-    "RLOO": "--advantage rloo --score_clip 0",
-    "GRPO": "--advantage grpo --score_clip 0",
+METHODS = {  # {method: (script, its flags)}; scores are not cut, as in the limit
+    "PPO": ("ppo.py", "--score_clip 0 --kl_target 0"),
+    FIRST_CONSTANTS: ("ppo.py", "--score_clip 0 --kl_target 0 --shaping_every 0 --lr 4e-4 --lr_end 0.1"),
+    "RLOO": ("ppo.py", "--score_clip 0 --kl_target 0 --advantage rloo"),
+    "GRPO": ("ppo.py", "--score_clip 0 --kl_target 0 --advantage grpo"),
+    "DPO": ("dpo.py", "--method dpo"),
+    # with k responses per prompt, a weighted policy ends below log k nats
+    "reward-weighted": ("dpo.py", "--method weighted --samples_per_prompt 16"),
 }
-OFFLINE = {  # {method: flags of dpo.py}; with k responses per prompt, a weighted policy ends below log k nats
-    "DPO": "--method dpo",
-    "reward-weighted": "--method weighted --samples_per_prompt 16",
-}
+COEFFICIENT = {"ppo.py": "--kl_coef", "dpo.py": "--beta"}  # the flag that differs between the runs of a method
 BEST_OF_N, POSITIVE_ONLY, ABLATION = "best-of-n", "positive-only fine-tuning", "ablation"
 ABLATIONS = {  # detail: the flags, or the patch in asset/ablations/, that change it
     PRESET: "",
@@ -95,20 +95,22 @@ class Run:
         return f"{safe}-{self.seed}"
 
 
+def coefficients_of(cfg):
+    """Return the coefficients of each method, in the order of METHODS."""
+    online = cfg.kl_coefs, cfg.first_kl_coefs, cfg.rloo_kl_coefs, cfg.grpo_kl_coefs
+    return *online, cfg.dpo_betas, cfg.weighted_betas
+
+
 def runs_of(cfg):
     """Return the runs of the sweep, seed by seed, so that the methods can be compared before all seeds are done."""
     sizes = ("--steps", cfg.steps, "--response_len", cfg.response_len)
     start = ("--init_from", defaults(PPOConfig, "medium").policy) if cfg.preset == "medium" else ()  # not "scratch"
     runs = []
     for seed in range(cfg.seeds):
-        for method, constants in METHODS.items():
-            for coef in cfg.first_kl_coefs if method == FIRST_CONSTANTS else cfg.kl_coefs:
-                flags = (*sizes, *constants.split(), "--kl_coef", coef, "--kl_target", 0)
-                runs.append(Run(method, f"{coef:g}", seed, "ppo.py", flags))
-        for (method, constants), betas in zip(OFFLINE.items(), (cfg.dpo_betas, cfg.weighted_betas)):
-            for beta in betas:
-                flags = (*sizes, *constants.split(), "--beta", beta)
-                runs.append(Run(method, f"{beta:g}", seed, "dpo.py", flags))
+        for (method, (script, constants)), coefficients in zip(METHODS.items(), coefficients_of(cfg)):
+            for coefficient in coefficients:
+                flags = (*sizes, *constants.split(), COEFFICIENT[script], coefficient)
+                runs.append(Run(method, f"{coefficient:g}", seed, script, flags))
         for epochs in cfg.positive_epochs:
             flags = (*start, "--reviews", "positive", "--epochs", epochs, "--weights", "last")
             runs.append(Run(POSITIVE_ONLY, f"{epochs:g}", seed, "finetune_gpt2.py", flags))
@@ -248,8 +250,8 @@ def add_efficiency(rows, start, limit):
 def check_sweep(cfg):
     """Raise BadInput if the folder holds a sweep of other sizes, whose points would not be comparable."""
     file = Path(cfg.out) / RUN_CONFIG
-    coefficients = ("kl_coefs", "first_kl_coefs", "best_of", "positive_epochs", "dpo_betas", "weighted_betas")
-    free = ("seeds", *coefficients, "ablation", "workers")  # may change when resuming
+    coefficients = [name for name in vars(cfg) if name.endswith(("_coefs", "_betas"))]
+    free = ("seeds", *coefficients, "best_of", "positive_epochs", "ablation", "workers")  # may change when resuming
     saved = read_json(file) if file.is_file() else asdict(cfg)
     if changed := differing(cfg, saved | {name: getattr(cfg, name) for name in free}):
         raise BadInput(f"{cfg.out} holds a sweep of another config ({', '.join(changed)}): use another --out")

@@ -18,7 +18,6 @@ from analysis.frontier import (
     BEST_OF_N,
     FIRST_CONSTANTS,
     METHODS,
-    OFFLINE,
     Run,
     best_of_n_rows,
     check_sweep,
@@ -39,8 +38,8 @@ from runtime.hub import load_policy, open_gpt2
 pytest.importorskip("sklearn", reason="scikit-learn is in requirements-dev.txt")
 
 CFG = FrontierConfig(
-    seeds=2, kl_coefs=(0.1, 0.3), first_kl_coefs=(0.05,), dpo_betas=(0.2,), weighted_betas=(0.2, 0.4),
-    best_of=(1, 2), positive_epochs=(0.5,), prompts=8, device="cpu",
+    seeds=2, kl_coefs=(0.1, 0.3), first_kl_coefs=(0.05,), rloo_kl_coefs=(0.2, 0.4), grpo_kl_coefs=(0.3, 0.5),
+    dpo_betas=(0.2,), weighted_betas=(0.2, 0.4), best_of=(1, 2), positive_epochs=(0.5,), prompts=8, device="cpu",
 )  # fmt: skip
 
 
@@ -60,19 +59,23 @@ def test_every_method_has_a_run_for_every_coefficient_and_seed_with_the_same_set
     runs = runs_of(CFG)
     assert len({run.name for run in runs}) == len(runs) == 2 * (3 * 2 + 1 + 1 + 2 + 1 + len(ABLATIONS))
     keys = {(run.method, run.setting, run.seed) for run in runs}
-    coefficients = {method: ("0.05",) if method == FIRST_CONSTANTS else ("0.1", "0.3") for method in METHODS}
+    coefficients = {
+        "PPO": ("0.1", "0.3"), FIRST_CONSTANTS: ("0.05",), "RLOO": ("0.2", "0.4"), "GRPO": ("0.3", "0.5"),
+        "DPO": ("0.2",), "reward-weighted": ("0.2", "0.4"),
+    }  # fmt: skip
+    assert coefficients.keys() == METHODS.keys()
     assert {(m, s, seed) for m, settings in coefficients.items() for s in settings for seed in (0, 1)} <= keys
+    offline = {"DPO": ("dpo", 4), "reward-weighted": ("weighted", 16)}
     for run in runs:
-        if run.method in METHODS:
+        if run.method in offline:
+            cfg = parse(DPOConfig, [str(flag) for flag in run.flags])
+            assert (cfg.method, cfg.samples_per_prompt, f"{cfg.beta:g}") == (*offline[run.method], run.setting)
+            assert (cfg.steps, cfg.response_len, run.script) == (CFG.steps, CFG.response_len, "dpo.py")
+        elif run.method in METHODS:
             cfg = parse(PPOConfig, [str(flag) for flag in run.flags])
             assert cfg.advantage == {"RLOO": "rloo", "GRPO": "grpo"}.get(run.method, "gae")
             assert (f"{cfg.kl_coef:g}", cfg.kl_target, cfg.score_clip) == (run.setting, 0, 0)  # as for the limit
-            assert (cfg.steps, cfg.response_len) == (CFG.steps, CFG.response_len)
-        if run.method in OFFLINE:
-            cfg = parse(DPOConfig, [str(flag) for flag in run.flags])
-            expected = {"DPO": ("dpo", 4), "reward-weighted": ("weighted", 16)}[run.method]
-            assert (cfg.method, cfg.samples_per_prompt, f"{cfg.beta:g}") == (*expected, run.setting)
-            assert (cfg.steps, cfg.response_len, run.script) == (CFG.steps, CFG.response_len, "dpo.py")
+            assert (cfg.steps, cfg.response_len, run.script) == (CFG.steps, CFG.response_len, "ppo.py")
         if run.method == frontier.POSITIVE_ONLY:
             cfg = parse(FinetuneConfig, [str(flag) for flag in run.flags])
             assert (cfg.reviews, f"{cfg.epochs:g}", cfg.weights) == ("positive", run.setting, "last")
@@ -83,7 +86,7 @@ def test_the_first_constants_are_those_of_preset_mini_before_shaping_and_preset_
     flags = next(run.flags for run in runs_of(CFG) if run.method == FIRST_CONSTANTS)
     cfg = parse(PPOConfig, ["--preset", "mini", *map(str, flags)])
     assert (cfg.shaping_every, cfg.lr, cfg.lr_end) == (0, 4e-4, 0.1)
-    assert {run.method for run in runs_of(parse(FrontierConfig, []))} & set(METHODS) == {"PPO", "RLOO", "GRPO"}
+    assert {run.method for run in runs_of(parse(FrontierConfig, []))} & set(METHODS) == set(METHODS) - {FIRST_CONSTANTS}
 
 
 def test_a_run_is_trained_with_its_own_seed_and_the_preset_and_device_of_the_sweep(tmp_path, monkeypatch):
@@ -303,7 +306,7 @@ def test_the_prompts_of_a_sweep_are_from_the_evaluation_split(sweep, overrides):
 def test_a_sweep_of_other_sizes_is_refused(tmp_path):
     """More seeds or coefficients are allowed."""
     cfg = replace(CFG, out=str(tmp_path))
-    for allowed in (cfg, replace(cfg, seeds=3, kl_coefs=(0.5,))):
+    for allowed in (cfg, replace(cfg, seeds=3, kl_coefs=(0.5,), dpo_betas=(0.7,))):
         check_sweep(allowed)
         write_config(allowed)
     assert "steps 200 -> 100" in message(check_sweep, replace(cfg, steps=100))
