@@ -118,19 +118,29 @@ def methods_table(frontier, measure, limit=(), nats=NATS):
     return table([f"{measure} at a KL of", *(f"{n} nats" for n in nats)], lines)
 
 
-def efficiency_table(frontier, limit, nats=NATS):
-    """Return the table of the KL efficiency at equal KL, from the scores of methods_table."""
+def efficiency_at(frontier, limit, nats):
+    """Return {method: [KL efficiency at a KL per seed]}, from the scores of at_equal_kl, and {method: is it a bound}.
+
+    It is a lower bound if the limit does not show the score of every seed; see kl_needed in limit.py.
+    """
     start = next(row for row in frontier if row["method"] == START)
     curve = [[point[name] for point in limit] for name in ("kl", "gain")]
-    columns = [at_equal_kl(frontier, "score", n) for n in nats]
-    lines = {
-        method: [
-            [kl_needed(score - start["score"], *curve) / n for score in column[method]]
-            for n, column in zip(nats, columns)
-        ]
-        for method in columns[0]
+    gains = {
+        method: [score - start["score"] for score in scores]
+        for method, scores in at_equal_kl(frontier, "score", nats).items()
     }
-    return table(["kl_efficiency at a KL of", *(f"{n} nats" for n in nats)], lines)
+    values = {method: [kl_needed(gain, *curve) / nats for gain in row] for method, row in gains.items()}
+    return values, {method: any(gain > limit[-1]["gain"] for gain in row) for method, row in gains.items()}
+
+
+def efficiency_table(frontier, limit, nats=NATS):
+    """Return the table of the KL efficiency at equal KL."""
+    columns = [efficiency_at(frontier, limit, n) for n in nats]
+    lines = [["kl_efficiency at a KL of", *(f"{n} nats" for n in nats)]]
+    for method in columns[0][0]:
+        cells = [(mean_text(values[method]), bound[method]) for values, bound in columns]
+        lines.append([method, *(f"at least {text.split()[0]}" if bound else text for text, bound in cells)])
+    return markdown(lines)
 
 
 def ablation_table(frontier, ablation):

@@ -309,7 +309,7 @@ METHODS = {  # method in frontier.csv: (colour, marker)
     "PPO": (BLUE, "o"), "PPO, first constants": (BLUE, "x"), "RLOO": (AMBER, "s"), "GRPO": (GREEN, "^"),
     "best-of-n": (PURPLE, "D"), "positive-only fine-tuning": (INK, "v"),
     "DPO": (RED, "P"), "reward-weighted": (GREY, "X"),
-    "TRL 0.11.4, its constants": (RED, "1"), "TRL 0.11.4, our constants": (RED, "2"),
+    "TRL 0.11.4, its constants": (AMBER, "<"), "TRL 0.11.4, our constants": (AMBER, ">"),
 }  # fmt: skip
 
 
@@ -347,7 +347,7 @@ def frontier(folder):
         # square root, as in Gao et al. 2022: most changes happen in the first nats
         end = 1.1 * max(float(row["kl_exact"]) for row in rows)
         axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
-        axis.set_xticks([kl for kl in (0, 0.25, 1, 2, 4, 8, 16, 32, 64) if kl < end], minor=False)
+        axis.set_xticks([kl for kl in (0, 1, 2, 4, 8, 16, 32, 64) if kl < end])
         axis.set(xlabel="KL, nats per response, square-root scale", ylabel=label, xlim=(0, end))
     axes[1].legend(loc="lower right", title="one marker per run")
     return figure

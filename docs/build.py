@@ -62,6 +62,7 @@ def numbers_of(runs):
 
 def sources():
     """Return the numbers that pages may name, as nested dicts."""
+    rows, limit = (frontier_tables.read_csv(FRONTIER / name) for name in ("frontier.csv", "limit.csv"))
     ablation = frontier_tables.read_csv(FRONTIER / "first" / "ablation.csv")
     base = {row["seed"]: row for row in ablation if row["setting"] == frontier_tables.PRESET}
     data = {
@@ -74,7 +75,13 @@ def sources():
         "full fine-tuning": read("asset/gpt2/finetune_results.json"),
         "medium": read("asset/medium/results.json"),
         "controlled": read("asset/controlled/results.json"),
-        "frontier": settings(frontier_tables.read_csv(FRONTIER / "frontier.csv")),
+        "frontier": settings(rows),
+        "kl_efficiency": {
+            f"{method}, {nats} nats": mean(values)
+            for nats in frontier_tables.NATS
+            for method, values in frontier_tables.efficiency_at(rows, limit, nats)[0].items()
+            if values
+        },
         "first frontier": settings(frontier_tables.read_csv(FRONTIER / "first" / "frontier.csv")),
         "trl": settings(frontier_tables.read_csv(FRONTIER / "trl.csv")),
         "ablation": {},

@@ -73,7 +73,7 @@ def test_the_efficiency_at_a_kl_is_the_kl_that_the_limit_needs_for_the_interpola
     add_efficiency(rows, rows[0], LIMIT)
     assert [row.get("kl_efficiency") for row in rows] == [None, 0.5, 0.75]
     lines = cells(efficiency_table(rows, LIMIT))
-    assert lines["PPO"] == ["-", "0.500", "0.750", "-"] and "limit" not in lines
+    assert lines["PPO"] == ["-", "0.500", "at least 0.750", "-"] and "limit" not in lines
 
 
 def test_the_line_of_the_limit_ends_with_its_curve_and_is_that_of_score_and_judge():
@@ -159,11 +159,11 @@ def test_the_score_above_the_frontier_is_empty_if_no_run_of_the_frontier_is_near
 
 
 def test_the_published_tables_are_computed_from_the_committed_runs():
-    """frontier.md is the output for the two CSVs. docs/results.md has the same tables, see test_docs.py."""
+    """frontier.md is the output for the two CSV files. docs/results.md has the same tables, see test_docs.py."""
     folder = ROOT / "asset" / "frontier"
-    runs, ablation = (read_csv(folder / name) for name in ("frontier.csv", "ablation.csv"))
-    limit = read_csv(folder / "limit.csv") if (folder / "limit.csv").is_file() else []
-    text = summary(runs, ablation, limit, FrontierConfig(prompts=512))
+    runs = read_csv(folder / "frontier.csv")
+    limit = read_csv(folder / "limit.csv")
+    text = summary(runs, [], limit, FrontierConfig(prompts=512))
     assert (folder / "frontier.md").read_text(encoding="utf-8") == text
     near = f"within {100 * NEAR:g} % of that KL"
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
