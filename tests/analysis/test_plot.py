@@ -87,6 +87,16 @@ def test_a_frontier_has_a_marker_per_run_and_no_lines_between_them(asset):
         assert not axis.collections
 
 
+def test_a_frontier_also_has_the_runs_of_trl_and_ends_a_tenth_after_the_largest_kl(asset):
+    """Not the run of ppo.py in trl.csv, which was only timed: it has no part in the sweep."""
+    trl = ["method,setting,seed,score,positive_by_judge,kl_exact", '"TRL 0.11.4, its constants",0.2,0,1.5,0.9,9.0']
+    (asset / "frontier" / "trl.csv").write_text("\n".join([*trl, "PPO,0.1,0,9.9,0.9,12.0"]))
+    for axis, value in zip(frontier(asset / "frontier").axes, (1.5, 0.9)):
+        lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+        assert lines["TRL 0.11.4, its constants"] == [[9.0, value]] and len(lines["PPO"]) == 6
+        assert axis.get_xlim() == pytest.approx((0, 9.9)) and axis.get_xticks().tolist() == [0, 1, 2, 4, 8]
+
+
 def texts_of(axis):
     """Return the texts of a drawing that are not empty, with their bounding boxes in pixels."""
     renderer = axis.figure.canvas.get_renderer()
