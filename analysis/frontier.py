@@ -107,7 +107,7 @@ def runs_of(cfg):
     start = ("--init_from", defaults(PPOConfig, "medium").policy) if cfg.preset == "medium" else ()  # not "scratch"
     runs = []
     for seed in range(cfg.seeds):
-        for (method, (script, constants)), coefficients in zip(METHODS.items(), coefficients_of(cfg)):
+        for (method, (script, constants)), coefficients in zip(METHODS.items(), coefficients_of(cfg), strict=True):
             for coefficient in coefficients:
                 flags = (*sizes, *constants.split(), COEFFICIENT[script], coefficient)
                 runs.append(Run(method, f"{coefficient:g}", seed, script, flags))

@@ -1,4 +1,4 @@
-"""The sweep: its runs, its resumption, and its tables."""
+"""The sweep: its runs, its resumption, and how a run is evaluated."""
 
 import csv
 import json
