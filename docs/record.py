@@ -3,7 +3,7 @@
     python -m docs.record
 
 Writes asset/recorded.json, with the output and the duration of each command, and copies the demo's results, log and
-config to asset/. It takes about six minutes on two CPU cores. `make docs` then fills README.md and docs/.
+config to asset/. It takes about eleven minutes on two CPU cores. `make docs` then fills README.md and docs/.
 """
 
 import datetime
@@ -34,7 +34,9 @@ RESULTS = ("results.json", "log.jsonl", "run_config.json", "samples.md")
 
 
 def git(*arguments):
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, check=True, capture_output=True, encoding="utf-8"
+    ).stdout.strip()
 
 
 def machine():
@@ -56,7 +58,7 @@ def main():
             words = shlex.split(text)
             environment, start = os.environ | {"COLUMNS": "110"}, time.monotonic()
             done = subprocess.run(
-                [sys.executable, *words], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+                [sys.executable, *words], cwd=folder, env=environment, stdout=subprocess.PIPE, encoding="utf-8"
             )
             if done.returncode:
                 sys.exit(f"{text} failed with exit status {done.returncode}")

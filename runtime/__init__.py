@@ -4,6 +4,7 @@ Each script imports this package first, so that the following runs before torch 
 parse on an old Python, here 3.8, which would otherwise print a syntax error.
 """
 
+import logging
 import os
 import platform
 import sys
@@ -14,3 +15,5 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 # On Windows, MKL's Fortran library would otherwise end the process at Ctrl-C, before a checkpoint is saved.
 os.environ.setdefault("FOR_DISABLE_CONSOLE_CTRL_HANDLER", "1")
+# On macOS, PyTorch would print a note on what it cannot do with the output of processes that are not started here.
+logging.getLogger("torch.distributed.elastic.multiprocessing.redirects").setLevel(logging.ERROR)

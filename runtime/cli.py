@@ -3,6 +3,7 @@
 import argparse
 import errno
 import inspect
+import os
 import re
 import sys
 from dataclasses import fields
@@ -84,6 +85,9 @@ def run(main, cls):
 
     Prints UTF-8, whatever the code page of the console is, and line by line, also into a file or a pipe.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # as in pythonw
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)

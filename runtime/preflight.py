@@ -11,6 +11,7 @@ Memory and time are estimates. Only products with weights count as FLOPs. Their 
 matrix product on this device, which is measured: CPU_SHARE of runtime/log.py on a CPU, GPU_SHARE elsewhere.
 """
 
+import os
 import re
 import shlex
 import shutil
@@ -36,12 +37,19 @@ EVALUATION = 50e6  # bytes of evaluate.py's files, rounded up
 MODELS = ("init_from", "teacher", "policy", "before", "reward", "judge", "second_lm")  # fields of configs
 
 
+def words(flags):
+    """Return the words of a command line. On Windows, a backslash belongs to a path and quotes nothing."""
+    lexer = shlex.shlex(flags, posix=True)
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", "" if os.name == "nt" else "\\"
+    return list(lexer)
+
+
 def stages(cfg):
     """Return {stage: (its config, its folder, whether it is finished)}. cfg: a PreflightConfig."""
     shared = ["--preset", cfg.preset, "--device", cfg.device, "--dtype", cfg.dtype]
-    finetune = parse(FinetuneConfig, shared + shlex.split(cfg.finetune))
-    ppo = parse(PPOConfig, shared + shlex.split(cfg.ppo))
-    evaluate = parse(EvaluateConfig, shared + shlex.split(cfg.evaluate))
+    finetune = parse(FinetuneConfig, shared + words(cfg.finetune))
+    ppo = parse(PPOConfig, shared + words(cfg.ppo))
+    evaluate = parse(EvaluateConfig, shared + words(cfg.evaluate))
     return {
         "fine-tuning": (finetune, finetune.out, is_finished(finetune.out, "model.safetensors")),
         "PPO": (ppo, ppo.out, is_finished(ppo.out, "model.safetensors")),

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ EVALUATE = "--preset mini --dataset {csv} --before {gpt2} --after {gpt2} --rewar
 EVALUATE_16 = EVALUATE + " --prompts 16"
 GENERATE = "--preset mini --before {gpt2} --after {gpt2} --reward {bert} --judge {judge} --device cpu --prompt I"
 
+FOREIGN = [f"tuned{os.sep}results.json", "copy"]
 CASES = {  # name: (script, flags, parts of the message); if a flag is repeated, the last one counts
     # models
     "no fine-tuned model": ("ppo", f"{PPO} --policy finetune_checkpoints/mini", ["python finetune_gpt2.py"]),
@@ -85,12 +87,12 @@ CASES = {  # name: (script, flags, parts of the message); if a flag is repeated,
     # the machine and the folder
     "no CUDA": ("finetune_gpt2", f"{FINETUNE} --device cuda", ["cuda", "cpu"]),
     "no W&B": ("finetune_gpt2", f"{FINETUNE} --report_to wandb", ["wandb", "pip install wandb"]),
-    "a folder that cannot be written": ("finetune_gpt2", f"{FINETUNE} --out {{csv}}/out", ["toy.csv/out"]),
+    "a folder that cannot be written": ("finetune_gpt2", f"{FINETUNE} --out {{csv}}/out", [f"toy.csv{os.sep}out"]),
     "a policy of an unfinished run": ("evaluate", f"{EVALUATE} --after {{unfinished}}", ["unfinished run", "--resume"]),
     "generate.py, unfinished run": ("generate", f"{GENERATE} --after {{unfinished}}", ["unfinished run", "best"]),
-    "foreign results": ("evaluate", f"{EVALUATE} --after {{tuned}}", ["tuned/results.json", "copy"]),
-    "foreign with --force": ("evaluate", f"{EVALUATE} --after {{tuned}} --force True", ["tuned/results.json", "copy"]),
-    "earlier results": ("evaluate", f"{EVALUATE} --after {{evaluated}}", ["evaluated/viewer.json", "--force"]),
+    "foreign results": ("evaluate", f"{EVALUATE} --after {{tuned}}", FOREIGN),
+    "foreign with --force": ("evaluate", f"{EVALUATE} --after {{tuned}} --force True", FOREIGN),
+    "earlier results": ("evaluate", f"{EVALUATE} --after {{evaluated}}", [f"evaluated{os.sep}viewer.json", "--force"]),
     # the self-check of reward and judge
     "an untrained reward": ("ppo", PPO_16, ["probe sentences", "POSITIVE"]),
     "an untrained reward in evaluate.py": ("evaluate", EVALUATE_16, ["the reward ranks probe sentences"]),

@@ -258,14 +258,21 @@ def test_scripts_print_utf_8_whatever_the_code_page(monkeypatch, encoding):
     assert printed[0].decode().strip() == "… 好 █ \\udcff" and printed[1].decode().strip() == "error: 好 …"
 
 
-def test_scripts_run_without_streams(monkeypatch):
+def test_scripts_run_without_streams(monkeypatch, tmp_path):
     """pythonw has none, and the streams of a notebook cannot be configured."""
+
+    def main(cfg):
+        cfg = replace(cfg, out=str(tmp_path))
+        log, model = RunLog(cfg), torch.nn.Linear(1, 1)
+        assert [*log.progress(Checkpoints(cfg, tmp_path, model, [], {}, {}), 2, "loop", "step")] == [0, 1]
+        log.print("a line")
+
     monkeypatch.setattr(sys, "argv", ["ppo.py"])
-    for stream in (None, SimpleNamespace(write=len, flush=lambda: None)):
+    for stream in (None, SimpleNamespace(write=len, flush=lambda: None, isatty=lambda: False)):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
             patch.setattr(sys, "stderr", stream)
-            assert cli.run(lambda cfg: None, PPOConfig) is None
+            assert cli.run(main, PPOConfig) is None
 
 
 def top_level_imports(source):
@@ -294,11 +301,13 @@ def test_scripts_are_imported_without_the_modules_of_unix():
 
 def test_every_text_file_is_opened_with_an_encoding():
     """On Windows the default is the code page."""
-    for module, source in SOURCES.items():
+    scripts = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.py")}
+    for module, source in (SOURCES | scripts).items():
         for node in ast.walk(ast.parse(source)):
             code = ast.unparse(node) if isinstance(node, ast.Call) else ""
-            opens = re.fullmatch(r"open|.*[^t]\.(read|write)_text", code.partition("(")[0])  # not checkpoint.write_text
+            opens = re.fullmatch(r"open|(?!checkpoint\.).*\.(read|write)_text", code.partition("(")[0])
             assert not opens or "encoding=" in code or "'rb'" in code, f"{module}, line {node.lineno}: {code}"
+            assert not re.search(r"\b(text|universal_newlines)=True", code), f"{module}, line {node.lineno}: {code}"
 
 
 def test_the_peak_memory_on_windows_is_that_of_the_working_set(monkeypatch):
@@ -314,6 +323,18 @@ def test_the_peak_memory_on_windows_is_that_of_the_working_set(monkeypatch):
 
 
 # ---- macOS
+
+
+def test_pytorch_prints_no_note_on_macos():
+    """At import, about the output of processes: bad input would be reported in two lines."""
+    name = "torch.distributed.elastic.multiprocessing.redirects"
+    file = Path(torch.__file__).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")
+    note = f"import runpy, sys; sys.platform = 'darwin'; runpy.run_path({str(file)!r}, run_name={name!r})"
+    printed = [
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stderr
+        for code in (note, f"import runtime; {note}")
+    ]
+    assert "MacOs" in printed[0] and not printed[1]
 
 
 @pytest.mark.parametrize(

@@ -281,3 +281,11 @@ def test_a_model_from_scratch_has_the_sizes_of_its_config(tmp_path):
     cfg = replace(defaults(FinetuneConfig, "medium"), out=str(tmp_path))
     shape = preflight.open_config(cfg, {})
     assert (shape.n_layer, shape.n_embd, shape.vocab_size, shape.n_positions) == (8, 512, 8192, 512)
+
+
+@pytest.mark.parametrize("name", ["posix", "nt"])
+def test_flags_are_split_at_spaces_outside_of_quotes_and_keep_the_backslashes_of_windows(monkeypatch, name):
+    monkeypatch.setattr(preflight.os, "name", name)
+    split = preflight.words(r"""--out 'my runs' --dataset C:\me\reviews.csv --note "a # b" """)
+    path = r"C:\me\reviews.csv" if name == "nt" else "C:mereviews.csv"
+    assert split == ["--out", "my runs", "--dataset", path, "--note", "a # b"]
