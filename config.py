@@ -403,8 +403,14 @@ class FrontierConfig(Config):
     positive_epochs: tuple[float, ...] = by_preset((0.25, 1.0), mini=(0.05, 0.2))  # passes over positive reviews
     ablation: bool = True  # also run the ABLATIONS of frontier.py
     prompts: int = 512  # held-out prompts, the same for all
+    limit_samples: int = 512  # N, responses of the fine-tuned model to each prompt, for the limit: see limit.py
     second_lm: str = ""  # another language model, to measure bits per character: hub name, folder or .gguf file
     workers: int = 1  # parallel runs, which share the CPU's cores; use 1 on a GPU
+
+    def check(self):
+        super().check()
+        if self.limit_samples < (least := max([16, *self.best_of])):
+            raise BadInput(f"limit_samples is {self.limit_samples}: it must be at least 16 and best_of, here {least}")
 
 
 @dataclass(frozen=True)
@@ -468,10 +474,10 @@ RANGES = {  # interval: names of the fields that must lie in it; "(" and ")" exc
     "generated grad_clip hidden_size keep kl_horizon limit_prompts lm_prompts lr max_crop_words max_prompt_len "
     "min_crop_words min_prompt_len minibatch_size muon_lr n_embd n_head n_layer n_positions num_heads num_layers "
     "ppo_epochs prompt_len prompts repeats resamples response_len sample_every sample_temperature samples_per_prompt "
-    "save_every short_words steps temperature value_clip vocab_size weighted_betas workers",
+    "samples save_every short_words steps temperature value_clip vocab_size weighted_betas workers",
     "[0, inf)": "alarm_window first_kl_coefs grpo_kl_coefs kl_ceiling kl_coef kl_coefs kl_target limit_samples "
     "micro_batch_size min_lr missing_eos_penalty perplexity_ceiling positive_epochs rloo_kl_coefs sample_prompts "
-    "samples score_clip seed shaping_every vf_coef viewer_samples warmup_steps weight_decay",
+    "score_clip seed shaping_every vf_coef viewer_samples warmup_steps weight_decay",
     "[0, 1]": "crop_share gamma lam lr_end teacher_share",
     "[0, 1)": "beta1 beta2 dropout",
     "(0, 1]": "save_share",

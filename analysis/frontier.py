@@ -7,7 +7,7 @@ Each point of a frontier is a run of ppo.py with a fixed KL coefficient (as in G
 of dpo.py, best-of-n, or a GPT-2 fine-tuned only on positive reviews. All respond to the same held-out prompts, and are
 compared with the best possible policy (limit.py). Each ablation changes one detail of the run of the preset, by a flag
 or by a patch in asset/ablations/. Writes limit.csv, frontier.csv, ablation.csv, frontier.png and frontier.md; of each
-run, the log and a line of JSON are kept, but not the weights.
+run, the log and a line of JSON are kept, but not the weights. The tables are written again after each run.
 
 A policy that has exploited the reward often misleads the judge as well, which is a neural network trained in a similar
 way. Two measures share nothing with the reward: the share positive by a linear classifier of words and word pairs, and
@@ -30,17 +30,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from analysis.frontier_tables import MEASURES, PRESET, START, summary, write_csv
-from analysis.limit import best_of_n_weights, kl_needed, limit_rows, reference_scores
+from analysis.frontier_tables import MEASURES, PRESET, START, add_efficiency, summary
+from analysis.limit import best_of_n_weights, limit_rows, reference_scores
 from analysis.metrics import measure, open_second_lm, second_nll
 from analysis.plot import frontier as draw
 from analysis.plot import save
 from analysis.responses import prompt_groups, respond
+from analysis.tables import write_csv
 from config import EvaluateConfig, FrontierConfig, PPOConfig, RewardConfig, defaults
 from data import load_prompts, load_splits
 from reward import load_judge, load_reward, sentiment_baseline
 from runtime import cli
-from runtime.checkpoint import RUN_CONFIG, read_json, write_text
+from runtime.checkpoint import RUN_CONFIG, is_finished, read_json, write_text
 from runtime.cli import differing, parse
 from runtime.device import pick_device
 from runtime.errors import BadInput
@@ -102,7 +103,7 @@ def coefficients_of(cfg):
 
 
 def runs_of(cfg):
-    """Return the runs of the sweep, seed by seed, so that the methods can be compared before all seeds are done."""
+    """Return the runs of the sweep, seed by seed: the methods can be compared before all seeds are done."""
     sizes = ("--steps", cfg.steps, "--response_len", cfg.response_len)
     start = ("--init_from", defaults(PPOConfig, "medium").policy) if cfg.preset == "medium" else ()  # not "scratch"
     runs = []
@@ -139,7 +140,7 @@ def source_of(patch, parent):
 def train(run, cfg):
     """Train the policy of a Run, or resume it after a stopped sweep; return its folder."""
     out = Path(cfg.out, run.name)
-    if (out / "model.safetensors").is_file() and not (out / "checkpoints").is_dir():
+    if is_finished(out, "model.safetensors"):
         return out
     flags = ("--preset", cfg.preset, *run.flags, "--seed", run.seed, "--out", out, "--resume", True)
     flags += ("--device", cfg.device, "--dtype", cfg.dtype, "--report_to", "none")
@@ -162,7 +163,8 @@ class Evaluator:
 
     def __init__(self, cfg):
         LinearClassifier()  # raises BadInput without scikit-learn, before anything expensive
-        sizes = ["--prompts", cfg.prompts, "--response_len", cfg.response_len, "--limit_prompts", 128]
+        sizes = ["--prompts", cfg.prompts, "--response_len", cfg.response_len]
+        sizes += ["--limit_prompts", cfg.prompts, "--limit_samples", cfg.limit_samples]
         device = ("--device", cfg.device, "--dtype", cfg.dtype)
         self.cfg = parse(EvaluateConfig, ["--preset", cfg.preset, *map(str, sizes), *device])
         self.device, self.dtype = pick_device(self.cfg)
@@ -223,37 +225,35 @@ def run_row(run, cfg, evaluator):
     return row
 
 
-def best_of_n_rows(scores, shares, start, ns):
+def best_of_n_rows(scores, shares, ns):
     """Return the rows of best-of-n, the response with the highest score of n of the reference's, by an exact formula.
 
-    scores, shares: (M, N). start: the row of the reference, to whose score the gain is added. kl is an upper bound,
-    log n - (n - 1) / n (Beirami et al. 2024, arXiv:2401.01879).
+    scores, shares: (M, N). kl is an upper bound, log n - (n - 1) / n (Beirami et al. 2024, arXiv:2401.01879).
     """
     order, rows = scores.argsort(1), []
     ranked = [np.take_along_axis(x, order, 1).mean(0) for x in (scores, shares)]  # (N,) each, in rising order of scores
     for n in ns:
         score, share = (best_of_n_weights(n, scores.shape[1]) @ x for x in ranked)
         bound = math.log(n) - (n - 1) / n
-        values = {"score": start["score"] + score - scores.mean(), "positive_by_judge": share, "kl": bound}
+        values = {"score": score, "positive_by_judge": share, "kl": bound}
         rows.append({"method": BEST_OF_N, "setting": f"{n}", "seed": 0} | values | {"kl_exact": bound})
     return rows
 
 
-def add_efficiency(rows, start, limit):
-    """Add kl_efficiency to rows: the KL that the limit needs for the gain in score over the start, over the KL."""
-    curve = [[point[name] for point in limit] for name in ("kl", "gain")]
-    for row in rows:
-        if row["kl_exact"] > 0:
-            row["kl_efficiency"] = kl_needed(row["score"] - start["score"], *curve) / row["kl_exact"]
+def start_row(evaluator, scores, shares):
+    """Return the row of the reference. Its score and the judge's share are means over all responses of the limit."""
+    row = evaluator.measure(evaluator.respond(evaluator.reference, START))
+    means = {"score": float(scores.mean()), "positive_by_judge": float(shares.mean())}
+    return {"method": START, "setting": "0", "seed": 0} | row | means
 
 
 def check_sweep(cfg):
     """Raise BadInput if the folder holds a sweep of other sizes, whose points would not be comparable."""
     file = Path(cfg.out) / RUN_CONFIG
     coefficients = [name for name in vars(cfg) if name.endswith(("_coefs", "_betas"))]
-    free = ("seeds", *coefficients, "best_of", "positive_epochs", "ablation", "workers")  # may change when resuming
+    free = ("seeds", *coefficients, "best_of", "limit_samples", "positive_epochs", "ablation", "workers")
     saved = read_json(file) if file.is_file() else asdict(cfg)
-    if changed := differing(cfg, saved | {name: getattr(cfg, name) for name in free}):
+    if changed := differing(cfg, saved | {name: getattr(cfg, name) for name in free}):  # those may change
         raise BadInput(f"{cfg.out} holds a sweep of another config ({', '.join(changed)}): use another --out")
 
 
@@ -262,35 +262,41 @@ def write_config(cfg):
     write_text(Path(cfg.out) / RUN_CONFIG, json.dumps(asdict(cfg), indent=1))
 
 
+def write_results(rows, first, limit, cfg):
+    """Write the tables of the runs that are finished; return the text of frontier.md.
+
+    first: the row of the reference and those of best-of-n.
+    """
+    out, ablation = Path(cfg.out), [row for row in rows if row["method"] == ABLATION]
+    frontier = [first[0], *(row for row in rows if row["method"] != ABLATION), *first[1:]]
+    add_efficiency([*frontier, *ablation], first[0], limit)
+    tables = {"limit": limit, "frontier": frontier, "ablation": ablation}
+    for name, table in tables.items():
+        if table:
+            write_csv(out / f"{name}.csv", table)
+    text = summary(frontier, ablation, limit, cfg)
+    write_text(out / "frontier.md", text)
+    return text
+
+
 def main(cfg):
     check_sweep(cfg)
     evaluator = Evaluator(cfg)
     write_config(cfg)  # after Evaluator, which raises BadInput for wrong files: a folder keeps its first config
-    responses = evaluator.respond(evaluator.reference, START)
-    start = {"method": START, "setting": "0", "seed": 0} | evaluator.measure(responses)
     scores, shares = evaluator.limit()
-    limit = limit_rows(scores, shares, evaluator.cfg)
+    limit, rows = limit_rows(scores, shares, evaluator.cfg), []
+    first = [start_row(evaluator, scores, shares), *best_of_n_rows(scores, shares, cfg.best_of)]
     with ThreadPoolExecutor(cfg.workers) as pool:
         jobs = [pool.submit(run_row, run, cfg, evaluator) for run in runs_of(cfg)]
         try:
-            rows = [job.result() for job in tqdm(jobs, "frontier", unit="run")]
+            for job in tqdm(jobs, "frontier", unit="run"):
+                rows.append(job.result())
+                text = write_results(rows, first, limit, cfg)  # after each run, so that a sweep can be read as it runs
         except BaseException:  # Ctrl-C or a failed run: wait for the runs that are in progress, start no others
             pool.shutdown(cancel_futures=True)
             raise
-    ablation = [row for row in rows if row["method"] == ABLATION]
-    frontier = [start, *(row for row in rows if row["method"] != ABLATION)]
-    frontier += best_of_n_rows(scores, shares, start, cfg.best_of)
-    add_efficiency([*frontier, *ablation], start, limit)
-
-    out = Path(cfg.out)
-    write_csv(out / "limit.csv", limit, limit[0])
-    write_csv(out / "frontier.csv", frontier)
-    write_csv(out / "ablation.csv", ablation)
-    text = summary(frontier, ablation, limit, cfg)
-    write_text(out / "frontier.md", text)
-    save(draw(out), out / "frontier.png")
-    files = ("limit.csv", "frontier.csv", "ablation.csv", "frontier.md", "frontier.png")
-    print(f"\n{text}\nwritten:", *(out / name for name in files), sep="\n  ")
+    save(draw(cfg.out), Path(cfg.out) / "frontier.png")
+    print(f"\n{text}\nwritten: limit.csv, frontier.csv, ablation.csv, frontier.md and frontier.png in {cfg.out}")
 
 
 if __name__ == "__main__":

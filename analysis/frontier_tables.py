@@ -3,7 +3,6 @@
 The row of a run is a dict: method, setting, seed and its MEASURES.
 """
 
-import csv
 import statistics
 
 import numpy as np
@@ -30,42 +29,30 @@ def measured(rows, names=MEASURES):
     return [name for name in names if any(name in row for row in rows)]
 
 
-def write_csv(path, rows, names=None):
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, names or ["method", "setting", "seed", *measured(rows)], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path):
-    """Return the rows of a CSV as dicts, without empty cells; numbers are floats, but settings are texts."""
-    with open(path, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-    texts = ("method", "setting")
-    return [{k: v if k in texts else int(v) if k == "seed" else float(v) for k, v in row.items() if v} for row in rows]
-
-
 def value_at(rows, method, seed, measure, nats):
-    """Return a measure at a KL, interpolated linearly between the runs of a method and seed and the fine-tuned model.
+    """Return a measure at a KL, interpolated between the runs of a method and seed and the fine-tuned model.
 
-    None if the method or the fine-tuned model lacks the measure, if no run has a KL within NEAR of this one, or if this
-    one is further than BEYOND above the KL of the last run.
+    Linear in the square root of the KL, to which the score is nearly proportional at first. None if the method or the
+    fine-tuned model lacks the measure, if no run has a KL within NEAR of this one, or if this one is further than
+    BEYOND above the KL of the last run.
     """
     rows = [row for row in rows if measure in row]
     runs = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
-    points = sorted((row["kl_exact"], row[measure]) for row in [*runs, *(r for r in rows if r["method"] == START)])
+    start = [row for row in rows if row["method"] == START]
+    points = sorted((row["kl_exact"] ** 0.5, row[measure]) for row in [*start, *runs])
     near = any(abs(row["kl_exact"] - nats) <= NEAR * nats for row in runs)
-    if not near or len(points) < 2 or nats > points[-1][0] * (1 + BEYOND):
+    root = nats**0.5
+    if not near or len(points) < 2 or nats > points[-1][0] ** 2 * (1 + BEYOND):
         return None
-    (kl, value), (last_kl, last) = points[-2:]
-    if nats > last_kl:
-        return last + (nats - last_kl) * (last - value) / (last_kl - kl)
-    return float(np.interp(nats, *zip(*points)))
+    (before, value), (last, last_value) = points[-2:]
+    if root > last:
+        return last_value + (root - last) * (last_value - value) / (last - before)
+    return float(np.interp(root, *zip(*points)))
 
 
 def limit_at(limit, start, measure, nats):
     """Return [score or judge's share of the best possible policy at a KL], or [] beyond its curve."""
-    if not limit or nats > limit[-1]["kl"] or measure not in ("score", "positive_by_judge"):
+    if nats > limit[-1]["kl"] or measure not in ("score", "positive_by_judge"):
         return []
     values = [start["score"] + row["gain"] if measure == "score" else row[measure] for row in limit]
     return [float(np.interp(nats, [row["kl"] for row in limit], values))]
@@ -96,26 +83,50 @@ def table(header, lines):
     return markdown([header, *([name, *map(mean_text, columns)] for name, columns in lines.items())])
 
 
-def runs_table(frontier):
+def start_of(frontier):
+    """Return the row of the fine-tuned model."""
+    return next(row for row in frontier if row["method"] == START)
+
+
+def add_efficiency(rows, start, limit):
+    """Add kl_efficiency to rows: the KL that the limit needs for the gain in score over the start, over the KL."""
+    curve = [[point[name] for point in limit] for name in ("kl", "gain")]
+    for row in rows:
+        if row["kl_exact"] > 0:
+            row["kl_efficiency"] = kl_needed(row["score"] - start["score"], *curve) / row["kl_exact"]
+
+
+def is_bound(row, start, limit):
+    """Return whether the KL efficiency of a row is a lower bound, as the limit does not show a score that high."""
+    return row["score"] - start["score"] > limit[-1]["gain"]
+
+
+def efficiency_text(values, bound):
+    """Return the mean of KL efficiencies as text; bound: whether one is a lower bound, which makes the mean one."""
+    return f"at least {statistics.mean(values):.3f}" if bound else mean_text(values)
+
+
+def runs_table(frontier, limit):
     """Return the table of all runs: a line per method and setting, with the number of its runs."""
-    names, lines = measured(frontier, ("kl_exact", *AT_EQUAL_KL, "distinct_2", "kl_efficiency")), {}
+    names, start, groups = measured(frontier, ("kl_exact", *AT_EQUAL_KL, "distinct_2")), start_of(frontier), {}
     for row in frontier:
-        name = START if row["method"] == START else f"{row['method']}, {row['setting']}"
-        lines.setdefault(name, []).append(row)
-    columns = {
-        name: [str(len(rows)), *(mean_text([row[m] for row in rows if m in row]) for m in names)]
-        for name, rows in lines.items()
-    }
-    return markdown([["method, setting", "runs", *names], *([name, *cells] for name, cells in columns.items())])
+        groups.setdefault(START if row is start else f"{row['method']}, {row['setting']}", []).append(row)
+    lines = [["method, setting", "runs", *names, "kl_efficiency"]]
+    for name, rows in groups.items():
+        cells = [mean_text([row[m] for row in rows if m in row]) for m in names]
+        efficiencies = [row["kl_efficiency"] for row in rows if "kl_efficiency" in row]
+        bound = any(is_bound(row, start, limit) for row in rows)
+        lines.append([name, str(len(rows)), *cells, efficiency_text(efficiencies, bound)])
+    return markdown(lines)
 
 
-def methods_table(frontier, measure, limit=(), nats=NATS):
+def methods_table(frontier, measure, limit):
     """Return the table of a measure at equal KL: a line per method, and one of the best possible policy."""
-    start = next(row for row in frontier if row["method"] == START)
-    columns = [at_equal_kl(frontier, measure, n) | {LIMIT: limit_at(limit, start, measure, n)} for n in nats]
+    start = start_of(frontier)
+    columns = [at_equal_kl(frontier, measure, n) | {LIMIT: limit_at(limit, start, measure, n)} for n in NATS]
     lines = {method: [column[method] for column in columns] for method in columns[0]}
     lines = {method: line for method, line in lines.items() if any(line) or method != LIMIT}
-    return table([f"{measure} at a KL of", *(f"{n} nats" for n in nats)], lines)
+    return table([f"{measure} at a KL of", *(f"{n} nats" for n in NATS)], lines)
 
 
 def efficiency_at(frontier, limit, nats):
@@ -123,7 +134,7 @@ def efficiency_at(frontier, limit, nats):
 
     It is a lower bound if the limit does not show the score of every seed; see kl_needed in limit.py.
     """
-    start = next(row for row in frontier if row["method"] == START)
+    start = start_of(frontier)
     curve = [[point[name] for point in limit] for name in ("kl", "gain")]
     gains = {
         method: [score - start["score"] for score in scores]
@@ -133,13 +144,14 @@ def efficiency_at(frontier, limit, nats):
     return values, {method: any(gain > limit[-1]["gain"] for gain in row) for method, row in gains.items()}
 
 
-def efficiency_table(frontier, limit, nats=NATS):
+def efficiency_table(frontier, limit):
     """Return the table of the KL efficiency at equal KL."""
-    columns = [efficiency_at(frontier, limit, n) for n in nats]
-    lines = [["kl_efficiency at a KL of", *(f"{n} nats" for n in nats)]]
-    for method in columns[0][0]:
-        cells = [(mean_text(values[method]), bound[method]) for values, bound in columns]
-        lines.append([method, *(f"at least {text.split()[0]}" if bound else text for text, bound in cells)])
+    columns = [efficiency_at(frontier, limit, n) for n in NATS]
+    lines = [["kl_efficiency at a KL of", *(f"{n} nats" for n in NATS)]]
+    lines += [
+        [method, *(efficiency_text(values[method], bound[method]) for values, bound in columns)]
+        for method in columns[0][0]
+    ]
     return markdown(lines)
 
 
@@ -150,9 +162,9 @@ def ablation_table(frontier, ablation):
     too. It is "-" unless value_at returns a value for every run, with and without the change.
     """
     names = ("score", "positive_by_judge", "kl_exact", "perplexity", "distinct_2", "above")
-    for row in ablation:
-        level = value_at(frontier, "PPO", row["seed"], "score", row["kl_exact"])
-        row["above"] = None if level is None else row["score"] - level
+    levels = [value_at(frontier, "PPO", row["seed"], "score", row["kl_exact"]) for row in ablation]
+    above = [None if level is None else row["score"] - level for row, level in zip(ablation, levels)]
+    ablation = [row | {"above": value} for row, value in zip(ablation, above)]
     base, lines = {row["seed"]: row for row in ablation if row["setting"] == PRESET}, {}
     for detail in dict.fromkeys(row["setting"] for row in ablation):
         rows = [row for row in ablation if row["setting"] == detail]
@@ -163,26 +175,23 @@ def ablation_table(frontier, ablation):
 
 
 def summary(frontier, ablation, limit, cfg):
-    """Return the text of frontier.md. limit: from limit_rows, or empty if it was not measured."""
+    """Return the text of frontier.md. limit: from limit_rows."""
     parts = [
         f"Means over the runs, which differ in the seed, and 95 % intervals; {cfg.prompts} held-out prompts. The "
-        "setting of PPO, RLOO and GRPO is the KL coefficient, that of DPO and reward-weighted fine-tuning is beta, "
+        "intervals are over seeds: the prompts, the fine-tuned model's score and the limit are the same for all runs. "
+        "The setting of PPO, RLOO and GRPO is the KL coefficient, that of DPO and reward-weighted fine-tuning is beta, "
         "that of best-of-n is n, that of positive-only fine-tuning is the number of epochs.",
-        runs_table(frontier),
-        "Values at equal KL, interpolated linearly between the runs of a seed. A value is given only if every seed has "
-        f"a run within {100 * NEAR:g} % of that KL. The line through the last two runs is continued by at most "
-        f"{100 * BEYOND:g} % of the KL.",
+        runs_table(frontier, limit),
+        "Values at equal KL, interpolated between the runs of a seed, linearly in the square root of the KL. A value "
+        f"is given only if every seed has a run within {100 * NEAR:g} % of that KL. The line through the last two runs "
+        f"is continued by at most {100 * BEYOND:g} % of the KL.",
         *(methods_table(frontier, name, limit) for name in measured(frontier, AT_EQUAL_KL)),
+        "The limit is the best possible policy, estimated from responses of the fine-tuned model; see "
+        "analysis/limit.py. KL efficiency is the KL that it needs for the score of a run, divided by the KL of the "
+        f"run. It shows scores of up to {limit[-1]['gain']:.2f} above the fine-tuned model's; for higher ones, the "
+        "efficiency is at least the number given.",
+        efficiency_table(frontier, limit),
     ]
-    if limit:
-        end = f"{limit[-1]['gain']:.2f}"
-        parts += [
-            "The limit is the best possible policy, estimated from responses of the fine-tuned model; see "
-            "analysis/limit.py. KL efficiency is the KL that it needs for the score of a run, divided by the KL of the "
-            f"run. It shows scores of up to {end} above the fine-tuned model's; for higher ones, the efficiency is at "
-            "least the number given.",
-            efficiency_table(frontier, limit),
-        ]
     if ablation:
         parts += [
             "One detail changed: differences from the run of the preset with the same seed. The last column is the "

@@ -20,17 +20,18 @@ from tqdm import tqdm
 
 from analysis.responses import prompt_groups
 from data import decode
-from reward import check_finite, reward_fingerprint, scored
+from reward import SentimentReward, check_finite, reward_fingerprint, scored
 from runtime import checkpoint
 from runtime.checkpoint import fingerprint
 from runtime.device import random_generator, release_memory
 from runtime.hub import policy_fingerprint
 
 # N responses show a KL of at most log N, and near it the curve is too low. For normally distributed scores and N = 128,
-# the KL that it needs for a score is too high by 2 % at 1 nat, 6 % at 2, and 13 % at log N - MARGIN, where it ends. The
-# same holds for the KL efficiency. With N = 64 it is 5 % and 11 % at 1 and 2 nats.
+# the KL that it needs for a score is too high by 2 % at 1 nat, 7 % at 2, and 11 % at log N - MARGIN, where it ends. The
+# same holds for the KL efficiency. With N = 512 it is 1 %, 3 % and 4 % at 1, 2 and 2.5 nats.
 MARGIN = 2
 BETAS = np.geomspace(100, 0.01, 161)  # in units of the standard deviation of the scores of a prompt's responses
+POINTS = 30  # of the curve in limit.csv
 ROWS = 256  # responses that are generated together
 SEED = 6  # the random numbers differ from those of respond and of the bootstrap
 
@@ -38,8 +39,8 @@ SEED = 6  # the random numbers differ from those of respond and of the bootstrap
 def limit_curve(scores, shares=None):
     """Return (kl, gain), (K, M) each: nats of pi* and its score minus the reference's, for each prompt and each beta.
 
-    scores: (M, N). The first row is the reference itself. beta falls until the mean KL reaches log N - MARGIN. With
-    shares (M, N), of responses that the judge finds positive, also returns the share of pi*, (K, M).
+    scores: (M, N). The first row is the reference itself. beta falls until the mean KL reaches log N - MARGIN, in the
+    last row. With shares (M, N), of responses that the judge finds positive, also returns the share of pi*, (K, M).
     """
     scores = torch.as_tensor(scores, dtype=torch.float64)
     n, spread = scores.shape[1], scores.std(1).mean().item() or 1.0
@@ -48,9 +49,9 @@ def limit_curve(scores, shares=None):
     for beta in spread * BETAS:
         weights = (scores / beta).softmax(1)
         kl = torch.xlogy(weights, n * weights).sum(1)
-        if kl.mean() > math.log(n) - MARGIN:
-            break
         rows.append([kl, *((weights * value).sum(1) for value in values)])
+        if kl.mean() >= math.log(n) - MARGIN:
+            break
     kl, score, *share = (torch.stack(column).numpy() for column in zip(*rows))
     return kl, score - score[0], *share
 
@@ -69,7 +70,7 @@ def kl_efficiency(scores, gains, kls, cfg):
     scores: (M, N) of the reference's responses. gains, kls: the policy's score minus the reference's, and its KL, one
     number per evaluated prompt. value, low, high: the efficiency and its 95 % bootstrap interval; prompts are
     resampled, those of the limit and those of the policy. at_least is True if N responses cannot show a gain that high:
-    then pi* needs more KL, and the efficiency is higher.
+    then pi* needs more KL, the efficiency is higher, and there is no interval.
     """
     if kls.mean() <= 0:
         return None
@@ -80,12 +81,12 @@ def kl_efficiency(scores, gains, kls, cfg):
         rows, prompts = (rng.integers(0, size, size) for size in (len(gains), len(scores)))
         curves = kl_curve[:, prompts].mean(1), gain_curve[:, prompts].mean(1)
         draws.append(kl_needed(gains[rows].mean(), *curves) / kls[rows].mean())
-    low, high = np.quantile(draws, (0.025, 0.975))
+    at_least = bool(gains.mean() > gain_curve[-1].mean())
+    interval = {} if at_least else dict(zip(("low", "high"), map(float, np.quantile(draws, (0.025, 0.975)))))
     return {
         "value": needed / float(kls.mean()),
-        "low": float(low),
-        "high": float(high),
-        "at_least": bool(gains.mean() > gain_curve[-1].mean()),
+        **interval,
+        "at_least": at_least,
         "gain": float(gains.mean()),
         "kl": float(kls.mean()),
         "kl_needed": needed,
@@ -93,7 +94,7 @@ def kl_efficiency(scores, gains, kls, cfg):
     }
 
 
-def limit_rows(scores, shares, cfg, points=30):
+def limit_rows(scores, shares, cfg):
     """Return the curve as dicts, one per KL, for limit.csv.
 
     kl: nats. gain, low, high: of pi*, with its 95 % bootstrap interval over prompts. half: the gain with half of the
@@ -101,7 +102,8 @@ def limit_rows(scores, shares, cfg, points=30):
     """
     kl, gain, share = limit_curve(scores, shares)
     halves = [[x.mean(1) for x in limit_curve(part)] for part in np.array_split(scores, 2, axis=1)]
-    rng, grid = np.random.default_rng([cfg.seed, 5]), np.linspace(0, kl[-1].mean() ** 0.5, points) ** 2
+    end = min(kl[-1].mean(), math.log(scores.shape[1]) - MARGIN)  # before the last row: resampled curves are as long
+    rng, grid = np.random.default_rng([cfg.seed, 5]), np.linspace(0, end**0.5, POINTS) ** 2
     draws = []
     for _ in range(cfg.resamples):
         prompts = rng.integers(0, len(scores), len(scores))
@@ -152,22 +154,24 @@ def reference_scores(policy, tokenizer, reward_fn, judge, pool, cfg, device):
     """Return the result of sample_scores for the first cfg.limit_prompts prompts of the pool, kept in cfg.limit_cache.
 
     So all policies with the same reference, reward and judge are compared with the same responses, and only the first
-    evaluation takes the time to generate them. With a reward that has no fingerprint, nothing is kept.
+    evaluation takes the time to generate them. Nothing is kept for the reward of a user: its file may import others.
     """
     groups = list(prompt_groups(pool, replace(cfg, prompts=min(cfg.limit_prompts, cfg.prompts))))
-    models = [policy_fingerprint(policy, tokenizer), reward_fingerprint(reward_fn)]
-    models += [reward_fingerprint(judge)] if judge else []
+    kept = isinstance(reward_fn, SentimentReward)
+    models = [reward_fingerprint(classifier) for classifier in (reward_fn, judge) if classifier]
     options = cfg.limit_samples, cfg.response_len, cfg.temperature, cfg.seed, cfg.reward_kind, cfg.task
-    key = fingerprint(*models, str(options), str([group.tolist() for group in groups]))
+    key = fingerprint(
+        policy_fingerprint(policy, tokenizer), *models, str(options), str([group.tolist() for group in groups])
+    )
     file = Path(cfg.limit_cache, f"{key}.npy")
-    if all(models) and file.is_file():
+    if kept and file.is_file():
         try:
             return np.load(file)
         except (ValueError, EOFError):  # damaged
             pass
-    kept = sample_scores(policy, tokenizer, reward_fn, judge, groups, cfg, device)
-    if all(models):
+    scores = sample_scores(policy, tokenizer, reward_fn, judge, groups, cfg, device)
+    if kept:
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(file.with_suffix(".tmp.npy"), kept)
+        np.save(file.with_suffix(".tmp.npy"), scores)
         checkpoint.replace(file.with_suffix(".tmp.npy"), file)
-    return kept
+    return scores

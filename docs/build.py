@@ -18,7 +18,7 @@ import textwrap
 from pathlib import Path
 
 from analysis import frontier_tables, plot
-from analysis.tables import markdown, number, table_text
+from analysis.tables import CAPTIONS, markdown, number, read_csv, table_text
 from docs import build_tutorial
 from runtime.errors import BadInput, print_error, printable
 from runtime.log import duration
@@ -62,8 +62,8 @@ def numbers_of(runs):
 
 def sources():
     """Return the numbers that pages may name, as nested dicts."""
-    rows, limit = (frontier_tables.read_csv(FRONTIER / name) for name in ("frontier.csv", "limit.csv"))
-    ablation = frontier_tables.read_csv(FRONTIER / "first" / "ablation.csv")
+    rows, limit = (read_csv(FRONTIER / name) for name in ("frontier.csv", "limit.csv"))
+    ablation = read_csv(FRONTIER / "first" / "ablation.csv")
     base = {row["seed"]: row for row in ablation if row["setting"] == frontier_tables.PRESET}
     data = {
         "results": read("asset/results.json"),
@@ -82,8 +82,8 @@ def sources():
             for method, values in frontier_tables.efficiency_at(rows, limit, nats)[0].items()
             if values
         },
-        "first frontier": settings(frontier_tables.read_csv(FRONTIER / "first" / "frontier.csv")),
-        "trl": settings(frontier_tables.read_csv(FRONTIER / "trl.csv")),
+        "first frontier": settings(read_csv(FRONTIER / "first" / "frontier.csv")),
+        "trl": settings(trl_rows(rows, limit)),
         "ablation": {},
         "mutation": mutation(),
     }
@@ -153,35 +153,40 @@ def performance(data):
     return {"bench": markdown(bench), "peers": markdown(peers)}
 
 
-def trl_table(rows):
-    """Return the table of the runs of tests/trl_learning.py, the rows of trl.csv."""
-    names = ("kl_exact", "score", "positive_by_judge", "distinct_2", "kl_efficiency")
-    lines = [["run, KL coefficient", *names, "seconds to 0.85 positive", "seconds"]]
-    for row in rows:
-        cells = [f"{row[name]:.2f}" for name in names] + [f"{row['seconds_to_share']:.0f}", f"{row['seconds']:.0f}"]
-        lines.append([f"{row['method']}, {row['setting']}", *cells])
+def trl_rows(frontier, limit):
+    """Return the rows of trl.csv, of runs of tests/trl_learning.py, with their KL efficiency."""
+    rows = read_csv(FRONTIER / "trl.csv")
+    frontier_tables.add_efficiency(rows, frontier_tables.start_of(frontier), limit)
+    return rows
+
+
+def trl_table(frontier, limit):
+    """Return the table of the rows of trl.csv."""
+    names, start = ("kl_exact", "score", "positive_by_judge", "distinct_2"), frontier_tables.start_of(frontier)
+    lines = [["run, KL coefficient", *names, "kl_efficiency", "seconds to 0.85 positive", "seconds"]]
+    for row in trl_rows(frontier, limit):
+        bound = "at least " if frontier_tables.is_bound(row, start, limit) else ""
+        cells = [f"{row[name]:.2f}" for name in names] + [f"{bound}{row['kl_efficiency']:.2f}"]
+        seconds = [f"{row[name]:.0f}" for name in ("seconds_to_share", "seconds")]
+        lines.append([f"{row['method']}, {row['setting']}", *cells, *seconds])
     return markdown(lines)
 
 
 def blocks():
     """Return {name: text} of the tables and outputs that pages may have."""
     results, recorded = read("asset/results.json"), read("asset/recorded.json")
-    rows, limit = (frontier_tables.read_csv(FRONTIER / name) for name in ("frontier.csv", "limit.csv"))
-    first = (frontier_tables.read_csv(FRONTIER / "first" / name) for name in ("frontier.csv", "ablation.csv"))
-    names = {
-        "score": "score of the reward",
-        "positive_by_judge": "share positive by the judge",
-        "kl": "KL from the fine-tuned model, nats",
-        "perplexity": "perplexity under the fine-tuned model",
-        "distinct_2": "distinct-2",
-        "response_length": "length, tokens",
-    }
-    header = ["", "before PPO", "after PPO"]
+    rows, limit = (read_csv(FRONTIER / name) for name in ("frontier.csv", "limit.csv"))
+    first = (read_csv(FRONTIER / "first" / name) for name in ("frontier.csv", "ablation.csv"))
+    names = ("score", "positive_by_judge", "kl", "perplexity", "distinct_2", "response_length")
     sides = [results["before"], results["after"]]
-    table = markdown([header, *([label, *(number(side[name]) for side in sides)] for name, label in names.items())])
+    rows = [[CAPTIONS[name], *(number(side[name]) for side in sides)] for name in names]
+    table = markdown([["", "before PPO", "after PPO"], *rows])
     rises = sorted(results["samples"], key=lambda sample: sample["after"]["judge"] - sample["before"]["judge"])
     sample = rises[len(rises) // 2]
-    example = [("prompt", sample["prompt"]), *((f"{side} PPO", sample[side]["text"]) for side in ("before", "after"))]
+    example = [("prompt", sample["prompt"])]
+    example += [
+        (f"{side} PPO", f"({sample[side]['judge']:.2f}) {sample[side]['text']}") for side in ("before", "after")
+    ]
     example = [
         textwrap.fill(
             printable(text),
@@ -199,10 +204,10 @@ def blocks():
         "full": table_text(read("asset/gpt2/results.json")),
         "controlled": table_text(read("asset/controlled/results.json")),
         "example": "\n".join(["```text", *example, "```"]),
-        "runs": frontier_tables.runs_table(rows),
+        "runs": frontier_tables.runs_table(rows, limit),
         **{name: frontier_tables.methods_table(rows, name, limit) for name in frontier_tables.AT_EQUAL_KL},
         "kl_efficiency": frontier_tables.efficiency_table(rows, limit),
-        "trl": trl_table(frontier_tables.read_csv(FRONTIER / "trl.csv")),
+        "trl": trl_table(rows, limit),
         "ablation": frontier_tables.ablation_table(*first),
     } | performance(read("asset/performance.json"))
 

@@ -131,21 +131,17 @@ def seconds_to_share(log):
 
 def evaluate(runs, file):
     """Add a row per run, NAME=FOLDER, to a CSV file: seconds, KL coefficient, and the measures of the frontier."""
-    from analysis.frontier import Evaluator, add_efficiency
-    from analysis.frontier_tables import START, read_csv, write_csv
-    from analysis.limit import limit_rows
+    from analysis.frontier import Evaluator
+    from analysis.tables import read_csv, write_csv
 
     evaluator, rows = Evaluator(SWEEP), read_csv(file) if file.is_file() else []
-    start = evaluator.measure(evaluator.respond(evaluator.reference, START))
-    limit = limit_rows(*evaluator.limit(), evaluator.cfg)
     for name, _, folder in (run.partition("=") for run in runs):
         config, log = read_json(Path(folder, RUN_CONFIG)), read_lines(Path(folder, "log.jsonl"))
         row = {"method": name, "setting": f"{config['kl_coef']:g}", "seed": config["seed"], "lr": config["lr"]}
         row |= {"seconds": seconds(log)[-1], "seconds_to_share": seconds_to_share(log)}
         rows.append(row | evaluator.evaluate(folder, name))
-        add_efficiency(rows[-1:], start, limit)
         print(rows[-1])
-    write_csv(file, rows, rows[-1])
+    write_csv(file, rows)
 
 
 def main():

@@ -23,23 +23,27 @@ from analysis.frontier import (
     check_sweep,
     runs_of,
     source_of,
+    start_row,
     write_config,
 )
-from analysis.frontier_tables import START, read_csv
+from analysis.frontier_tables import START
 from analysis.limit import sample_scores
 from analysis.metrics import open_second_lm, second_nll
 from analysis.responses import prompt_groups, respond
+from analysis.tables import read_csv
 from config import PRESETS, DPOConfig, FinetuneConfig, FrontierConfig, PPOConfig
 from data import load_splits
 from reward import SentimentReward
 from runtime.cli import parse
+from runtime.errors import BadInput
 from runtime.hub import load_policy, open_gpt2
 
 pytest.importorskip("sklearn", reason="scikit-learn is in requirements-dev.txt")
 
 CFG = FrontierConfig(
     seeds=2, kl_coefs=(0.1, 0.3), first_kl_coefs=(0.05,), rloo_kl_coefs=(0.2, 0.4), grpo_kl_coefs=(0.3, 0.5),
-    dpo_betas=(0.2,), weighted_betas=(0.2, 0.4), best_of=(1, 2), positive_epochs=(0.5,), prompts=8, device="cpu",
+    dpo_betas=(0.2,), weighted_betas=(0.2, 0.4), best_of=(1, 2), positive_epochs=(0.5,), prompts=8,
+    limit_samples=32, device="cpu",
 )  # fmt: skip
 
 
@@ -185,6 +189,38 @@ def test_a_stopped_sweep_is_resumed_and_trains_no_run_twice(sweep, tmp_path, cap
     assert "score above PPO's frontier" in capsys.readouterr().out
 
 
+def test_the_score_of_the_fine_tuned_model_is_the_mean_of_all_responses_of_the_limit_and_other_measures_of_one(
+    evaluator,
+):
+    """One response to each prompt would shift the gains of all runs together, which no interval over seeds shows."""
+    scores, shares = evaluator.limit()
+    row, one = start_row(evaluator, scores, shares), evaluator.measure(evaluator.respond(evaluator.reference, ""))
+    assert scores.shape == (24, 32)  # all prompts of the sweep
+    assert (
+        (row["score"], row["positive_by_judge"])
+        == (scores.mean(), shares.mean())
+        != (one["score"], one["positive_by_judge"])
+    )
+    assert {**one, "method": START, "setting": "0", "seed": 0}.items() - row.items() == {
+        (name, one[name]) for name in ("score", "positive_by_judge")
+    }
+
+
+def test_a_sweep_that_fails_leaves_the_tables_of_the_runs_before(sweep, tmp_path):
+    cfg, _ = sweep
+    with pytest.raises(KeyboardInterrupt):
+        frontier.main(cfg)
+    rows = rows_of(tmp_path / "sweep" / "frontier.csv")
+    assert [row["method"] for row in rows] == [START, "PPO", "PPO", "PPO, first constants", "RLOO", *[BEST_OF_N] * 2]
+    assert "RLOO, 0.2" in (tmp_path / "sweep" / "frontier.md").read_text()
+
+
+@pytest.mark.parametrize("best_of, limit_samples", [((2, 64), 32), ((), 0), ((2,), 15)])
+def test_a_limit_of_too_few_responses_is_refused(best_of, limit_samples):
+    with pytest.raises(BadInput, match=f"limit_samples is {limit_samples}"):
+        replace(CFG, best_of=best_of, limit_samples=limit_samples)
+
+
 def assert_efficiencies(rows, start, out):
     """Of each run, from its score and KL and the curve in limit.csv."""
     limit = read_csv(out / "limit.csv")
@@ -242,14 +278,14 @@ def test_the_limit_and_best_of_n_are_of_responses_of_the_fine_tuned_model_to_the
         list(prompt_groups(evaluator.pool, replace(evaluator.cfg, prompts=8))), evaluator.cfg, torch.device("cpu"),
     )  # fmt: skip
     assert scores.shape == (8, 32) and np.array_equal(scores, again)
-    one, two, every = best_of_n_rows(scores, shares, {"score": 10.0}, (1, 2, 32))
-    assert (one["score"], one["positive_by_judge"]) == pytest.approx((10, shares.mean())) and one["kl"] == 0
+    one, two, every = best_of_n_rows(scores, shares, (1, 2, 32))
+    assert (one["score"], one["positive_by_judge"]) == pytest.approx((scores.mean(), shares.mean())) and one["kl"] == 0
     rows = np.arange(8)
-    assert every["score"] == pytest.approx(10 + scores.max(1).mean() - scores.mean())
+    assert every["score"] == pytest.approx(scores.max(1).mean())
     assert every["positive_by_judge"] == pytest.approx(shares[rows, scores.argmax(1)].mean())
     assert two["kl_exact"] == pytest.approx(math.log(2) - 1 / 2)
     pairs = [max(row[a], row[b]) for row in scores for a in range(32) for b in range(a)]
-    assert two["score"] == pytest.approx(10 + np.mean(pairs) - scores.mean())
+    assert two["score"] == pytest.approx(np.mean(pairs))
 
 
 def test_the_share_positive_by_words_is_that_of_a_classifier_of_labels_that_no_other_model_saw(sweep, overrides):

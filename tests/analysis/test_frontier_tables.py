@@ -3,7 +3,6 @@
 import pytest
 from conftest import ROOT
 
-from analysis.frontier import add_efficiency
 from analysis.frontier_tables import (
     BEYOND,
     MEASURES,
@@ -11,16 +10,18 @@ from analysis.frontier_tables import (
     PRESET,
     START,
     ablation_table,
+    add_efficiency,
     at_equal_kl,
     efficiency_table,
     mean_text,
     methods_table,
-    read_csv,
     runs_table,
     summary,
-    write_csv,
 )
+from analysis.tables import read_csv, write_csv
 from config import FrontierConfig
+
+LIMIT = [{"kl": kl, "gain": 2 * kl, "positive_by_judge": 0.5 + kl / 10} for kl in (0.0, 1.0, 3.0)]
 
 
 def point(method, kl, score, seed=0, setting="1"):
@@ -29,10 +30,23 @@ def point(method, kl, score, seed=0, setting="1"):
 
 
 def test_a_value_at_a_kl_is_interpolated_if_a_run_is_near():
-    """Between (0, 1), (2, 3), (4, 4), and on the last line up to a tenth above 4. Near is within a fifth of the KL."""
-    rows = [point(START, 0, 1), point("PPO", 4, 4), point("PPO", 2, 3, setting="2")]
-    for nats, score in ((2, 3), (1.7, 2.7), (2.4, 3.2), (3.4, 3.7), (4, 4), (4.2, 4.1), (4.4, 4.2)):
+    """Linear in the root of the KL: between (0, 1), (2, 3), (3, 4), and on the last line up to a tenth above 9 nats.
+
+    Near is within a fifth of the KL.
+    """
+    rows = [point(START, 0, 1), point("PPO", 9, 4), point("PPO", 4, 3, setting="2")]
+    for nats, score in (
+        (4, 3),
+        (3.4, 1 + 3.4**0.5),
+        (4.8, 1 + 4.8**0.5),
+        (7.6, 1 + 7.6**0.5),
+        (9, 4),
+        (9.8, 1 + 9.8**0.5),
+    ):
         assert at_equal_kl(rows, "score", nats)["PPO"] == pytest.approx([score])
+    rows[1]["score"] = 5  # the slope of the last line is 2
+    assert at_equal_kl(rows, "score", 7.6)["PPO"] == pytest.approx([3 + 2 * (7.6**0.5 - 2)])
+    assert at_equal_kl(rows, "score", 9.8)["PPO"] == pytest.approx([5 + 2 * (9.8**0.5 - 3)])
     assert (NEAR, BEYOND) == (1 / 5, 1 / 10)
 
 
@@ -47,8 +61,8 @@ def test_runs_at_6_and_38_nats_give_no_value_at_8_nats():
     rows = [point(START, 0, 0), *(point("PPO", 8.1, 1.25, seed) for seed in (0, 1))]
     rows += [point("GRPO", kl, score, seed) for kl, score in ((6.3, 1.15), (38, 1.54)) for seed in (0, 1)]
     assert at_equal_kl(rows, "score", 8)["GRPO"] == []
-    assert cells(methods_table(rows, "score"))["GRPO"] == ["-"] * 4
-    assert cells(runs_table(rows))["GRPO, 1"][:2] == ["4", "22.150 ± 29.100"]  # the runs themselves are reported
+    assert cells(methods_table(rows, "score", LIMIT))["GRPO"] == ["-"] * 4
+    assert cells(runs_table(rows, LIMIT))["GRPO, 1"][:2] == ["4", "22.150 ± 29.100"]  # the runs themselves are reported
 
 
 def test_a_measure_is_in_the_tables_and_files_if_a_run_has_it(tmp_path):
@@ -59,12 +73,9 @@ def test_a_measure_is_in_the_tables_and_files_if_a_run_has_it(tmp_path):
     for table, present in ((rows, new), (old, set()), ([*old[:2], rows[2]], new)):
         write_csv(tmp_path / "frontier.csv", table)
         assert {*(tmp_path / "frontier.csv").read_text().splitlines()[0].split(",")} & new == present
-        assert {*table_rows(runs_table(table))[0]} & new == present
-        headers = {first for first, *_ in table_rows(summary(table, [], [], FrontierConfig()))}
+        assert {*table_rows(runs_table(table, LIMIT))[0]} & new == present
+        headers = {first for first, *_ in table_rows(summary(table, [], LIMIT, FrontierConfig()))}
         assert {name for name in new if f"{name} at a KL of" in headers} == present
-
-
-LIMIT = [{"kl": kl, "gain": 2 * kl, "positive_by_judge": 0.5 + kl / 10} for kl in (0.0, 1.0, 3.0)]
 
 
 def test_the_efficiency_at_a_kl_is_the_kl_that_the_limit_needs_for_the_interpolated_score():
@@ -76,16 +87,24 @@ def test_the_efficiency_at_a_kl_is_the_kl_that_the_limit_needs_for_the_interpola
     assert lines["PPO"] == ["-", "0.500", "at least 0.750", "-"] and "limit" not in lines
 
 
+def test_a_run_beyond_the_curve_of_the_limit_has_a_lower_bound_in_the_table_of_runs():
+    """The mean of several seeds too, if one is beyond the curve: it has no interval."""
+    rows = [point(START, 0, 1), point("PPO", 2, 3, 0), point("PPO", 2, 4, 1)]
+    rows += [point("PPO", 4, 8, seed, setting="2") for seed in (0, 1)]
+    rows[-1]["score"] = 6
+    add_efficiency(rows, rows[0], LIMIT)
+    lines = cells(runs_table(rows, LIMIT))
+    assert lines[START][-1] == "-" and lines["PPO, 1"][-1].startswith("0.625 ± ")
+    assert lines["PPO, 2"][-1] == "at least 0.688"  # of 3 / 4, a bound, and 2.5 / 4
+
+
 def test_the_line_of_the_limit_ends_with_its_curve_and_is_that_of_score_and_judge():
     rows = [point(START, 0, 1), point("PPO", 2, 3, 0)]
     assert cells(methods_table(rows, "score", LIMIT))["limit"] == ["3.000", "5.000", "-", "-"]
     assert cells(methods_table(rows, "positive_by_judge", LIMIT))["limit"] == ["0.600", "0.700", "-", "-"]
-    assert "limit" not in cells(methods_table(rows, "perplexity", LIMIT)) and "limit" not in cells(
-        methods_table(rows, "score")
-    )
+    assert "limit" not in cells(methods_table(rows, "perplexity", LIMIT))
     text = summary(rows, [], LIMIT, FrontierConfig())
     assert "scores of up to 6.00 above" in text and "kl_efficiency at a KL of" in text
-    assert "efficiency" not in summary(rows, [], [], FrontierConfig())
 
 
 def test_a_method_without_a_measure_has_none_at_any_kl():
@@ -94,8 +113,8 @@ def test_a_method_without_a_measure_has_none_at_any_kl():
     assert at_equal_kl(rows, "score", 1) == {"best-of-n": [2]} and at_equal_kl(rows, "perplexity", 1) == {
         "best-of-n": []
     }
-    assert cells(runs_table(rows))["best-of-n, 4"][:3] == ["1", "1.000", "2.000"]
-    assert cells(runs_table(rows))["best-of-n, 4"][3] == "-"
+    assert cells(runs_table(rows, LIMIT))["best-of-n, 4"][:3] == ["1", "1.000", "2.000"]
+    assert cells(runs_table(rows, LIMIT))["best-of-n, 4"][3] == "-"
 
 
 def test_a_csv_is_read_as_it_was_written(tmp_path):
