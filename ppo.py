@@ -148,7 +148,8 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
     """Generate a response to each prompt, score it, and compute the advantage of each token: a Rollout.
 
     prompts: (B, P) ids. reward_fn, judge: list of B texts -> (B,) scores; the judge is only logged. ranks: the
-    processes of the run; each computes its share of the rows and gets the whole rollout.
+    processes of the run; each computes its share of the rows and gets the whole rollout. Raises NotFinite for a score,
+    log-probability or value that is not finite, and BadInput if the reward of a user fails.
     """
     watch, prompt_len, eos_id = Stopwatch(), prompts.shape[1], tokenizer.eos_token_id
 
@@ -189,6 +190,7 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
     rewards = token_rewards(penalized.to(kl.dtype), kl, mask, kl_coef)
     objective = rewards.sum(1)
     if cfg.whiten_rewards:
+        potentials = potentials / (rewards[real].std() + 1e-8)  # in the unit of the whitened rewards
         rewards = whiten(rewards, real, shift_mean=False)
     if cfg.advantage == "gae":
         advantages, returns = gae(rewards, values + potentials, mask, cfg.gamma, cfg.lam)
@@ -209,7 +211,7 @@ def score(reward_fn, texts, device, ranks):
 
 
 def logprobs_and_values(policy, sequences, prompt_len, cfg, ranks):
-    """Return log-probabilities and values of the response tokens, (B, T) each, with the forward pass of update.
+    """Return log-probabilities and values of the response tokens of (B, P + T) ids, (B, T) each, as update has them.
 
     Under torch.compile, a pass without gradients or on a view would have another graph, which rounds differently.
     """
@@ -237,7 +239,7 @@ def update(policy, stepper, batch, cfg, rng=None, ranks=ONE_PROCESS):
                 parts.append(metrics)
                 weights.append(weight)
             minibatches.append(average(parts, weights) | {"grad_norm": stepper.step()})
-    metrics = average(minibatches, [1 / len(minibatches)] * len(minibatches))
+    metrics = average(minibatches)
     for end, minibatch in (("first", minibatches[0]), ("last", minibatches[-1])):
         metrics |= {f"{end}_{name}": minibatch[name] for name in ("approx_kl", "max_log_ratio")}
     metrics = ranks.mean(to_floats(metrics))
@@ -247,7 +249,7 @@ def update(policy, stepper, batch, cfg, rng=None, ranks=ONE_PROCESS):
 def main(cfg):
     check_run(cfg, "model.safetensors")
     device, dtype = pick_device(cfg)
-    ranks = join(device, cfg, "micro_batch_size")
+    ranks = join(device, cfg)
     folder, gpt2_config, tokenizer = open_gpt2(cfg.policy)
     pool = load_prompts(cfg, "prompts", gpt2_config, tokenizer)  # (M, P)
     reward_fn, judge = load_rewards(cfg, device, dtype)

@@ -397,6 +397,17 @@ def test_rollout_whitens_advantages_once_and_does_not_whiten_returns(changes):
     assert abs(batch.advantages[batch.mask].mean()) < 1e-12 and abs(batch.advantages[batch.mask].std() - 1) < 1e-6
 
 
+def test_with_whitened_rewards_the_scores_so_far_are_in_their_unit():
+    """Otherwise shaping would hardly act: most token rewards are small, so that whitening multiplies them."""
+    batch, plain = (tiny_rollout(config(shaping_every=2, whiten_rewards=w)) for w in (True, False))
+    rewards = token_rewards(batch.scores.double(), batch.kl, batch.mask, config().kl_coef)
+    assert plain.potentials.any() and close(batch.potentials, plain.potentials / rewards[batch.mask].std(), 1e-6)
+    values = batch.values + batch.potentials
+    advantages, returns = gae(whiten(rewards, batch.mask, shift_mean=False), values, batch.mask, 1, 0.95)
+    assert close(batch.advantages, whiten(advantages, batch.mask), 1e-6)
+    assert close(batch.returns, (returns - batch.potentials) * batch.mask, 1e-6)
+
+
 def test_before_the_first_step_advantages_are_whitened_discounted_returns():
     """The value head starts at 0, so it adds no noise."""
     batch = tiny_rollout(config(), policy=tiny_policy(0))
