@@ -130,10 +130,9 @@ def _tables(source):
             return load_dataset(kind, data_files=str(file), **options)
         except Exception as error:  # datasets wraps whatever its readers raise
             raise BadInput(f"dataset {source} cannot be read: {first_line(error.__cause__ or error)}") from None
-    repo, _, revision = source.partition("@")
     for local in (True, False):  # the cache first; without a network, datasets itself would retry for half a minute
         try:
-            folder = snapshot(repo, local, "dataset", revision=revision or None)
+            folder = snapshot(source, local, "dataset")
             tables = load_dataset(str(folder))
         except Exception as error:
             problem = first_line(error.__cause__ or error)

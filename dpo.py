@@ -100,8 +100,8 @@ def update(policy, ref_policy, stepper, batch, cfg, rng=None):
                     loss, metrics = weighted_loss(logprobs, scores, cfg)
                 stepper.backward(loss * len(rows) / cfg.minibatch_size)
                 parts.append(metrics)
-            minibatches.append(average(parts, [1 / len(parts)] * len(parts)) | {"grad_norm": stepper.step()})
-    metrics = to_floats(average(minibatches, [1 / len(minibatches)] * len(minibatches)))
+            minibatches.append(average(parts) | {"grad_norm": stepper.step()})
+    metrics = to_floats(average(minibatches))
     return metrics | {"skipped_steps": stepper.skipped, "lr": stepper.lr}
 
 
@@ -141,7 +141,7 @@ def main(cfg):
         metrics = update(policy, ref_policy, stepper, batch, cfg, random_generator("cpu", cfg.seed, step))
         log.write_dpo(step, metrics, samples)
     log.close()
-    save_gpt2(policy.gpt2, tokenizer, cfg.out, policy.value_head)
+    save_gpt2(policy.gpt2, tokenizer, cfg.out, policy.value_head.state_dict())
     delete_checkpoints(cfg.out)
     print(f"the policy is in {cfg.out}: python evaluate.py --preset {cfg.preset} --after {cfg.out} evaluates it")
 

@@ -34,13 +34,12 @@ from config import EvaluateConfig
 from data import load_prompts
 from ppo import gae, response_mask, token_rewards
 from reward import load_rewards, scores_so_far
-from runtime import checkpoint
 from runtime.checkpoint import (
     RESULTS,
     VIEWER,
     check_finished,
+    evaluation_files,
     is_finished,
-    is_our_card,
     read_json,
     remove_leftovers,
     write_text,
@@ -155,19 +154,15 @@ def check_results(cfg):
         )
     if cfg.resume and not cfg.force and is_finished(cfg.after, RESULTS, report.PAGE):
         raise Finished(f"{cfg.after} is already evaluated: --force evaluates it again\n{written(cfg.after)}")
-    files = [Path(cfg.after, name) for name in checkpoint.WRITTEN if name != "learning_curves.png"]
-    cards = [Path(cfg.after, name) for name in (checkpoint.CARD, checkpoint.OTHER_CARD)]
-    existing = [file for file in files if file.exists()] + [file for file in cards if is_our_card(file)]
+    existing = [file for file in evaluation_files(Path(cfg.after)) if file.name != "learning_curves.png"]
     if existing and not (cfg.force or cfg.resume and results.is_file()):
         raise BadInput(f"{existing[0]} already exists, from an earlier evaluation: --force replaces it")
 
 
 def written(out):
     """Return the last lines of the script: where the files of an evaluation are, and how to publish the policy."""
-    files = [Path(out, name) for name in checkpoint.WRITTEN if Path(out, name).is_file()]
-    files += [file for file in (Path(out, checkpoint.CARD), Path(out, checkpoint.OTHER_CARD)) if is_our_card(file)]
-    upload = f"to publish it, after hf auth login:\n  hf upload USER/NAME {shlex.quote(str(out))}"
-    return "\n  ".join(["written:", *map(str, files)]) + f"\n{upload}"
+    upload = f"to publish it, after hf auth login:\n  hf upload USER/NAME {shlex.quote(Path(out).as_posix())}"
+    return "\n  ".join(["written:", *map(str, evaluation_files(Path(out)))]) + f"\n{upload}"
 
 
 def write(out, results, samples, tokens, card):

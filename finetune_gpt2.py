@@ -52,7 +52,7 @@ def plan(n_tokens, cfg, processes=1):
 
 
 def blocks(stream, numbers, block_size):
-    """Return inputs and targets, (len(numbers), block_size) each; targets are the next tokens, also <|endoftext|>."""
+    """Return inputs and targets, (len(numbers), block_size) each: blocks of the stream (N,) and their next tokens."""
     indices = numbers[:, None] * block_size + np.arange(block_size)
     return torch.from_numpy(stream[indices]).long(), torch.from_numpy(stream[indices + 1]).long()
 
@@ -153,7 +153,7 @@ class BestModel(BestWeights):
     saved = ("start", "best")
 
     def __init__(self, model, tokenizer, cfg):
-        super().__init__(model, self.save_model)
+        super().__init__(model)
         self.tokenizer, self.cfg, self.start, self.best = tokenizer, cfg, None, None
 
     def update(self, validation):
@@ -163,14 +163,26 @@ class BestModel(BestWeights):
             self.best = validation
             self.keep()
 
-    def save_model(self, weights):
+    def save(self, weights):
         save_gpt2(self.model, self.tokenizer, self.cfg.out, dtype=DTYPES[self.cfg.save_dtype], weights=weights)
+
+    def finish(self, evaluate, results):
+        """Write the model and results.json, with the validation of the first model and of the saved one."""
+        self.write()
+        saved = load_gpt2(Path(self.cfg.out), self.model.config, len(self.tokenizer), self.model.dtype)  # in save_dtype
+        after, names = evaluate(saved.to(self.model.wte.weight.device)), ("perplexity", "bits_per_character")
+        results |= {"parameters": sum(p.numel() for p in saved.parameters())}
+        results |= {"before": dict(zip(names, self.start)), "after": dict(zip(names, after))}
+        write_text(Path(self.cfg.out, RESULTS), json.dumps(results, indent=1))
+        change = f"{self.start[0]:.2f} before, {after[0]:.2f} after, {after[1]:.3f} bits per character"
+        print(f"validation perplexity {change}: {self.cfg.out}")
+        delete_checkpoints(self.cfg.out)
 
 
 def main(cfg):
     check_run(cfg, "model.safetensors")
     device, dtype = pick_device(cfg)
-    ranks = join(device, cfg, "micro_batch_size")
+    ranks = join(device, cfg)
     opened = None if cfg.init_from == "scratch" else open_gpt2(cfg.init_from)
     opened_teacher = open_gpt2(cfg.teacher) if cfg.teacher else None
     if opened and cfg.block_size > opened[1].n_positions:
@@ -226,16 +238,8 @@ def main(cfg):
         log.write(step, tokens=step * cfg.batch_size * cfg.block_size, **metrics)
     seconds = log.close()
     if ranks.rank == 0:
-        best.write()
-        saved_model = load_gpt2(Path(cfg.out), model.config, len(tokenizer), dtype).to(device)  # in save_dtype
-        names, after = ("perplexity", "bits_per_character"), evaluate(saved_model)
         results = {"data": data, "tokens": trained_blocks * cfg.block_size, "validation_tokens": len(validation)}
-        results |= {"seconds": seconds, "parameters": sum(p.numel() for p in saved_model.parameters())}
-        results |= {"before": dict(zip(names, best.start)), "after": dict(zip(names, after))}
-        write_text(Path(cfg.out, RESULTS), json.dumps(results, indent=1))
-        change = f"{best.start[0]:.2f} before, {after[0]:.2f} after, {after[1]:.3f} bits per character"
-        print(f"validation perplexity {change}: {cfg.out}")
-        delete_checkpoints(cfg.out)
+        best.finish(evaluate, results | {"seconds": seconds})
 
 
 if __name__ == "__main__":

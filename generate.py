@@ -24,7 +24,7 @@ from runtime.cli import run
 from runtime.device import pick_device, random_generator
 from runtime.errors import BadInput, print_error, printable
 from runtime.hub import load_policy, open_pair
-from runtime.log import SIDES, column_width, columns
+from runtime.log import TITLES, column_width, columns
 
 
 def prompt_ids(prompt, tokenizer, config, cfg):
@@ -65,7 +65,7 @@ def respond(prompt, policies, tokenizer, reward_fn, judge, cfg):
     check_finite("score", scores, texts)
     probabilities, width = judge.log_odds(texts).sigmoid().tolist(), column_width()
     ratings = [f"score {score:+.2f}, judge {p:.2f}" for score, p in zip(scores.tolist(), probabilities)]
-    rows = (SIDES, map(printable, responses), ratings)
+    rows = (TITLES, map(printable, responses), ratings)
     print("\n".join(line for row in rows for line in columns(row, width)), end="\n\n", flush=True)
 
 

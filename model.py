@@ -274,7 +274,7 @@ class Policy(nn.Module):
 def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
     """Return KL(policy || ref_policy) over the vocabulary, summed over the real tokens: (B,) nats, never negative.
 
-    Logits are computed one row at a time, to need less memory than training.
+    sequences: (B, P + T) ids, mask: (B, T). Logits are computed one row at a time, to need less memory than training.
     """
     gpt2s = policy.gpt2, ref_policy.gpt2
     states = (gpt2.trunk(sequences[:, :-1])[:, prompt_len - 1 :] for gpt2 in gpt2s)  # (B, T, C) each
@@ -287,7 +287,5 @@ def exact_kl(policy, ref_policy, sequences, mask, prompt_len, temperature=1.0):
 
 def compile_passes(policy, ref_policy, enabled):
     """torch.compile the forward passes that a rollout and an update call."""
-    if not enabled:
-        return
-    policy.compile(dynamic=True)  # the lengths of prompts and responses differ between rollouts
-    ref_policy.compile(dynamic=True)
+    for model in (policy, ref_policy) if enabled else ():
+        model.compile(dynamic=True)  # the lengths of prompts and responses differ between rollouts

@@ -330,7 +330,7 @@ def scores_so_far(score, ids, prompt_len, tokenizer, cfg):
 
 
 def reward_fingerprint(reward_fn):
-    """Return the fingerprint of a classifier and its tokenizer, or of the file of a user's function; "" for others."""
+    """Return the fingerprint of a classifier and its tokenizer, or of a user's function and its file; "" for None."""
     if isinstance(reward_fn, Teachers):
         return fingerprint(*map(reward_fingerprint, reward_fn.classifiers))
     if isinstance(reward_fn, SentimentReward):
@@ -338,7 +338,9 @@ def reward_fingerprint(reward_fn):
             return reward_fn.fingerprint
         config = {name: value for name, value in reward_fn.model.config.to_dict().items() if "version" not in name}
         return fingerprint(reward_fn.model, str(config), str(reward_fn.positive), tokenizer_text(reward_fn.tokenizer))
-    return fingerprint(Path(reward_fn.file).read_text(encoding="latin-1")) if hasattr(reward_fn, "file") else ""
+    if isinstance(reward_fn, FunctionReward):
+        return fingerprint(Path(reward_fn.file).read_text(encoding="latin-1"), reward_fn.name.rpartition(":")[2])
+    return ""
 
 
 def as_scores(scores, texts):

@@ -175,11 +175,9 @@ def open_second_lm(name, device):
     folder, weights = (Path(name).parent, gguf) if gguf else (locate(name), dict(use_safetensors=True))
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **weights)
-        tokenizer = load_tokenizer(folder, **gguf)
-    except BadInput:
-        raise
     except Exception as error:  # transformers raises exceptions of many types
         raise BadInput(f"second_lm {name} cannot be read: {first_line(error)}") from None
+    tokenizer = load_tokenizer(folder, **gguf)
     if not tokenizer.is_fast or (tokenizer.bos_token_id is None and tokenizer.eos_token_id is None):
         raise BadInput(f"second_lm {name}: its tokenizer must be a fast one, with offsets, and have a bos or eos token")
     return model.eval().to(device), tokenizer

@@ -8,7 +8,6 @@ In asset/images/ every figure is drawn twice: NAME.png for white pages and NAME-
 """
 
 import contextlib
-import csv
 import io
 import json
 import sys
@@ -24,7 +23,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 matplotlib.use("Agg")  # files only, no screen
 import matplotlib.pyplot as plt
 
-from analysis.tables import COUNTED, JUDGED
+from analysis.tables import COUNTED, JUDGED, read_csv
 from runtime.errors import BadInput, print_error, printable
 
 ASSET = Path("asset")
@@ -319,17 +318,15 @@ def frontier(folder):
     If there is a limit.csv, also the curve of the best possible policy, with the interval of its score. If there is a
     trl.csv, also the runs of TRL in it.
     """
-    with open(Path(folder) / "frontier.csv", newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
+    rows = read_csv(Path(folder) / "frontier.csv")
     if (file := Path(folder) / "trl.csv").is_file():
-        with open(file, newline="", encoding="utf-8") as f:
-            rows += [row for row in csv.DictReader(f) if row["method"].startswith("TRL")]
+        rows += [row for row in read_csv(file) if row["method"].startswith("TRL")]
     start = next(row["method"] for row in rows if row["method"] not in METHODS)
     limit, file = {}, Path(folder) / "limit.csv"
     if file.is_file():
-        with open(file, newline="", encoding="utf-8") as f:
-            limit = {name: [float(x) for x in column] for name, *column in zip(*csv.reader(f))}
-        score = next(float(row["score"]) for row in rows if row["method"] == start)
+        points = read_csv(file)
+        limit = {name: [point[name] for point in points] for name in points[0]}
+        score = next(row["score"] for row in rows if row["method"] == start)
         limit |= {name: [score + x for x in limit[name]] for name in ("gain", "low", "high")}
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.6), layout="constrained")
     for axis, (name, label) in zip(axes, (("score", "score"), ("positive_by_judge", "share positive by the judge"))):
@@ -342,10 +339,10 @@ def frontier(folder):
             runs = [row for row in rows if row["method"] == method]
             if runs:
                 style = dict(markersize=11, clip_on=False) if method == start else dict(markersize=5, alpha=0.7)
-                kl, values = ([float(row[n]) for row in runs] for n in ("kl_exact", name))
+                kl, values = ([row[n] for row in runs] for n in ("kl_exact", name))
                 axis.plot(kl, values, marker, color=colour, label=method, **style)
         # square root, as in Gao et al. 2022: most changes happen in the first nats
-        end = 1.1 * max(float(row["kl_exact"]) for row in rows)
+        end = 1.1 * max(row["kl_exact"] for row in rows)
         axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
         axis.set_xticks([kl for kl in (0, 1, 2, 4, 8, 16, 32, 64) if kl < end])
         axis.set(xlabel="KL, nats per response, square-root scale", ylabel=label, xlim=(0, end))
@@ -368,7 +365,7 @@ def main(argv):
     """Draw the figures and print their paths. Return the exit status: 2 after one line on bad usage or a bad file."""
     try:
         if len(argv) > 1:
-            raise BadInput("usage: python -m analysis.plot [FOLDER], the folder of a run of ppo.py")
+            raise BadInput("usage: python -m analysis.plot [FOLDER], the folder of a run")
         if argv:
             print(learning_curves(argv[0]))
             return 0

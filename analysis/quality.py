@@ -55,10 +55,13 @@ def continuations(policy, tokenizer, texts, cfg, device):
     training: without it, the prompt could be from any place of a review, and one in ten continuations ends early.
     """
     eos_id, length = tokenizer.eos_token_id, cfg.prompt_len + cfg.response_len
-    rows = [ids + length * [eos_id] for ids in encode(texts, tokenizer) if len(ids) > cfg.prompt_len]
+    rows = [ids + length * [eos_id] for ids in encode(texts, tokenizer) if len(ids) > cfg.prompt_len][: cfg.prompts]
     if len(rows) < FOLDS:
-        raise BadInput(f"only {len(rows)} reviews are longer than prompt_len {cfg.prompt_len} tokens")
-    sequences = torch.tensor([row[:length] for row in rows[: cfg.prompts]])
+        raise BadInput(
+            f"{len(rows)} prompts are not enough: at least {FOLDS} are needed, from reviews longer than prompt_len "
+            f"{cfg.prompt_len}; prompts is {cfg.prompts}"
+        )
+    sequences = torch.tensor([row[:length] for row in rows])
     prompts, responses = sequences[:, : cfg.prompt_len], sequences[:, cfg.prompt_len :]
     human = {"prompts": decode(prompts, tokenizer), "texts": decode(sequences, tokenizer)}
     human["tokens"] = [row[keep].tolist() for row, keep in zip(responses, response_mask(responses, eos_id))]

@@ -1,4 +1,6 @@
-"""Tables of results as Markdown, and the captions of the metrics, without torch."""
+"""Tables of results as Markdown and CSV, and the captions of the metrics, without torch."""
+
+import csv
 
 CAPTIONS = {  # metrics of evaluate.py, in the order of the rows
     "score": "score",
@@ -38,6 +40,23 @@ def markdown(rows):
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def write_csv(path, rows):
+    """Write dicts as a CSV with the columns that any of them has, in the order in which they appear."""
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(f, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path):
+    """Return the rows of a CSV as dicts, without empty cells; numbers are floats, but settings are texts."""
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    texts = ("method", "setting")
+    return [{k: v if k in texts else int(v) if k == "seed" else float(v) for k, v in row.items() if v} for row in rows]
 
 
 def number(entry, digits=2):
@@ -84,9 +103,8 @@ def efficiency_text(entry):
     """Return an entry of results.json as a sentence; see kl_efficiency in limit.py."""
     if entry is None:
         return "KL efficiency: not defined, because the policy has no KL"
-    sign, more = (">= ", " or more") if entry["at_least"] else ("", "")
+    value, more = (f">= {entry['value']:.2f}", " or more") if entry["at_least"] else (number(entry), "")
     return (
-        f"KL efficiency {sign}{entry['value']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]: the score is "
-        f"{entry['gain']:z.2f} above the reference's, for which the best possible policy needs "
-        f"{entry['kl_needed']:.2f} nats{more} and this one spends {entry['kl']:.2f}"
+        f"KL efficiency {value}: the score is {entry['gain']:z.2f} above the reference's. The KL of this policy is "
+        f"{entry['kl']:.2f} nats; the best possible policy needs {entry['kl_needed']:.2f}{more} for this score"
     )

@@ -200,9 +200,15 @@ def is_finished(out, *results):
 
 def earlier_files(out):
     """Return the paths of an earlier run in a folder, which a new run deletes."""
-    names = [BEST, "tensorboard", "wandb_id", "log.jsonl", "samples.jsonl", *WRITTEN]
-    names += [name for name in (CARD, OTHER_CARD) if is_our_card(out / name)]
-    return [out / name for name in names if (out / name).exists()] + sorted((out / CHECKPOINTS).glob("*"))
+    names = BEST, "tensorboard", "wandb_id", "log.jsonl", "samples.jsonl"
+    earlier = [out / name for name in names if (out / name).exists()]
+    return earlier + evaluation_files(out) + sorted((out / CHECKPOINTS).glob("*"))
+
+
+def evaluation_files(out):
+    """Return the paths of what evaluate.py wrote in a folder, its card included, but no card of another origin."""
+    names = [*WRITTEN, *(name for name in (CARD, OTHER_CARD) if is_our_card(out / name))]
+    return [out / name for name in names if (out / name).exists()]
 
 
 def delete_earlier_files(out):
@@ -406,11 +412,11 @@ class BestWeights:
     """The best weights of a model so far, copied to memory and written just before the next checkpoint.
 
     If the process is killed between the two, the weights on the disk are newer than the latest checkpoint; the resumed
-    run computes the same ones again. save: called with the state dict.
+    run computes the same ones again. A subclass has the method save, which is called with the state dict.
     """
 
-    def __init__(self, model, save):
-        self.model, self.save, self.weights = model, save, None
+    def __init__(self, model):
+        self.model, self.weights = model, None
 
     def keep(self):
         """Copy the current weights."""

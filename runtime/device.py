@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime.errors import BadInput
+from runtime.errors import BadInput, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by dtype and save_dtype of config.py
@@ -99,7 +99,7 @@ def unused_gpu():
     try:
         torch.cuda.init()  # raises the reason; is_available only warns, and only once per process
     except RuntimeError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return "torch finds no CUDA device"
 
 

@@ -109,17 +109,18 @@ class Processes(OneProcess):
 ONE_PROCESS = OneProcess()
 
 
-def join(device, cfg, sizes):
+def join(device, cfg):
     """Return the processes of this run, a OneProcess or Processes.
 
-    sizes: fields of cfg that count rows of all processes. Raises BadInput unless the number of processes divides them.
+    Raises BadInput unless their number divides cfg.micro_batch_size, which counts the rows of all processes.
     """
     if "WORLD_SIZE" not in os.environ:
         return ONE_PROCESS
     processes = Processes(device)
-    for name in sizes.split():
-        if getattr(cfg, name) % processes.size:
-            raise BadInput(f"{name} {getattr(cfg, name)} is not divisible by the number of processes, {processes.size}")
+    if cfg.micro_batch_size % processes.size:
+        raise BadInput(
+            f"micro_batch_size {cfg.micro_batch_size} is not divisible by the number of processes, {processes.size}"
+        )
     return processes
 
 

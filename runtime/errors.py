@@ -9,7 +9,7 @@ class BadInput(Exception):
 
 
 class NotFinite(BadInput):
-    """A value in a rollout is not finite. PPO skips the step; three skipped steps in a row stop the run."""
+    """A value in a rollout is not finite. The step is skipped; three skipped steps in a row stop the run."""
 
 
 class Stopped(Exception):

@@ -69,12 +69,11 @@ def locate(name):
 
 
 def _from_hub(name):
-    repo, _, revision = name.partition("@")
     problems = {True: "no copy", False: ""}  # {local: problem}: of the cache, of the hub
     for local in (True, False):  # the cache first: no network if nothing is missing
         for patterns in FILES:
             try:
-                folder = snapshot(repo, local, patterns=patterns, revision=revision or None)
+                folder = snapshot(name, local, patterns=patterns)
             except OSError as error:  # offline, no such name, gated
                 if not local:
                     problems[local] = str(error)
@@ -112,7 +111,7 @@ def needed_files(name, kind="model"):
     formats = FILES if kind == "model" else [None]
     for patterns in formats:
         with suppress(OSError):
-            folder = snapshot(repo, True, kind, patterns, revision or None)
+            folder = snapshot(name, True, kind, patterns)
             if kind != "model" or not missing_files(folder):
                 paths = [path for path in folder.rglob("*") if path.is_file()]
                 return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}, {}
@@ -142,13 +141,14 @@ def missing_files(folder):
     return [f"no {part}" for part, is_complete in complete.items() if not is_complete]
 
 
-def snapshot(name, local, kind="model", patterns=None, revision=None):
+def snapshot(name, local, kind="model", patterns=None):
     """Return the folder of a hub repository in the Hugging Face cache; download what is missing there unless `local`.
 
-    kind: "model" or "dataset". patterns: of the files to download; None: all. Raises OSError with the reason in
-    one line.
+    name: NAME or NAME@REVISION. kind: "model" or "dataset". patterns: of the files to download; None: all. Raises
+    OSError with the reason in one line.
     """
-    repo = dict(repo_id=name, repo_type=kind, revision=revision)
+    repo_id, _, revision = name.partition("@")
+    repo = dict(repo_id=repo_id, repo_type=kind, revision=revision or None)
     try:
         if not local:  # snapshot_download starts with the same request, but without a time limit
             HfApi().repo_info(**repo, timeout=HF_HUB_ETAG_TIMEOUT)
@@ -310,9 +310,10 @@ def load_policy(folder, config, tokenizer, dtype=torch.float32):
 def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32, weights=None):
     """Write a Hugging Face GPT-2 folder to `out`: weights, config, tokenizer, and the value head in a file of its own.
 
-    dtype: of the stored weights except the value head. weights: a state dict to write instead of the model's.
+    value_head: its state dict. dtype: of the stored weights except the value head. weights: a state dict to write
+    instead of the model's.
     """
-    state, head = {}, value_head.state_dict() if value_head else {}
+    state = {}
     for name, tensor in (weights or model.state_dict()).items():
         tensor = tensor.detach().to("cpu", dtype)
         state["transformer." + name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
@@ -325,9 +326,11 @@ def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32, weigh
         eos_token_id=tokenizer.eos_token_id,
         dtype=str(dtype).removeprefix("torch."),
     )
-    with replacing(out, state | {f"value_head.{name}": tensor for name, tensor in head.items()}) as folder:
+    with replacing(
+        out, state | {f"value_head.{name}": tensor for name, tensor in (value_head or {}).items()}
+    ) as folder:
         tokenizer.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        if head:
-            save_file({name: t.detach().cpu().contiguous() for name, t in head.items()}, folder / VALUE_HEAD)
+        if value_head:
+            save_file({name: t.detach().cpu().contiguous() for name, t in value_head.items()}, folder / VALUE_HEAD)

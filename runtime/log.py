@@ -20,7 +20,7 @@ from runtime.device import DTYPES, peak_flops, warn
 from runtime.errors import BadInput, printable
 
 DPO_SHOWN = ("loss", "accuracy", "margin", "effective_samples")  # metrics of dpo.py on the terminal, if it has them
-SIDES = ("before PPO", "after PPO")  # titles of two columns
+TITLES = ("before PPO", "after PPO")  # of two columns
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CPU_SHARE = 0.55  # a PPO step on a CPU reaches 0.48 to 0.65 of the speed of a large product, see docs/performance.md
 
@@ -132,7 +132,7 @@ class RunLog:
         self.print("\n".join(lines))
 
     def skip(self, step, problem, stepper):
-        """Log a PPO step that was skipped because a number in its rollout is not finite."""
+        """Log a step that was skipped because a number in its rollout is not finite."""
         stepper.skip(f"a rollout is not finite: {problem}")
         self.print(f"step {step} is skipped: {problem}")
         self.write(step, skipped_steps=stepper.skipped)
@@ -305,7 +305,7 @@ def side_by_side(samples, width=None):
     samples: (prompt, [before, after]) each, both (response, judge's probability of POSITIVE). width: see column_width.
     """
     column = column_width(width)
-    lines = columns(SIDES, column)
+    lines = columns(TITLES, column)
     for prompt, responses in samples:
         lines += ["", one_line(prompt, 2 * column) + " …"]
         lines += columns([f"({p:.2f}) {one_line(text, 600)}" for text, p in responses], column)

@@ -1,6 +1,5 @@
-"""What is measured during PPO: metrics of a rollout, samples, alarms, and the best policy so far."""
+"""What is measured during a run of ppo.py or dpo.py: metrics of a rollout, samples, alarms, the best policy so far."""
 
-import copy
 import ctypes
 import math
 import statistics
@@ -100,8 +99,12 @@ def to_floats(metrics):
     return metrics | dict(zip(tensors, torch.stack(list(tensors.values())).tolist()))
 
 
-def average(parts, shares):
-    """Average dicts of metrics with the same names, weighted by shares, but take the largest of those named max_..."""
+def average(parts, shares=None):
+    """Average dicts of metrics with the same names, but take the largest of those named max_...
+
+    shares: of each dict, equal ones without them.
+    """
+    shares = shares or [1 / len(parts)] * len(parts)
     return {
         name: torch.stack([part[name] for part in parts]).max()
         if name.startswith("max_")
@@ -126,6 +129,7 @@ def sample(policy, tokenizer, reward_fn, pool, step, cfg):
     """Generate responses to the first prompts of the pool (M, P), every cfg.sample_every steps and in the last one.
 
     Returns a list of dicts for samples.jsonl, or None in other steps. The random numbers are the same in each call.
+    Raises BadInput if the reward of a user fails.
     """
     if step % cfg.sample_every and step < cfg.steps - 1:
         return None
@@ -223,7 +227,7 @@ class BestPolicy(BestWeights):
     saved = ("best", "rollouts")
 
     def __init__(self, policy, tokenizer, cfg):
-        super().__init__(policy, self.save_best)
+        super().__init__(policy)
         self.tokenizer, self.cfg, self.best, self.rollouts = tokenizer, cfg, None, []
 
     def update(self, metrics, kl_coef):
@@ -239,12 +243,13 @@ class BestPolicy(BestWeights):
         if complete:
             self.rollouts.clear()
 
-    def save_best(self, weights):
-        folder, head = Path(self.cfg.out, BEST), copy.deepcopy(self.model.value_head).cpu()
-        head.load_state_dict({name: weights.pop(f"value_head.{name}") for name in head.state_dict()})
-        gpt2 = {name.removeprefix("gpt2."): tensor for name, tensor in weights.items()}
+    def save(self, weights):
+        folder, parts = Path(self.cfg.out, BEST), {"gpt2": {}, "value_head": {}}
+        for name, tensor in weights.items():
+            part, _, name = name.partition(".")
+            parts[part][name] = tensor
         folder.mkdir(exist_ok=True)
-        save_gpt2(self.model.gpt2, self.tokenizer, folder, head, weights=gpt2)
+        save_gpt2(self.model.gpt2, self.tokenizer, folder, parts["value_head"], weights=parts["gpt2"])
 
     def finish(self, stopped):
         """Write the policy of a run that is over: the last one, or the best one if an alarm stopped the run."""
@@ -252,6 +257,6 @@ class BestPolicy(BestWeights):
         policy, out = self.model, self.cfg.out
         if stopped:
             policy = load_policy(*open_gpt2(f"{out}/{BEST}"))
-        save_gpt2(policy.gpt2, self.tokenizer, out, policy.value_head)
+        save_gpt2(policy.gpt2, self.tokenizer, out, policy.value_head.state_dict())
         delete_checkpoints(out)
         print(f"the policy is in {out}: python evaluate.py --preset {self.cfg.preset} --after {out} evaluates it")

@@ -15,7 +15,10 @@ ROUNDING = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (1.0, 0.05), torch.floa
 
 @torch.no_grad()
 def cached_logprobs(policy, sequences, prompt_len, temperature=1.0):
-    """Return the log-probabilities of Policy.forward, computed token by token with the KV cache, as in generate."""
+    """Return the log-probabilities of Policy.forward, computed token by token with the KV cache.
+
+    (B, P + T) ids -> (B, T) nats.
+    """
     gpt2, (B, L) = policy.gpt2, sequences.shape
     cache, steps = KVCache(gpt2.config, B, L), []
     new = sequences[:, :prompt_len]

@@ -80,7 +80,7 @@ def write_tuned(gpt2_folder, folder, seed=0):
     with torch.no_grad():
         policy.gpt2.ln_f.bias += 0.5 * torch.randn(64, generator=torch.Generator().manual_seed(seed))
     folder.mkdir(parents=True, exist_ok=True)
-    save_gpt2(policy.gpt2, tokenizer, folder, policy.value_head)
+    save_gpt2(policy.gpt2, tokenizer, folder, policy.value_head.state_dict())
     return folder
 
 

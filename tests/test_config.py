@@ -15,6 +15,7 @@ from config import (
     FrontierConfig,
     GenerateConfig,
     PPOConfig,
+    PreflightConfig,
     QualityConfig,
     RewardConfig,
     defaults,
@@ -30,6 +31,7 @@ CLASSES = (
     DPOConfig,
     EvaluateConfig,
     GenerateConfig,
+    PreflightConfig,
     BenchConfig,
     FrontierConfig,
     QualityConfig,
@@ -45,7 +47,7 @@ def without_spaces(text):
 def test_every_constant_is_read_somewhere():
     """A constant that nothing reads is a knob without effect."""
     files = [file for file in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if file.parent.name != "tests"]
-    source = "".join(file.read_text() for file in files if file.name != "config.py")
+    source = "".join(file.read_text(encoding="utf-8") for file in files if file.name != "config.py")
     names = {f.name for cls in CLASSES for f in fields(cls)}
     assert not [name for name in names if not re.search(rf"\b(cfg|given|ppo|run)\.{name}\b", source)]
 

@@ -5,6 +5,8 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -227,3 +229,12 @@ def test_every_quoted_message_is_one_of_the_source(message):
 def test_a_message_that_was_reworded_is_no_longer_one_of_the_source():
     message = next(message for message in MESSAGES if "kl_ceiling" in message)
     assert len(MESSAGES) > 5 and not is_message(message.replace("KL is", "the KL is"), templates())
+
+
+def test_the_script_of_a_page_runs_and_prints_what_the_page_says():
+    """docs/kl.md: the mean ratio if responses are sampled by top-p and scored by the full softmax."""
+    text = TEXTS["docs/kl.md"]
+    (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    ratio = float(re.search(r"prints (\d\.\d+),", text)[1])
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(ratio, abs=0.003)  # on another CPU, other samples

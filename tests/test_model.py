@@ -736,7 +736,7 @@ def exported(tmp_path_factory, gpt2_folder, tokenizer):
     with torch.no_grad():
         policy.value_head.weight.copy_(torch.arange(64.0))
         policy.value_head.bias.fill_(-3)
-    save_gpt2(policy.gpt2, tokenizer, folder, policy.value_head)
+    save_gpt2(policy.gpt2, tokenizer, folder, policy.value_head.state_dict())
     return folder
 
 

@@ -275,7 +275,10 @@ def test_the_fingerprint_of_a_reward_depends_on_its_weights_its_tokenizer_or_the
     for number in (1, 2):
         fn = reward.load_reward(user_reward(tmp_path, f"def f(texts):\n    return [{number}] * len(texts)\n"), "cpu")
         fingerprints.append(reward.reward_fingerprint(fn))
-    assert len(set(fingerprints)) == 5 and reward.reward_fingerprint(None) == ""
+    cfg = user_reward(tmp_path, "def f(texts):\n    return [3] * len(texts)\n\n\ng = f\n")
+    for one in (cfg, replace(cfg, reward=cfg.reward[:-1] + "g")):  # another function of the same file
+        fingerprints.append(reward.reward_fingerprint(reward.load_reward(one, "cpu")))
+    assert len(set(fingerprints)) == 7 and reward.reward_fingerprint(None) == ""
 
 
 def test_each_kind_of_score_equals_its_definition(bert_folder, classifier):

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,7 +139,7 @@ def train(cfg, reward_fn):
 
 def worker(folder, data, gpt2):
     torch.set_default_dtype(torch.float64)
-    ranks, calls = join(torch.device("cpu"), CFG, "micro_batch_size"), count()
+    ranks, calls = join(torch.device("cpu"), CFG), count()
 
     def nan_on_rank_1(texts):  # in step 1
         is_nan = (next(calls), ranks.rank) == (1, 1)
@@ -337,8 +338,8 @@ def test_a_run_of_two_processes_that_was_stopped_is_resumed_by_one(tmp_path, dat
 def test_rows_that_cannot_be_divided_among_the_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr("runtime.distributed.Processes", lambda device: SimpleNamespace(size=3))
-    text = message(join, torch.device("cpu"), CFG, "batch_size")
-    assert text == "batch_size 8 is not divisible by the number of processes, 3"
+    text = message(join, torch.device("cpu"), replace(CFG, micro_batch_size=8))
+    assert text == "micro_batch_size 8 is not divisible by the number of processes, 3"
 
 
 def test_a_process_without_the_checkpoint_from_which_another_resumes_ends_the_run(tmp_path):

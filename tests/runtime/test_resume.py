@@ -48,10 +48,8 @@ def train(home, out, killed_in=None, nan_in=(), first=0, **changes):
             raise Killed
         return torch.tensor([float(t.count("e")) for t in texts]) * (float("nan") if number in nan_in else 1)
 
-    letters.file = f"{home}/rewards.py"  # as if it were read from there: a resumed run checks it
-    letters.truncated_frac = 0.0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reward, "load_reward", lambda *args: letters)
+        patch.setattr(reward.FunctionReward, "__call__", lambda self, texts: letters(texts))
         ppo.main(parse(PPOConfig, ppo_flags(home, out, **changes)))
 
 
