@@ -50,7 +50,7 @@ from runtime.linear_classifier import LinearClassifier
 
 ROOT = Path(__file__).parent.parent
 FIRST_CONSTANTS = "PPO, first constants"  # those of preset mini before reward shaping
-METHODS = {  # {method: (script, its flags)}; scores are not cut, as in the limit
+METHODS = {  # {method: (script, its flags)}; scores are not clipped, as in the limit
     "PPO": ("ppo.py", "--score_clip 0 --kl_target 0"),
     FIRST_CONSTANTS: ("ppo.py", "--score_clip 0 --kl_target 0 --shaping_every 0 --lr 4e-4 --lr_end 0.1"),
     "RLOO": ("ppo.py", "--score_clip 0 --kl_target 0 --advantage rloo"),
@@ -68,11 +68,12 @@ ABLATIONS = {  # detail: the flags, or the patch in asset/ablations/, that chang
     "values do not train the trunk": "detached_values.patch",
     "value loss not clipped": "--value_clip 1e9",
     "ratio not clipped": "--clip_eps 1e9",
+    "gradient not clipped": "--grad_clip 1e9",
     "no reward shaping": "--shaping_every 0",
     "lambda 1": "--lam 1",
     "no KL penalty": "--kl_coef 0",
     "KL coefficient adaptive": "--kl_target 2.5",
-    "scores not cut": "--score_clip 0",
+    "scores not clipped": "--score_clip 0",
     "Adam's epsilon 1e-8": "--adam_eps 1e-8",
     "learning rate 4e-4": "--lr 4e-4",
     "learning rate constant": "--lr_end 1",

@@ -179,8 +179,8 @@ def blocks():
     first = (read_csv(FRONTIER / "first" / name) for name in ("frontier.csv", "ablation.csv"))
     names = ("score", "positive_by_judge", "kl", "perplexity", "distinct_2", "response_length")
     sides = [results["before"], results["after"]]
-    rows = [[CAPTIONS[name], *(number(side[name]) for side in sides)] for name in names]
-    table = markdown([["", "before PPO", "after PPO"], *rows])
+    lines = [[CAPTIONS[name], *(number(side[name]) for side in sides)] for name in names]
+    table = markdown([["", "before PPO", "after PPO"], *lines])
     rises = sorted(results["samples"], key=lambda sample: sample["after"]["judge"] - sample["before"]["judge"])
     sample = rises[len(rises) // 2]
     example = [("prompt", sample["prompt"])]

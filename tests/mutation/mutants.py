@@ -99,6 +99,13 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
             ),
             ("GAE without lambda", "delta + gamma * lam * advantage", "delta + gamma * advantage"),
         ],
+        "test_ppo::test_with_whitened_rewards_the_scores_so_far_are_in_their_unit": [
+            (
+                "the potentials keep the unit of the scores when rewards are whitened",
+                "potentials = potentials / (rewards[real].std() + 1e-8)",
+                "potentials = potentials + 0",
+            ),
+        ],
         "test_ppo::test_whitening_uses_all_real_tokens_of_the_rollout": [
             (
                 "padding is included in the mean when advantages are whitened",
@@ -639,8 +646,8 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         "test_limit::test_the_second_call_reads_the_scores_and_another_reference_reward_or_option_does_not": [
             (
                 "all references share their responses",
-                "fingerprint(*models, str(options)",
-                "fingerprint(*models[1:], str(options)",
+                "policy_fingerprint(policy, tokenizer), *models, str(options)",
+                "*models, str(options)",
             ),
         ],
     },
@@ -651,7 +658,21 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
                 "<= NEAR * nats for row in runs",
                 "<= 1e9 for row in runs",
             ),
-            ("a value is extrapolated without a limit", "nats > points[-1][0] * (1 + BEYOND)", "False"),
+            ("a value is extrapolated without a limit", "nats > points[-1][0] ** 2 * (1 + BEYOND)", "False"),
+        ],
+        "test_frontier_tables::test_a_value_at_a_kl_is_interpolated_if_a_run_is_near": [
+            (
+                "scores are interpolated linearly in the KL, which is too low near 0",
+                'points = sorted((row["kl_exact"] ** 0.5, row[measure])',
+                'points = sorted((row["kl_exact"], row[measure])',
+            ),
+        ],
+        "test_frontier_tables::test_a_run_beyond_the_curve_of_the_limit_has_a_lower_bound_in_the_table_of_runs": [
+            (
+                "a lower bound of the efficiency is shown as a value",
+                'return row["score"] - start["score"] > limit[-1]["gain"]',
+                "return False",
+            ),
         ],
     },
     "analysis/frontier.py": {
@@ -660,6 +681,14 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
                 "the independent classifier is trained on the labels of the judge",
                 'sentiment_baseline([splits["prompts"]]',
                 'sentiment_baseline([splits["judge"]]',
+            ),
+        ],
+        "test_frontier::test_the_score_of_the_fine_tuned_model_is_the_mean_of_all_responses_of_the_limit_and_other_"
+        "measures_of_one": [
+            (
+                "the gains of all runs share the noise of one response per prompt",
+                '"seed": 0} | row | means',
+                '"seed": 0} | means | row',
             ),
         ],
     },
