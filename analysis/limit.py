@@ -27,9 +27,10 @@ from runtime.device import random_generator, release_memory
 from runtime.hub import policy_fingerprint
 
 # N responses show a KL of at most log N, and near it the curve is too low. For normally distributed scores and N = 128,
-# the KL that it needs for a score is too high by 2 % at 1 nat, 7 % at 2, and 11 % at log N - MARGIN, where it ends. The
+# the KL that it needs for a score is too high by 2 % at 1 nat, 6 % at 2, and 11 % at log N - MARGIN, where it ends. The
 # same holds for the KL efficiency. With N = 512 it is 1 %, 3 % and 4 % at 1, 2 and 2.5 nats.
 MARGIN = 2
+BEYOND = 0.5  # nats that the curve is continued, so that it can be resampled up to its end
 BETAS = np.geomspace(100, 0.01, 161)  # in units of the standard deviation of the scores of a prompt's responses
 POINTS = 30  # of the curve in limit.csv
 ROWS = 256  # responses that are generated together
@@ -39,8 +40,9 @@ SEED = 6  # the random numbers differ from those of respond and of the bootstrap
 def limit_curve(scores, shares=None):
     """Return (kl, gain), (K, M) each: nats of pi* and its score minus the reference's, for each prompt and each beta.
 
-    scores: (M, N). The first row is the reference itself. beta falls until the mean KL reaches log N - MARGIN, in the
-    last row. With shares (M, N), of responses that the judge finds positive, also returns the share of pi*, (K, M).
+    scores: (M, N). The first row is the reference itself. beta falls until the mean KL is BEYOND nats above the end of
+    the curve, log N - MARGIN. With shares (M, N), of responses that the judge finds positive, also returns the share of
+    pi*, (K, M).
     """
     scores = torch.as_tensor(scores, dtype=torch.float64)
     n, spread = scores.shape[1], scores.std(1).mean().item() or 1.0
@@ -50,7 +52,7 @@ def limit_curve(scores, shares=None):
         weights = (scores / beta).softmax(1)
         kl = torch.xlogy(weights, n * weights).sum(1)
         rows.append([kl, *((weights * value).sum(1) for value in values)])
-        if kl.mean() >= math.log(n) - MARGIN:
+        if kl.mean() >= math.log(n) - MARGIN + BEYOND:
             break
     kl, score, *share = (torch.stack(column).numpy() for column in zip(*rows))
     return kl, score - score[0], *share
@@ -64,6 +66,11 @@ def kl_needed(gain, kl_curve, gain_curve):
     return float(np.interp(gain, gain_curve, kl_curve))
 
 
+def curve_end(scores, kl_curve):
+    """Return the KL at which the curve of scores (M, N) ends, or its largest KL (K,) if it does not reach this one."""
+    return min(math.log(scores.shape[1]) - MARGIN, kl_curve[-1])
+
+
 def kl_efficiency(scores, gains, kls, cfg):
     """Compare a policy with the limit: a dict for results.json, or None if the policy has no KL.
 
@@ -75,13 +82,15 @@ def kl_efficiency(scores, gains, kls, cfg):
     if kls.mean() <= 0:
         return None
     kl_curve, gain_curve = limit_curve(scores)
-    needed = kl_needed(gains.mean(), kl_curve.mean(1), gain_curve.mean(1))
+    kl, gain = kl_curve.mean(1), gain_curve.mean(1)
+    end = curve_end(scores, kl)
+    at_least = bool(gains.mean() > np.interp(end, kl, gain))
+    needed = end if at_least else kl_needed(gains.mean(), kl, gain)
     rng, draws = np.random.default_rng([cfg.seed, 5]), []
     for _ in range(cfg.resamples):
         rows, prompts = (rng.integers(0, size, size) for size in (len(gains), len(scores)))
         curves = kl_curve[:, prompts].mean(1), gain_curve[:, prompts].mean(1)
         draws.append(kl_needed(gains[rows].mean(), *curves) / kls[rows].mean())
-    at_least = bool(gains.mean() > gain_curve[-1].mean())
     interval = {} if at_least else dict(zip(("low", "high"), map(float, np.quantile(draws, (0.025, 0.975)))))
     return {
         "value": needed / float(kls.mean()),
@@ -102,9 +111,8 @@ def limit_rows(scores, shares, cfg):
     """
     kl, gain, share = limit_curve(scores, shares)
     halves = [[x.mean(1) for x in limit_curve(part)] for part in np.array_split(scores, 2, axis=1)]
-    end = min(kl[-1].mean(), math.log(scores.shape[1]) - MARGIN)  # before the last row: resampled curves are as long
-    rng, grid = np.random.default_rng([cfg.seed, 5]), np.linspace(0, end**0.5, POINTS) ** 2
-    draws = []
+    grid = np.linspace(0, curve_end(scores, kl.mean(1)) ** 0.5, POINTS) ** 2
+    rng, draws = np.random.default_rng([cfg.seed, 5]), []
     for _ in range(cfg.resamples):
         prompts = rng.integers(0, len(scores), len(scores))
         draws.append(np.interp(grid, kl[:, prompts].mean(1), gain[:, prompts].mean(1)))

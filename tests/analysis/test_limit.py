@@ -14,7 +14,6 @@ from analysis import limit
 from analysis.limit import (
     best_of_n_weights,
     kl_efficiency,
-    kl_needed,
     limit_curve,
     limit_rows,
     reference_scores,
@@ -62,20 +61,18 @@ def test_for_normal_scores_the_gain_is_the_root_of_twice_the_kl():
 
 @pytest.mark.parametrize(
     "n, nats, bias",
-    [(128, 1, 0.02), (128, 2, 0.07), (128, 2.85, 0.11), (512, 1, 0.01), (512, 2, 0.03), (512, 2.5, 0.04)],
+    [(128, 1, 0.02), (128, 2, 0.06), (128, 2.85, 0.11), (512, 1, 0.01), (512, 2, 0.03), (512, 2.5, 0.04)],
 )
 def test_few_responses_need_too_much_kl_by_the_share_that_margin_states(n, nats, bias):
-    """Measured on normal scores, where a KL of k nats gains the root of 2 k."""
+    """Measured on normal scores, where a gain needs a KL of gain^2 / 2."""
     kl, gain = (x.mean(1) for x in limit_curve(normal_scores(1500, n)))
-    gain_at_end = min(math.sqrt(2 * nats), np.interp(math.log(n) - limit.MARGIN, kl, gain))
-    assert kl_needed(gain_at_end, kl, gain) / (gain_at_end**2 / 2) - 1 == pytest.approx(bias, abs=0.012)
+    assert nats / (np.interp(nats, kl, gain) ** 2 / 2) - 1 == pytest.approx(bias, abs=0.012)
 
 
-def test_the_curve_ends_at_log_n_minus_the_margin():
+def test_the_curve_is_continued_half_a_nat_beyond_log_n_minus_the_margin():
     for n in (64, 128):
-        kl = limit_curve(normal_scores(32, n))[0].mean(1)
-        assert kl[-2] < math.log(n) - limit.MARGIN <= kl[-1] < math.log(n) - limit.MARGIN + 0.2
-        assert (np.diff(kl) > 0).all()
+        kl, end = limit_curve(normal_scores(32, n))[0].mean(1), math.log(n) - limit.MARGIN
+        assert kl[-2] < end + limit.BEYOND <= kl[-1] < end + limit.BEYOND + 0.2 and (np.diff(kl) > 0).all()
 
 
 def test_the_published_curve_ends_at_log_n_minus_the_margin_with_a_whole_interval():
@@ -125,7 +122,7 @@ def test_pi_star_has_an_efficiency_of_1_and_half_of_it_at_twice_the_kl():
 def test_a_gain_beyond_the_curve_is_marked_and_has_the_kl_of_its_end():
     scores = normal_scores(64, 128)
     entry = kl_efficiency(scores, np.full(10, 100.0), np.full(10, 50.0), CFG)
-    assert entry["at_least"] and entry["kl_needed"] == pytest.approx(limit_curve(scores)[0][-1].mean())
+    assert entry["at_least"] and entry["kl_needed"] == math.log(128) - limit.MARGIN
     assert entry.keys().isdisjoint({"low", "high"})  # a bound of the efficiency has no interval
     assert efficiency_text(entry).startswith("KL efficiency >= 0.06: ") and "or more for this" in efficiency_text(entry)
 

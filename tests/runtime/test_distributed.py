@@ -338,8 +338,8 @@ def test_a_run_of_two_processes_that_was_stopped_is_resumed_by_one(tmp_path, dat
 def test_rows_that_cannot_be_divided_among_the_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr("runtime.distributed.Processes", lambda device: SimpleNamespace(size=3))
-    text = message(join, torch.device("cpu"), replace(CFG, micro_batch_size=8))
-    assert text == "micro_batch_size 8 is not divisible by the number of processes, 3"
+    text = message(join, torch.device("cpu"), replace(CFG, micro_batch_size=4))
+    assert text == "micro_batch_size 4 is not divisible by the number of processes, 3"
 
 
 def test_a_process_without_the_checkpoint_from_which_another_resumes_ends_the_run(tmp_path):
