@@ -74,17 +74,16 @@ def sample_responses(policies, tokenizer, judge, groups, cfg, device):
 def token_metrics(policies, sequences, prompt_len, scores, ppo, temperature, eos_id, so_far=0):
     """Return ({name: (B, T)}, mask): metrics of the response tokens for the policy after PPO.
 
-    kl: its log-probability minus that of the policy before PPO, nats; ratio: e^kl. If it was trained with GAE (ppo is
-    the config of its run), also its value, and the advantage from PPO's rewards with the initial kl_coef, not whitened.
-    so_far: with reward shaping, the scores before each token (B, T), from reward.scores_so_far.
-    RLOO, GRPO and dpo.py train no value head, and the advantages of RLOO and GRPO need all responses of a group.
+    kl: its log-probability minus that of the policy before PPO, nats; ratio: e^kl. With ppo, the config of the run that
+    trained it, see values_of, also its value, and the advantage from PPO's rewards with the initial kl_coef, not
+    whitened. so_far: with reward shaping, the scores before each token (B, T), from reward.scores_so_far.
     """
     responses = sequences[:, prompt_len:]
     mask = response_mask(responses, eos_id)
     logprobs, values = policies["after"](sequences, prompt_len, temperature)  # (B, T) each
     kl = (logprobs - policies["before"](sequences, prompt_len, temperature)[0]).where(mask, 0)
     metrics = {"kl": kl, "ratio": kl.clamp(max=20).exp()}
-    if getattr(ppo, "advantage", "") != "gae":
+    if ppo is None:
         return metrics, mask
     scores = scores.to(kl)
     clip = ppo.score_clip or math.inf
@@ -92,6 +91,15 @@ def token_metrics(policies, sequences, prompt_len, scores, ppo, temperature, eos
     values = values + torch.as_tensor(so_far).clamp(-clip, clip)
     advantages, _ = gae(token_rewards(scores, kl, mask, ppo.kl_coef), values, mask, ppo.gamma, ppo.lam)
     return metrics | {"value": values, "advantage": advantages}, mask
+
+
+def values_of(run):
+    """Return the config of a run if values and advantages can be shown for its policy, otherwise None.
+
+    RLOO, GRPO and dpo.py train no value head, and the advantages of RLOO and GRPO need all responses of a group. With
+    whitened rewards, the unit of the values is that of a rollout.
+    """
+    return run if getattr(run, "advantage", "") == "gae" and not run.whiten_rewards else None
 
 
 def by_token(policies, tokenizer, reward_fn, prompts, tokens, values, ppo, cfg):
@@ -103,7 +111,7 @@ def by_token(policies, tokenizer, reward_fn, prompts, tokens, values, ppo, cfg):
     responses = pad_sequence([torch.tensor(ids) for ids in tokens], True, eos_id).to(prompts.device)
     sequences, scores, rows = torch.cat([prompts, responses], dim=1), torch.from_numpy(values["score"]), []
     so_far = torch.zeros(responses.shape, device=prompts.device)
-    if getattr(ppo, "advantage", "") == "gae" and ppo.shaping_every:
+    if ppo and ppo.shaping_every:
         so_far = scores_so_far(reward_fn, sequences.cpu(), prompt_len, tokenizer, ppo).to(so_far)
     for part in micro_batches(policies["after"], sequences):
         rest = scores[part], ppo, cfg.temperature, eos_id, so_far[part]
@@ -122,6 +130,7 @@ def viewer(policies, tokenizer, reward_fn, groups, responses, values, ppo, cfg, 
     responses, values: {"before", "after"}, returned by respond and measure, for all prompts. ppo: the config of the run
     that trained the policy, of ppo.py or dpo.py, or None.
     """
+    ppo = values_of(ppo)
     chosen = np.linspace(0, cfg.prompts - 1, min(cfg.viewer_samples, cfg.prompts)).astype(int)
     samples, start = {i: {"prompt": responses["before"]["prompts"][i]} for i in chosen}, 0
     for prompts in groups:
@@ -134,7 +143,7 @@ def viewer(policies, tokenizer, reward_fn, groups, responses, values, ppo, cfg, 
             for i, response in zip(rows, shown):
                 samples[i][name] = response
         start += len(prompts)
-    coefficient = {"kl_coef": ppo.kl_coef} if getattr(ppo, "advantage", "") == "gae" else {}  # used for the advantages
+    coefficient = {"kl_coef": ppo.kl_coef} if ppo else {}  # used for the advantages
     return coefficient | {"samples": list(samples.values())}
 
 

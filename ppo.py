@@ -190,7 +190,8 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
     rewards = token_rewards(penalized.to(kl.dtype), kl, mask, kl_coef)
     objective = rewards.sum(1)
     if cfg.whiten_rewards:
-        potentials = potentials / (rewards[real].std() + 1e-8)  # in the unit of the whitened rewards
+        if host_mask.sum() > 1:  # a single token has no variance
+            potentials = potentials / (rewards[real].std() + 1e-8)  # in the unit of the whitened rewards
         rewards = whiten(rewards, real, shift_mean=False)
     if cfg.advantage == "gae":
         advantages, returns = gae(rewards, values + potentials, mask, cfg.gamma, cfg.lam)

@@ -13,8 +13,17 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from analysis.tables import CAPTIONS, JUDGED, KL_NOTE, caption, efficiency_text, kl_text, markdown, number, table_text
 from config import DPOConfig, PPOConfig
-from runtime import checkpoint
-from runtime.checkpoint import BEST, REVISIONS, RUN_CONFIG, read_json
+from runtime.checkpoint import (
+    BEST,
+    CARD,
+    CARD_MARK,
+    OTHER_CARD,
+    REVISIONS,
+    RUN_CONFIG,
+    is_our_card,
+    read_json,
+    write_text,
+)  # fmt: skip
 from runtime.cli import parse
 from runtime.errors import BadInput, printable
 from runtime.hub import on_hub
@@ -188,7 +197,7 @@ def card_text(results, samples, cfg, run, log):
 {metadata(results, cfg, run)}
 ---
 
-{checkpoint.CARD_MARK}
+{CARD_MARK}
 
 # {quote(Path(cfg.after).resolve().name)}
 
@@ -241,9 +250,9 @@ print(pipeline("text-generation", model="USER/NAME")("This film was", max_new_to
 
 def write_card(folder, text):
     """Write README.md, or MODEL_CARD.md if there is a README.md that evaluate.py did not write. Return the path."""
-    file = Path(folder, checkpoint.CARD)
-    if file.exists() and not checkpoint.is_our_card(file):
-        print(f"{file} was not written by evaluate.py and is kept; the card is {checkpoint.OTHER_CARD}")
-        file = Path(folder, checkpoint.OTHER_CARD)
-    checkpoint.write_text(file, text)
+    file = Path(folder, CARD)
+    if file.exists() and not is_our_card(file):
+        print(f"{file} was not written by evaluate.py and is kept; the card is {OTHER_CARD}")
+        file = Path(folder, OTHER_CARD)
+    write_text(file, text)
     return file

@@ -6,8 +6,9 @@
 Each point of a frontier is a run of ppo.py with a fixed KL coefficient (as in Gao et al. 2022, arXiv:2210.10760), a run
 of dpo.py, best-of-n, or a GPT-2 fine-tuned only on positive reviews. All respond to the same held-out prompts, and are
 compared with the best possible policy (limit.py). Each ablation changes one detail of the run of the preset, by a flag
-or by a patch in asset/ablations/. Writes limit.csv, frontier.csv, ablation.csv, frontier.png and frontier.md; of each
-run, the log and a line of JSON are kept, but not the weights. The tables are written again after each run.
+or by a patch in asset/ablations/. Writes limit.csv, frontier.csv, frontier.png and frontier.md, and ablation.csv if
+there are ablations; of each run, the log and a line of JSON are kept, but not the weights. The tables are written again
+after each run.
 
 A policy that has exploited the reward often misleads the judge as well, which is a neural network trained in a similar
 way. Two measures share nothing with the reward: the share positive by a linear classifier of words and word pairs, and
@@ -36,7 +37,7 @@ from analysis.metrics import measure, open_second_lm, second_nll
 from analysis.plot import frontier as draw
 from analysis.plot import save
 from analysis.responses import prompt_groups, respond
-from analysis.tables import write_csv
+from analysis.tables import csv_text
 from config import EvaluateConfig, FrontierConfig, PPOConfig, RewardConfig, defaults
 from data import load_prompts, load_splits
 from reward import load_judge, load_reward, sentiment_baseline
@@ -252,9 +253,10 @@ def check_sweep(cfg):
     """Raise BadInput if the folder holds a sweep of other sizes, whose points would not be comparable."""
     file = Path(cfg.out) / RUN_CONFIG
     coefficients = [name for name in vars(cfg) if name.endswith(("_coefs", "_betas"))]
+    # the other fields may change when a sweep is resumed
     free = ("seeds", *coefficients, "best_of", "limit_samples", "positive_epochs", "ablation", "workers")
     saved = read_json(file) if file.is_file() else asdict(cfg)
-    if changed := differing(cfg, saved | {name: getattr(cfg, name) for name in free}):  # those may change
+    if changed := differing(cfg, saved | {name: getattr(cfg, name) for name in free}):
         raise BadInput(f"{cfg.out} holds a sweep of another config ({', '.join(changed)}): use another --out")
 
 
@@ -273,8 +275,8 @@ def write_results(rows, first, limit, cfg):
     add_efficiency([*frontier, *ablation], first[0], limit)
     tables = {"limit": limit, "frontier": frontier, "ablation": ablation}
     for name, table in tables.items():
-        if table:
-            write_csv(out / f"{name}.csv", table)
+        file = out / f"{name}.csv"
+        write_text(file, csv_text(table)) if table else file.unlink(missing_ok=True)
     text = summary(frontier, ablation, limit, cfg)
     write_text(out / "frontier.md", text)
     return text
@@ -297,7 +299,8 @@ def main(cfg):
             pool.shutdown(cancel_futures=True)
             raise
     save(draw(cfg.out), Path(cfg.out) / "frontier.png")
-    print(f"\n{text}\nwritten: limit.csv, frontier.csv, ablation.csv, frontier.md and frontier.png in {cfg.out}")
+    files = sorted(file for kind in ("csv", "md", "png") for file in Path(cfg.out).glob(f"*.{kind}"))
+    print(f"\n{text}\nwritten:", *files, sep="\n  ")
 
 
 if __name__ == "__main__":

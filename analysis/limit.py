@@ -110,7 +110,9 @@ def limit_rows(scores, shares, cfg):
     responses, which shows the bias; nan beyond the end of its curve. positive_by_judge: of pi*.
     """
     kl, gain, share = limit_curve(scores, shares)
-    halves = [[x.mean(1) for x in limit_curve(part)] for part in np.array_split(scores, 2, axis=1)]
+    parts = np.array_split(scores, 2, axis=1)
+    halves = [[x.mean(1) for x in limit_curve(part)] for part in parts]
+    half_end = min(curve_end(part, half[0]) for part, half in zip(parts, halves))
     grid = np.linspace(0, curve_end(scores, kl.mean(1)) ** 0.5, POINTS) ** 2
     rng, draws = np.random.default_rng([cfg.seed, 5]), []
     for _ in range(cfg.resamples):
@@ -120,7 +122,7 @@ def limit_rows(scores, shares, cfg):
         "kl": grid,
         "gain": np.interp(grid, kl.mean(1), gain.mean(1)),
         **dict(zip(("low", "high"), np.quantile(draws, (0.025, 0.975), axis=0))),
-        "half": np.mean([np.interp(grid, *half, right=np.nan) for half in halves], axis=0),
+        "half": np.where(grid <= half_end, np.mean([np.interp(grid, *half) for half in halves], axis=0), np.nan),
         "positive_by_judge": np.interp(grid, kl.mean(1), share.mean(1)),
     }
     return [dict(zip(columns, map(float, row))) for row in zip(*columns.values())]

@@ -1,6 +1,7 @@
 """Tables of results as Markdown and CSV, and the captions of the metrics, without torch."""
 
 import csv
+import io
 
 CAPTIONS = {  # metrics of evaluate.py, in the order of the rows
     "score": "score",
@@ -42,13 +43,13 @@ def markdown(rows):
     return "\n".join(lines)
 
 
-def write_csv(path, rows):
-    """Write dicts as a CSV with the columns that any of them has, in the order in which they appear."""
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(f, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def csv_text(rows):
+    """Return dicts as the text of a CSV with the columns that any of them has, in the order in which they appear."""
+    text, names = io.StringIO(), list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def read_csv(path):

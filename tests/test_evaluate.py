@@ -328,11 +328,11 @@ def test_the_kl_of_each_token_is_at_the_temperature_of_the_responses(opened):
     assert kls == pytest.approx(out["after"]["kl"], abs=2e-3)
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "grpo", None])
-def test_a_policy_trained_without_a_value_head_has_no_value_and_no_advantage(opened, evaluated, advantage):
-    """The advantages of RLOO and GRPO need the other responses of a group. A policy without a run has no config."""
+@pytest.mark.parametrize("changes", [dict(advantage="rloo"), dict(advantage="grpo"), dict(whiten_rewards=True), None])
+def test_a_policy_whose_values_cannot_be_shown_has_no_value_and_no_advantage(opened, evaluated, changes):
+    """RLOO and GRPO train no value head, and the unit of whitened rewards is that of a rollout. None: of no run."""
     policies, groups, out, values = evaluated
-    ppo = PPOConfig(advantage=advantage, kl_coef=0.3) if advantage else None
+    ppo = PPOConfig(**changes, kl_coef=0.3) if changes else None
     shown = viewer(policies, opened[2], None, groups, out, values, ppo, CFG, CPU)
     with_gae = viewer(policies, opened[2], None, groups, out, values, PPOConfig(), CFG, CPU)
     assert set(shown) == {"samples"} and len(shown["samples"]) == 16

@@ -304,8 +304,11 @@ def test_every_text_file_is_opened_with_an_encoding():
     scripts = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.py")}
     for module, source in (SOURCES | scripts).items():
         for node in ast.walk(ast.parse(source)):
-            code = ast.unparse(node) if isinstance(node, ast.Call) else ""
-            opens = re.fullmatch(r"open|(?!checkpoint\.).*\.(read|write)_text", code.partition("(")[0])
+            if not isinstance(node, ast.Call):
+                continue
+            code, function = ast.unparse(node), node.func
+            opens = isinstance(function, ast.Name) and function.id == "open"
+            opens |= isinstance(function, ast.Attribute) and function.attr in ("read_text", "write_text")
             assert not opens or "encoding=" in code or "'rb'" in code, f"{module}, line {node.lineno}: {code}"
             assert not re.search(r"\b(text|universal_newlines)=True", code), f"{module}, line {node.lineno}: {code}"
 

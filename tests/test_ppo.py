@@ -408,6 +408,16 @@ def test_with_whitened_rewards_the_scores_so_far_are_in_their_unit():
     assert close(batch.returns, (returns - batch.potentials) * batch.mask, 1e-6)
 
 
+def test_a_rollout_of_one_token_with_whitened_rewards_and_shaping_is_finite():
+    """A single reward has no standard deviation."""
+    cfg = config(
+        shaping_every=2, whiten_rewards=True, response_len=1, batch_size=1, minibatch_size=1, micro_batch_size=1
+    )
+    batch = tiny_rollout(cfg, prompts=random_prompts()[:1])
+    assert batch.mask.sum() == 1 and batch.potentials.any()
+    assert all(x.isfinite().all() for x in (batch.potentials, batch.advantages, batch.returns))
+
+
 def test_before_the_first_step_advantages_are_whitened_discounted_returns():
     """The value head starts at 0, so it adds no noise."""
     batch = tiny_rollout(config(), policy=tiny_policy(0))
@@ -1084,8 +1094,8 @@ def test_a_run_takes_its_sizes_from_its_config(train, monkeypatch):
     run = train("sizes", steps=1, micro_batch_size=0, batch_size=8, minibatch_size=4)
     ((cfg, rows, tokens, gpt2, copies, device, _, sets, _),) = sizes
     assert (rows, tokens, copies, gpt2) == (4, 4 + 6, 6, run.policy.gpt2) and device.type == "cpu" and sets == 2
-    ((device, joined, names, _),) = joins
-    assert (joined, names) == (cfg, "micro_batch_size") and device.type == "cpu"
+    ((device, joined, _),) = joins
+    assert joined == cfg and device.type == "cpu"
 
 
 def test_a_run_checks_its_policy_against_a_copy_on_its_first_prompts(train, monkeypatch, capsys):

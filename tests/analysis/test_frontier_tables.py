@@ -18,7 +18,7 @@ from analysis.frontier_tables import (
     runs_table,
     summary,
 )
-from analysis.tables import read_csv, write_csv
+from analysis.tables import csv_text, read_csv
 from config import FrontierConfig
 
 LIMIT = [{"kl": kl, "gain": 2 * kl, "positive_by_judge": 0.5 + kl / 10} for kl in (0.0, 1.0, 3.0)]
@@ -71,7 +71,7 @@ def test_a_measure_is_in_the_tables_and_files_if_a_run_has_it(tmp_path):
     new = {"positive_by_words", "bits_per_character"}
     old = [{name: value for name, value in row.items() if name not in new} for row in rows]
     for table, present in ((rows, new), (old, set()), ([*old[:2], rows[2]], new)):
-        write_csv(tmp_path / "frontier.csv", table)
+        (tmp_path / "frontier.csv").write_text(csv_text(table))
         assert {*(tmp_path / "frontier.csv").read_text().splitlines()[0].split(",")} & new == present
         assert {*table_rows(runs_table(table, LIMIT))[0]} & new == present
         headers = {first for first, *_ in table_rows(summary(table, [], LIMIT, FrontierConfig()))}
@@ -123,7 +123,7 @@ def test_a_csv_is_read_as_it_was_written(tmp_path):
         {"method": "PPO", "setting": "0.1", "seed": 3, "score": 0.1},
         {"method": "a", "setting": "2", "seed": 0, "kl": 1.5},
     ]
-    write_csv(tmp_path / "rows.csv", rows)
+    (tmp_path / "rows.csv").write_text(csv_text(rows))
     assert read_csv(tmp_path / "rows.csv") == rows
 
 
