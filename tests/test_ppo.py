@@ -413,7 +413,7 @@ def test_a_rollout_of_one_token_with_whitened_rewards_and_shaping_is_finite():
     cfg = config(
         shaping_every=2, whiten_rewards=True, response_len=1, batch_size=1, minibatch_size=1, micro_batch_size=1
     )
-    batch = tiny_rollout(cfg, prompts=random_prompts()[:1])
+    batch = tiny_rollout(cfg, prompts=random_prompts()[:1], reward=lambda texts: [0.5] * len(texts))
     assert batch.mask.sum() == 1 and batch.potentials.any()
     assert all(x.isfinite().all() for x in (batch.potentials, batch.advantages, batch.returns))
 
