@@ -30,7 +30,7 @@ from analysis.metrics import difference, measure, open_second_lm, second_nll
 from analysis.plot import example_results, learning_curves, save
 from analysis.responses import micro_batches, pieces, prompt_groups, respond
 from analysis.tables import JUDGED, KL_NOTE, efficiency_text, kl_text, table_text
-from config import EvaluateConfig
+from config import EvaluateConfig, PPOConfig
 from data import load_prompts
 from ppo import gae, response_mask, token_rewards
 from reward import load_rewards, scores_so_far
@@ -99,7 +99,8 @@ def values_of(run):
     RLOO, GRPO and dpo.py train no value head, and the advantages of RLOO and GRPO need all responses of a group. With
     whitened rewards, the unit of the values is that of a rollout.
     """
-    return run if getattr(run, "advantage", "") == "gae" and not run.whiten_rewards else None
+    shown = isinstance(run, PPOConfig) and run.advantage == "gae" and not run.whiten_rewards
+    return run if shown else None
 
 
 def by_token(policies, tokenizer, reward_fn, prompts, tokens, values, ppo, cfg):
