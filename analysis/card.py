@@ -23,7 +23,7 @@ from runtime.checkpoint import (
     is_our_card,
     read_json,
     write_text,
-)  # fmt: skip
+)
 from runtime.cli import parse
 from runtime.errors import BadInput, printable
 from runtime.hub import on_hub

@@ -253,7 +253,7 @@ def check_sweep(cfg):
     """Raise BadInput if the folder holds a sweep of other sizes, whose points would not be comparable."""
     file = Path(cfg.out) / RUN_CONFIG
     coefficients = [name for name in vars(cfg) if name.endswith(("_coefs", "_betas"))]
-    # the other fields may change when a sweep is resumed
+    # these may change when a sweep is resumed
     free = ("seeds", *coefficients, "best_of", "limit_samples", "positive_epochs", "ablation", "workers")
     saved = read_json(file) if file.is_file() else asdict(cfg)
     if changed := differing(cfg, saved | {name: getattr(cfg, name) for name in free}):

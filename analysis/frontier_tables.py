@@ -101,7 +101,7 @@ def is_bound(row, start, limit):
     return row["score"] - start["score"] > limit[-1]["gain"]
 
 
-def efficiency_text(values, bound):
+def bounded_text(values, bound):
     """Return the mean of KL efficiencies as text; bound: whether one is a lower bound, which makes the mean one."""
     return f"at least {statistics.mean(values):.3f}" if bound else mean_text(values)
 
@@ -116,7 +116,7 @@ def runs_table(frontier, limit):
         cells = [mean_text([row[m] for row in rows if m in row]) for m in names]
         efficiencies = [row["kl_efficiency"] for row in rows if "kl_efficiency" in row]
         bound = any(is_bound(row, start, limit) for row in rows)
-        lines.append([name, str(len(rows)), *cells, efficiency_text(efficiencies, bound)])
+        lines.append([name, str(len(rows)), *cells, bounded_text(efficiencies, bound)])
     return markdown(lines)
 
 
@@ -149,7 +149,7 @@ def efficiency_table(frontier, limit):
     columns = [efficiency_at(frontier, limit, n) for n in NATS]
     lines = [["kl_efficiency at a KL of", *(f"{n} nats" for n in NATS)]]
     lines += [
-        [method, *(efficiency_text(values[method], bound[method]) for values, bound in columns)]
+        [method, *(bounded_text(values[method], bound[method]) for values, bound in columns)]
         for method in columns[0][0]
     ]
     return markdown(lines)

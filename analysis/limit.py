@@ -30,7 +30,7 @@ from runtime.hub import policy_fingerprint
 # the KL that it needs for a score is too high by 2 % at 1 nat, 6 % at 2, and 11 % at log N - MARGIN, where it ends. The
 # same holds for the KL efficiency. With N = 512 it is 1 %, 3 % and 4 % at 1, 2 and 2.5 nats.
 MARGIN = 2
-BEYOND = 0.5  # nats that the curve is continued, so that it can be resampled up to its end
+OVERRUN = 0.5  # nats that the curve is continued, so that it can be resampled up to its end
 BETAS = np.geomspace(100, 0.01, 161)  # in units of the standard deviation of the scores of a prompt's responses
 POINTS = 30  # of the curve in limit.csv
 ROWS = 256  # responses that are generated together
@@ -40,7 +40,7 @@ SEED = 6  # the random numbers differ from those of respond and of the bootstrap
 def limit_curve(scores, shares=None):
     """Return (kl, gain), (K, M) each: nats of pi* and its score minus the reference's, for each prompt and each beta.
 
-    scores: (M, N). The first row is the reference itself. beta falls until the mean KL is BEYOND nats above the end of
+    scores: (M, N). The first row is the reference itself. beta falls until the mean KL is OVERRUN nats above the end of
     the curve, log N - MARGIN. With shares (M, N), of responses that the judge finds positive, also returns the share of
     pi*, (K, M).
     """
@@ -52,7 +52,7 @@ def limit_curve(scores, shares=None):
         weights = (scores / beta).softmax(1)
         kl = torch.xlogy(weights, n * weights).sum(1)
         rows.append([kl, *((weights * value).sum(1) for value in values)])
-        if kl.mean() >= math.log(n) - MARGIN + BEYOND:
+        if kl.mean() >= math.log(n) - MARGIN + OVERRUN:
             break
     kl, score, *share = (torch.stack(column).numpy() for column in zip(*rows))
     return kl, score - score[0], *share

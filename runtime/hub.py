@@ -313,7 +313,7 @@ def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32, weigh
     value_head: its state dict. dtype: of the stored weights except the value head. weights: a state dict to write
     instead of the model's.
     """
-    state = {}
+    state, head = {}, value_head or {}
     for name, tensor in (weights or model.state_dict()).items():
         tensor = tensor.detach().to("cpu", dtype)
         state["transformer." + name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
@@ -326,11 +326,9 @@ def save_gpt2(model, tokenizer, out, value_head=None, dtype=torch.float32, weigh
         eos_token_id=tokenizer.eos_token_id,
         dtype=str(dtype).removeprefix("torch."),
     )
-    with replacing(
-        out, state | {f"value_head.{name}": tensor for name, tensor in (value_head or {}).items()}
-    ) as folder:
+    with replacing(out, state | {f"value_head.{name}": tensor for name, tensor in head.items()}) as folder:
         tokenizer.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        if value_head:
-            save_file({name: t.detach().cpu().contiguous() for name, t in value_head.items()}, folder / VALUE_HEAD)
+        if head:
+            save_file({name: t.detach().cpu().contiguous() for name, t in head.items()}, folder / VALUE_HEAD)

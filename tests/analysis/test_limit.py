@@ -72,7 +72,7 @@ def test_few_responses_need_too_much_kl_by_the_share_that_margin_states(n, nats,
 def test_the_curve_is_continued_half_a_nat_beyond_log_n_minus_the_margin():
     for n in (64, 128):
         kl, end = limit_curve(normal_scores(32, n))[0].mean(1), math.log(n) - limit.MARGIN
-        assert kl[-2] < end + limit.BEYOND <= kl[-1] < end + limit.BEYOND + 0.2 and (np.diff(kl) > 0).all()
+        assert kl[-2] < end + limit.OVERRUN <= kl[-1] < end + limit.OVERRUN + 0.2 and (np.diff(kl) > 0).all()
 
 
 def test_the_published_curve_ends_at_log_n_minus_the_margin_with_a_whole_interval():
