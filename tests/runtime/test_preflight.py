@@ -8,6 +8,7 @@ import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,7 +286,7 @@ def test_a_model_from_scratch_has_the_sizes_of_its_config(tmp_path):
 
 @pytest.mark.parametrize("name", ["posix", "nt"])
 def test_flags_are_split_at_spaces_outside_of_quotes_and_keep_the_backslashes_of_windows(monkeypatch, name):
-    monkeypatch.setattr(preflight.os, "name", name)
+    monkeypatch.setattr(preflight, "os", SimpleNamespace(name=name))  # pathlib of pytest reads os.name too
     split = preflight.words(r"""--out 'my runs' --dataset C:\me\reviews.csv --note "a # b" """)
     path = r"C:\me\reviews.csv" if name == "nt" else "C:mereviews.csv"
     assert split == ["--out", "my runs", "--dataset", path, "--note", "a # b"]
