@@ -4,8 +4,8 @@ Edit the values here, or override one for a run: `python ppo.py --kl_coef 0.1`. 
 `by_preset(1.41e-5, mini=1e-4)` is 1.41e-5 in preset gpt2 (GPT-2 124M at full size) and 1e-4 with `--preset mini` (small
 models from asset/mini, offline on a CPU). mini_scratch is the value with `--preset mini --init_from scratch`, which
 made asset/mini/gpt2 and the first stage of asset/mini/reward; the cards there have all commands. Preset medium is a
-GPT-2 of another size, trained from scratch: where it has no value of its own (medium, medium_scratch), that of mini
-holds. A plain value holds for every preset.
+GPT-2 of 30 million parameters, trained from scratch (it is not gpt2-medium of the hub): where it has no value of its
+own (medium, medium_scratch), that of mini holds. A plain value holds for every preset.
 """
 
 from dataclasses import dataclass, field, fields
@@ -25,6 +25,11 @@ def by_preset(gpt2, **others):
     return field(default=gpt2, metadata=others)
 
 
+def by_folder(parent, **others):
+    """A folder in parent with the name of the preset, as the default of a field; others as in by_preset."""
+    return by_preset(**{preset: f"{parent}/{preset}" for preset in PRESETS} | others)
+
+
 # ---- fields that several scripts share
 
 
@@ -32,7 +37,7 @@ def by_preset(gpt2, **others):
 class Config:
     """The fields of every script."""
 
-    preset: Preset = "gpt2"  # gpt2: full size, from the hub; mini: small, offline on a CPU; medium: a larger GPT-2
+    preset: Preset = "gpt2"  # gpt2: full size, from the hub; mini: small, offline on a CPU; medium: 30 M parameters
     device: Device = "auto"  # auto: CUDA if available, else MPS (not in preset mini), else CPU
     # the transformers of policy, reward and judge; the policy's logits, values and losses stay in fp32
     dtype: Dtype = "auto"  # autocast dtype; auto: bf16 on CUDA, or fp16 on cards without bf16 (T4, RTX 20xx); else fp32
@@ -89,12 +94,8 @@ class ClassifierConfig(ScoreConfig):
 class ComparisonConfig(ClassifierConfig):
     """The models before and after PPO."""
 
-    before: str = by_preset(  # the fine-tuned model: the reference
-        "finetune_checkpoints/gpt2", medium="finetune_checkpoints/medium", mini="asset/mini/gpt2"
-    )
-    after: str = by_preset(  # the policy; evaluate.py writes here
-        "ppo_checkpoints/gpt2", medium="ppo_checkpoints/medium", mini="ppo_checkpoints/mini"
-    )
+    before: str = by_folder("finetune_checkpoints", mini="asset/mini/gpt2")  # the fine-tuned model: the reference
+    after: str = by_folder("ppo_checkpoints")  # the policy; evaluate.py writes here
 
     def check(self):
         super().check()
@@ -126,12 +127,7 @@ class FinetuneConfig(TrainConfig):
 
     # hub name or folder of a GPT-2, or "scratch": random weights and a new tokenizer
     init_from: str = by_preset("gpt2", medium="scratch", mini="asset/mini/gpt2")  # the model to start from
-    out: str = by_preset(  # output folder
-        "finetune_checkpoints/gpt2",
-        medium="finetune_checkpoints/medium",
-        mini="finetune_checkpoints/mini",
-        mini_scratch="finetune_checkpoints/scratch",
-    )
+    out: str = by_folder("finetune_checkpoints", mini_scratch="finetune_checkpoints/scratch")  # output folder
     teacher: str = by_preset(  # a GPT-2 with the same tokenizer to distill; empty: none
         "", medium_scratch="", mini_scratch="finetune_checkpoints/medium"
     )
@@ -237,12 +233,8 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     The judge may be empty here: it is only logged. Constants of preset gpt2 are close to those of TRL's gpt2-sentiment.
     """
 
-    policy: str = by_preset(  # initial policy and frozen reference
-        "finetune_checkpoints/gpt2", medium="finetune_checkpoints/medium", mini="asset/mini/gpt2"
-    )
-    out: str = by_preset(  # output folder
-        "ppo_checkpoints/gpt2", medium="ppo_checkpoints/medium", mini="ppo_checkpoints/mini"
-    )
+    policy: str = by_folder("finetune_checkpoints", mini="asset/mini/gpt2")  # initial policy and frozen reference
+    out: str = by_folder("ppo_checkpoints")  # output folder
 
     # rollouts
     steps: int = by_preset(200, mini=40)  # number of rollouts
@@ -262,7 +254,7 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
     gamma: float = 1.0  # discount of GAE
     lam: float = 0.95  # lambda of GAE (Schulman et al. 2016, Eq. 16)
     # reward shaping: the score of the text so far is a part of the values, which lowers the variance of the advantages
-    shaping_every: int = by_preset(0, mini=4)  # tokens between the texts that are scored for it; 0: no shaping
+    shaping_every: int = by_preset(0, mini=4)  # tokens between the texts that are scored for it; 0: none. gae only
     clip_eps: float = 0.2  # epsilon of Schulman et al. 2017, Eq. 7
     value_clip: float = 0.2  # clip range of the values around the old ones, in units of the returns
     vf_coef: float = 0.1  # c1 of Schulman et al. 2017, Eq. 9
@@ -292,6 +284,11 @@ class PPOConfig(TrainConfig, ClassifierConfig, PromptConfig):
         super().check()
         divides(self, "minibatch_size", "batch_size")
         divides(self, "micro_batch_size", "minibatch_size")
+        if self.kl_target and self.kl_horizon <= 0.2 * self.batch_size:
+            raise BadInput(
+                f"kl_horizon is {self.kl_horizon:g}: it must be over {0.2 * self.batch_size:g} episodes, a fifth of "
+                "batch_size, or a rollout could make kl_coef negative"
+            )
         if 0 < self.alarm_window < 4:
             raise BadInput(f"alarm_window is {self.alarm_window}: it must be at least 4, or 0 for no alarm")
         if self.advantage != "gae":
@@ -308,12 +305,8 @@ class DPOConfig(TrainConfig, ScoreConfig, PromptConfig):
     """
 
     method: Literal["dpo", "weighted"] = "dpo"  # weighted: reward-weighted fine-tuning, see dpo.weighted_loss
-    policy: str = by_preset(  # initial policy and frozen reference
-        "finetune_checkpoints/gpt2", medium="finetune_checkpoints/medium", mini="asset/mini/gpt2"
-    )
-    out: str = by_preset(  # output folder
-        "dpo_checkpoints/gpt2", medium="dpo_checkpoints/medium", mini="dpo_checkpoints/mini"
-    )
+    policy: str = by_folder("finetune_checkpoints", mini="asset/mini/gpt2")  # initial policy and frozen reference
+    out: str = by_folder("dpo_checkpoints")  # output folder
 
     # rollouts of the reference
     steps: int = by_preset(200, mini=40)  # number of rollouts
@@ -388,7 +381,7 @@ class GenerateConfig(ComparisonConfig):
 class FrontierConfig(Config):
     """Reward and judge against KL: PPO, RLOO, GRPO and their baselines, and ablations of implementation details."""
 
-    out: str = by_preset("frontier/gpt2", medium="frontier/medium", mini="frontier/mini")  # a stopped sweep is resumed
+    out: str = by_folder("frontier")  # output folder; a stopped sweep is resumed
     seeds: int = by_preset(3, mini=5)  # runs per setting
     steps: int = by_preset(200, mini=32)  # rollouts of a run
     response_len: int = by_preset(16, mini=24)  # T, maximum length of a response, tokens
@@ -396,10 +389,10 @@ class FrontierConfig(Config):
     kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.09, 0.16, 0.26, 0.38))  # of PPO, fixed
     first_kl_coefs: tuple[float, ...] = by_preset((), mini=(0.1, 0.2, 0.35, 0.6))  # with the constants before shaping
     rloo_kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.09, 0.16, 0.31, 0.47))  # of RLOO
-    grpo_kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.07, 0.16, 0.26, 0.45))  # of GRPO
+    grpo_kl_coefs: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.06, 0.16, 0.26, 0.45))  # of GRPO
     dpo_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.19, 0.39, 0.73, 1.4))  # beta of DPO
     weighted_betas: tuple[float, ...] = by_preset((0.05, 0.1, 0.2, 0.4), mini=(0.03, 0.1, 0.2))  # of weighted tuning
-    best_of: tuple[int, ...] = (2, 4, 8, 16, 32)  # n of best-of-n: responses of the fine-tuned model to choose from
+    best_of: tuple[int, ...] = (2, 4, 6, 8, 16, 32, 128)  # n of best-of-n: number of responses of the fine-tuned model
     positive_epochs: tuple[float, ...] = by_preset((0.25, 1.0), mini=(0.05, 0.2))  # passes over positive reviews
     ablation: bool = True  # also run the ABLATIONS of frontier.py
     prompts: int = 512  # held-out prompts, the same for all

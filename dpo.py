@@ -6,7 +6,7 @@
 dpo: direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), on pairs of responses to a prompt.
 weighted: reward-weighted fine-tuning (Peters and Schaal 2007; Peng et al. 2019, arXiv:1910.00177).
 Both aim at pi*(y|x) = rho(y|x) exp(score(x, y) / beta) / Z(x), the policy with the largest E[score] - beta KL from the
-reference rho: the objective of PPO, with beta as kl_coef.
+reference rho: the objective of PPO without score_clip, with beta as kl_coef.
 Shapes: B episodes, k adjacent rows per prompt, P prompt tokens, T response tokens.
 """
 
@@ -22,7 +22,7 @@ from data import decode, load_prompts, prompt_batch
 from ppo import response_mask, score
 from reward import check_finite, check_reward, load_reward, reward_fingerprint
 from runtime.checkpoint import Checkpoints, check_run, delete_checkpoints, fingerprint
-from runtime.cli import run
+from runtime.cli import evaluation, run
 from runtime.device import micro_batch_size, pick_device, random_generator, to_device
 from runtime.distributed import ONE_PROCESS, refuse_processes
 from runtime.errors import BadInput, NotFinite
@@ -143,7 +143,7 @@ def main(cfg):
     log.close()
     save_gpt2(policy.gpt2, tokenizer, cfg.out, policy.value_head.state_dict())
     delete_checkpoints(cfg.out)
-    print(f"the policy is in {cfg.out}: python evaluate.py --preset {cfg.preset} --after {cfg.out} evaluates it")
+    print(f"the policy is in {cfg.out}: {evaluation(cfg)} evaluates it")
 
 
 if __name__ == "__main__":

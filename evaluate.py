@@ -45,7 +45,7 @@ from runtime.checkpoint import (
     write_text,
 )
 from runtime.cli import run
-from runtime.device import pick_device
+from runtime.device import pick_device, warn
 from runtime.errors import BadInput, Finished
 from runtime.hub import load_policy, open_pair
 from runtime.log import side_by_side
@@ -197,6 +197,9 @@ def main(cfg):
     if not Path(cfg.after).is_dir():
         raise BadInput(f"after is {cfg.after!r}, which is not a local folder: download it, to write the results there")
     trained, log = policy_run(cfg.after)
+    for flag, used in {"before": trained.policy, "reward": trained.reward}.items() if trained else ():
+        if used != getattr(cfg, flag):
+            warn(f"{cfg.after} was trained with {used}, and is measured with --{flag} {getattr(cfg, flag)}")
     second = open_second_lm(cfg.second_lm, device) if cfg.second_lm else None
     pool = load_prompts(cfg, "evaluation", config, tokenizer, cfg.prompts)
     reward_fn, judge = load_rewards(cfg, device, dtype)

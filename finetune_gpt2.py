@@ -235,7 +235,7 @@ def main(cfg):
             metrics["skipped_steps"] = stepper.skipped
             speed = metrics["tokens_per_second"] = len(numbers) * cfg.block_size / (time.time() - start)
             log.bar.set_postfix(loss=f"{metrics['loss']:.3f}", lr=f"{lr:.1e}", tok_s=f"{speed:.0f}", refresh=False)
-        log.write(step, tokens=step * cfg.batch_size * cfg.block_size, **metrics)
+        log.write(step, tokens=min(step * cfg.batch_size, trained_blocks) * cfg.block_size, **metrics)
     seconds = log.close()
     if ranks.rank == 0:
         results = {"data": data, "tokens": trained_blocks * cfg.block_size, "validation_tokens": len(validation)}

@@ -39,7 +39,8 @@ class KVCache:
 
     def __init__(self, config, batch_size, length):
         self.shape = (config.n_layer, 2, batch_size, config.n_head, length, config.n_embd // config.n_head)
-        self.buffer, self.filled, self.mask = None, 0, None
+        self.buffer, self.filled = None, 0
+        self.mask = None  # attend to all of them; StaticKVCache of runtime/decoding.py has a mask
 
     def extend(self, layer, k, v):
         """Append k and v, (B, H, new, C / H), to a layer; return all its keys and values. The caller sets `filled`."""
@@ -60,9 +61,8 @@ class Attention(nn.Module):
 
     def forward(self, x, layer, cache):
         B, L, C = x.shape
-        q, k, v = (
-            self.c_attn(x).view(B, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # (B, H, L, C/H) each
+        # (B, H, L, C / H) each
+        q, k, v = self.c_attn(x).view(B, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         # A single new token attends to every key: SDPA's causal mask, aligned top left, would leave only the first.
@@ -97,7 +97,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model. It has no dropout, since PPO computes the same log-probabilities twice; see set_dropout.
+    """The language model. Without set_dropout it has no dropout: PPO computes the same log-probabilities twice.
 
     n_tokens: size of the tokenizer. If the embedding has more rows (such as 50,304 for 50,257 tokens), the extra ones
     have no logits, so they are never sampled and get no probability. dtype: of the autocast in which the transformer
@@ -217,7 +217,8 @@ def draw(logits, generator=None, u=None):
     cumulated = logits.softmax(-1).cumsum(-1, dtype=torch.float32 if logits.device.type == "mps" else torch.float64)
     if u is None:
         u = torch.rand(len(logits), 1, dtype=cumulated.dtype, device=logits.device, generator=generator)
-    return torch.searchsorted(cumulated, (1 - u) * cumulated[:, -1:]).squeeze(-1)  # 1 - u is never 0
+    ids = torch.searchsorted(cumulated, (1 - u) * cumulated[:, -1:]).squeeze(-1)  # 1 - u is never 0
+    return ids.clamp(max=logits.shape[-1] - 1)  # without it, a NaN would be an id that does not exist
 
 
 class TokenLogprobs(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """PPO for language models: train GPT-2 to increase a reward, with a KL penalty against the frozen fine-tuned model.
 
-    python ppo.py                                        # gpt2, as published: 25,600 episodes
+    python ppo.py                                        # preset gpt2: 25,600 episodes
     python ppo.py --preset mini                          # minutes on a CPU, offline
-    python ppo.py --reward my_reward.py:my_function      # your own function: list of B texts -> (B,) tensor
+    python ppo.py --reward my_reward.py:my_function      # your own function: list of B texts -> B scores
     torchrun --nproc_per_node 8 ppo.py                   # on eight GPUs
 
 Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347) with generalized advantage estimation (Schulman
@@ -189,9 +189,8 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
     kl = (logprobs - ref_logprobs).where(mask, 0)
     rewards = token_rewards(penalized.to(kl.dtype), kl, mask, kl_coef)
     objective = rewards.sum(1)
-    if cfg.whiten_rewards:
-        if host_mask.sum() > 1:  # a single token has no variance
-            potentials = potentials / (rewards[real].std() + 1e-8)  # in the unit of the whitened rewards
+    if cfg.whiten_rewards and host_mask.sum() > 1:  # a single token has no variance
+        potentials = potentials / (rewards[real].std() + 1e-8)  # in the unit of the whitened rewards
         rewards = whiten(rewards, real, shift_mean=False)
     if cfg.advantage == "gae":
         advantages, returns = gae(rewards, values + potentials, mask, cfg.gamma, cfg.lam)
@@ -200,8 +199,9 @@ def rollout(policy, ref_policy, tokenizer, reward_fn, prompts, kl_coef, cfg, rng
         advantages = returns = group_advantages(rewards.sum(1), cfg)[:, None].where(mask, 0)
     advantages = whiten(advantages, real)  # over the whole rollout; the returns keep the scale of the rewards
     return Rollout(
-        sequences, prompt_len, host_mask, logprobs, values, potentials, advantages, returns, kl, scores, objective,
-        positive_by_reward, positive_by_judge, ended, texts, watch.seconds,
+        sequences=sequences, prompt_len=prompt_len, mask=host_mask, logprobs=logprobs, values=values, kl=kl,
+        potentials=potentials, advantages=advantages, returns=returns, scores=scores, objective=objective, ended=ended,
+        positive_by_reward=positive_by_reward, positive_by_judge=positive_by_judge, texts=texts, seconds=watch.seconds,
     )  # fmt: skip
 
 

@@ -59,6 +59,9 @@ PROBES = (  # (positive, negative): any sentiment classifier can tell them apart
 POSITIVE_NAMES = ("positive", "pos")
 KNOWN_LABELS = {"lvwerra/bert-imdb": ("LABEL_1",)}  # positive labels of hub models whose labels have no names
 LINEAR_EPOCHS = 8  # passes of a linear classifier over crops of the reviews, after one over whole reviews
+# most tokens per batch of a classifier, with padding. On a CPU, larger batches do not fit into the cache and took 1.5
+# times as long. On a GPU, the texts of a rollout are one batch.
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 32768
 LABELS = dict(id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})  # of our models
 
 
@@ -73,8 +76,7 @@ class SentimentReward:
     def __init__(self, model, tokenizer, positive, kind="logit", device="cpu", dtype=torch.float32):
         self.model, self.tokenizer, self.positive, self.kind = model.eval().to(device), tokenizer, positive, kind
         self.device, self.dtype = torch.device(device), dtype
-        # most tokens per batch, with padding; larger batches do not fit into a CPU's cache and took 1.5 times as long
-        self.batch_tokens = 2048 if self.device.type == "cpu" else 16384
+        self.batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
         self.max_length = token_limit(model.config, tokenizer)
         self.truncated_frac = 0.0  # share of texts in the last call that were too long
         self.fingerprint = None  # of the weights as they were read, set if they were converted
@@ -106,24 +108,24 @@ class SentimentReward:
     def logits(self, texts):
         """Return the logits, (len(texts), labels) float32 on the CPU, computed in batches of similar length.
 
-        A batch has at most batch_tokens tokens. From a quarter of that on, it has no text shorter than 0.9 times its
-        longest, so that little is padding.
+        A batch has at most batch_tokens tokens. Texts shorter than 0.9 times its longest are added only up to a quarter
+        of that, so that little is padding. The host waits for a GPU once, after the last batch.
         """
         tokenizer = self.tokenizer
         ids = tokenize(tokenizer, texts, self.max_length)
         lengths = np.array([len(row) for row in ids["input_ids"]])
         self.truncated_frac = sum(bool(encoding.overflowing) for encoding in ids.encodings or []) / len(texts)
-        logits = torch.empty(len(texts), self.model.config.num_labels)
-        order = np.argsort(-lengths, kind="stable")
-        while len(order):
-            longest = lengths[order[0]]
-            similar = max((lengths[order] >= 0.9 * longest).sum(), self.batch_tokens // 4 // longest)
-            rows, order = np.split(order, [max(1, min(similar, self.batch_tokens // longest))])
+        order = rest = np.argsort(-lengths, kind="stable")
+        parts = []
+        while len(rest):
+            longest = lengths[rest[0]]
+            similar = max((lengths[rest] >= 0.9 * longest).sum(), self.batch_tokens // 4 // longest)
+            rows, rest = np.split(rest, [max(1, min(similar, self.batch_tokens // longest))])
             batch = tokenizer.pad({key: [values[i] for i in rows] for key, values in ids.items()}, return_tensors="pt")
             batch = {name: to_device(tensor, self.device) for name, tensor in batch.items()}
             with self.autocast():
-                logits[torch.from_numpy(rows)] = self.model(**batch).logits.float().cpu()
-        return logits
+                parts.append(self.model(**batch).logits.float())
+        return torch.cat(parts).cpu()[torch.from_numpy(order.argsort())]
 
     def log_odds(self, texts):
         """Return log(p / (1 - p)) of the positive label, (len(texts),)."""
@@ -522,7 +524,8 @@ def report(classifier, reviews, cfg):
             "accuracy": float(((probabilities > 0.5) == reviews.labels).mean()),
             "calibration_error": calibration_error(probabilities, reviews.labels),
         }
-    odds = odds.double().numpy()  # in float32, odds that are almost equal cannot be divided into 24 bins
+    # those of the short texts, the last of the loop; in float32, odds that are almost equal do not make 24 bins
+    odds = odds.double().numpy()
     edges = np.histogram_bin_edges(odds, bins=24)
     negative, positive = (np.histogram(odds[reviews.labels == label], edges)[0].tolist() for label in (0, 1))
     return results | {"histogram": {"edges": edges.tolist(), "negative": negative, "positive": positive}}

@@ -5,12 +5,13 @@ import errno
 import inspect
 import os
 import re
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
-from config import PRESETS, defaults
+from config import PRESETS, ClassifierConfig, DataConfig, EvaluateConfig, PromptConfig, defaults
 from runtime.errors import BadInput, Finished, Stopped, print_error
 
 # fields that do not change the result, or only its rounding and what dropout drops
@@ -78,6 +79,16 @@ def differing(cfg, other):
     default = vars(defaults(type(cfg), cfg.preset, getattr(cfg, "init_from", "")))
     changes = [(name, other.get(name, default[name]), value) for name, value in vars(cfg).items()]
     return [f"{name} {old!r} -> {new!r}" for name, old, new in changes if name not in SAME_RESULT and old != new]
+
+
+def evaluation(cfg):
+    """Return the command that evaluates the policy of a run of ppo.py or dpo.py: with its models and prompts."""
+    names = [f.name for part in (DataConfig, ClassifierConfig, PromptConfig) for f in fields(part)]
+    values = {"before": cfg.policy} | {name: getattr(cfg, name) for name in names if getattr(cfg, name, "") != ""}
+    preset = vars(defaults(EvaluateConfig, cfg.preset))
+    changed = {"after": cfg.out} | {name: value for name, value in values.items() if value != preset[name]}
+    flags = [f"--{name} {shlex.quote(str(value))}" for name, value in changed.items()]
+    return " ".join([f"python evaluate.py --preset {cfg.preset}", *flags])
 
 
 def run(main, cls):

@@ -13,6 +13,7 @@ import torch
 from data import decode
 from model import exact_kl
 from runtime.checkpoint import BEST, BestWeights, delete_checkpoints
+from runtime.cli import evaluation
 from runtime.device import random_generator, to_device, true_places
 from runtime.hub import load_policy, open_gpt2, save_gpt2
 
@@ -259,4 +260,4 @@ class BestPolicy(BestWeights):
             policy = load_policy(*open_gpt2(f"{out}/{BEST}"))
         save_gpt2(policy.gpt2, self.tokenizer, out, policy.value_head.state_dict())
         delete_checkpoints(out)
-        print(f"the policy is in {out}: python evaluate.py --preset {self.cfg.preset} --after {out} evaluates it")
+        print(f"the policy is in {out}: {evaluation(self.cfg)} evaluates it")

@@ -1,6 +1,7 @@
 """The constants: presets, flags, ranges, and the errors of wrong flags."""
 
 import re
+import shlex
 
 import pytest
 from conftest import ROOT
@@ -21,7 +22,7 @@ from config import (
     defaults,
     fields,
 )
-from runtime.cli import comment, differing, parse
+from runtime.cli import comment, differing, evaluation, parse
 from runtime.errors import BadInput
 
 CLASSES = (
@@ -152,6 +153,7 @@ def test_a_config_cannot_be_changed_after_it_was_checked():
         (PPOConfig, "--micro_batch_size 3", ["micro_batch_size 3", "minibatch_size 128"]),
         (PPOConfig, "--advantage grpo --samples_per_prompt 1", ["samples_per_prompt", "1"]),
         (PPOConfig, "--advantage rloo --samples_per_prompt 3", ["samples_per_prompt 3", "batch_size 128"]),
+        (PPOConfig, "--kl_target 6 --kl_horizon 25.6", ["kl_horizon is 25.6", "over 25.6"]),
         (DPOConfig, "--beta 0", ["beta"]),
         (DPOConfig, "--method rlhf", ["method", "rlhf"]),
         (DPOConfig, "--samples_per_prompt 1", ["samples_per_prompt is 1", "dpo needs at least 2"]),
@@ -191,6 +193,23 @@ def test_values_at_inclusive_bounds_are_accepted():
     """An off-by-one in the range checks would refuse these."""
     cfg = PPOConfig(kl_coef=0.0, kl_target=0.0, gamma=1.0, lam=0.0, lr_end=0.0, min_prompt_len=8, max_prompt_len=8)
     assert (cfg.kl_coef, cfg.lam, cfg.gamma) == (0.0, 0.0, 1.0)
+    assert PPOConfig(kl_target=6.0, kl_horizon=25.7).kl_horizon == 25.7
+
+
+@pytest.mark.parametrize("cls", [PPOConfig, DPOConfig])
+@pytest.mark.parametrize("flags", [[], ["--reward", "my rewards.py:f", "--policy", "a", "--response_len", "7"]])
+def test_a_run_prints_the_command_that_evaluates_it_with_its_models_and_prompts(cls, flags):
+    cfg = parse(cls, ["--preset", "mini", "--out", "runs/a b", "--seed", "3", *flags])
+    program, script, *argv = shlex.split(evaluation(cfg))
+    evaluated = parse(EvaluateConfig, argv)
+    assert (program, script, evaluated.after, evaluated.before) == ("python", "evaluate.py", cfg.out, cfg.policy)
+    shared = [name for name in ("reward", "response_len", "dataset", "task", "judge") if hasattr(cfg, name)]
+    assert all(getattr(evaluated, name) == getattr(cfg, name) for name in shared)
+    assert len(argv) == 2 * (2 + len(flags) // 2) and evaluated.seed == 0  # no more flags than needed
+
+
+def test_the_command_that_evaluates_a_run_without_a_judge_has_the_judge_of_the_preset():
+    assert evaluation(PPOConfig(judge="")) == "python evaluate.py --preset gpt2 --after ppo_checkpoints/gpt2"
 
 
 def test_differing_names_what_changed_and_only_what_changes_the_result():

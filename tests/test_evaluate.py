@@ -512,13 +512,16 @@ def test_without_samples_of_the_reference_there_is_no_kl_efficiency(run, tmp_pat
     assert not (tmp_path / ".cache").exists()
 
 
-def test_viewer_and_card_use_the_config_of_the_run(run, tmp_path, capsys):
-    ppo = PPOConfig(kl_coef=0.75, policy="gpt2-medium", steps=3)
+def test_viewer_and_card_use_the_config_of_the_run(run, tmp_path, capsys, bert_folder):
+    ppo = PPOConfig(kl_coef=0.75, policy="gpt2-medium", steps=3, reward=str(bert_folder))
     (tmp_path / "after" / "run_config.json").write_text(json.dumps(vars(ppo)))
     log = shutil.copy(ROOT / "asset" / "log.jsonl", tmp_path / "after")
     out = run()
     card = (out / "README.md").read_text()
-    assert "  after/learning_curves.png\n" in capsys.readouterr().out and (out / "learning_curves.png").is_file()
+    output, warnings = capsys.readouterr()
+    assert "  after/learning_curves.png\n" in output and (out / "learning_curves.png").is_file()
+    assert "warning: after was trained with gpt2-medium, and is measured with --before /" in warnings
+    assert "--reward" not in warnings  # the same as that of the run
     assert re.search(rf"\| last rollout +\| number {len(Path(log).read_text().splitlines())} after ", card)
     assert json.loads((out / "viewer.json").read_text())["kl_coef"] == 0.75
     assert "base_model: gpt2-medium" in card

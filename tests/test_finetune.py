@@ -313,7 +313,9 @@ def test_a_run_from_scratch_logs_every_step_and_the_validation_perplexity_falls(
     assert {"val_perplexity", "val_bits_per_character"} <= set(lines[0]) & set(lines[-1])
     assert perplexities[0] == pytest.approx(400, rel=0.1)  # of random weights: about the size of the vocabulary
     assert perplexities[steps] < 0.2 * perplexities[0]
+    results = json.loads(Path(cfg.out, "results.json").read_text())
     assert lines[3]["tokens"] == 3 * 8 * 32
+    assert lines[-1]["tokens"] == results["tokens"] < steps * 8 * 32  # the last batch is smaller
     assert lines[0]["lr"] == pytest.approx(cfg.lr / 6)
     assert lines[steps - 1]["lr"] == pytest.approx(cfg.min_lr)
 

@@ -10,7 +10,7 @@ from host_waits import HostWaits
 
 from config import PPOConfig
 from ppo import rollout, update
-from reward import SentimentReward
+from reward import GPU_BATCH_TOKENS, SentimentReward
 from runtime.device import random_generator, to_device, true_places
 from runtime.hub import load_policy, open_gpt2
 from runtime.monitor import rollout_metrics
@@ -20,18 +20,19 @@ GPU = torch.device("cpu")  # in these tests
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"whiten_rewards": True}, {"advantage": "grpo"}, {"micro_batch_size": 4}], ids=str
+    "changes", [{}, {"whiten_rewards": True}, {"advantage": "grpo"}, {"micro_batch_size": 32}], ids=str
 )
 def test_a_rollout_and_its_update_make_the_host_wait_12_times(gpt2_folder, bert_folder, judge_folder, changes):
-    """As in preset gpt2: 16 tokens, a reward, a judge, and four optimizer steps. A classifier waits twice, the first
-    time in transformers. Reading the metrics of the rollout is one wait more."""
-    cfg = replace(PPOConfig(batch_size=8, minibatch_size=8, micro_batch_size=8), **changes)
+    """As in preset gpt2: 128 episodes of 8 + 16 tokens, a reward, a judge, and four optimizer steps. A classifier waits
+    twice, the first time in transformers. Reading the metrics of the rollout is one wait more."""
+    cfg = replace(PPOConfig(micro_batch_size=128), **changes)
     opened = open_gpt2(str(gpt2_folder))
     policy = load_policy(*opened)
     ref_policy, waits = copy.deepcopy(policy).requires_grad_(False), [HostWaits() for _ in range(3)]
     reward_fn, judge = (SentimentReward.load(str(folder), device=GPU) for folder in (bert_folder, judge_folder))
+    reward_fn.batch_tokens = judge.batch_tokens = GPU_BATCH_TOKENS
     stepper = Stepper(policy, [torch.optim.Adam(policy.parameters(), 1e-4, fused=True)], cfg.grad_clip)
-    prompts, rng = torch.arange(1, 33).view(8, 4), random_generator("cpu", 0)
+    prompts, rng = torch.arange(1, 1025).view(128, 8) % 250, random_generator("cpu", 0)
     with waits[0]:
         batch = rollout(policy, ref_policy, opened[2], reward_fn, prompts, 0.1, cfg, rng, judge)
     with waits[1]:

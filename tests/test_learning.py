@@ -1,6 +1,7 @@
 """Test PPO end to end on problems with a known solution: rollout and update as in main, with a tiny GPT-2."""
 
 import copy
+import math
 import random
 
 import pytest
@@ -86,6 +87,31 @@ def test_only_grpo_misses_the_optimum_of_a_random_score(advantage, reaches):
     )
     error = (first_probs(policy) - (ref_probs.log() + scores).softmax(-1)).abs().max()
     assert error < 0.04 if reaches else error > 0.1 and (first_probs(policy) - ref_probs).abs().max() < 0.05
+
+
+def response_probs(policy, prompt=1):
+    """Return the probability of each response, by its ids: <|endoftext|>, or a token and any second one."""
+    first, probs = first_probs(policy, prompt), {(0,): first_probs(policy, prompt)[0]}
+    for a in range(1, len(first)):
+        second = policy.gpt2(torch.tensor([[prompt, a]]))[0, -1].softmax(-1).detach()
+        probs |= {(a, b): first[a] * second[b] for b in range(len(first))}
+    return probs
+
+
+@pytest.mark.parametrize("shaping_every", [0, 1])
+def test_reward_shaping_does_not_change_the_optimum(shaping_every):
+    """The best response begins with id 2, although the text so far has a low score after it."""
+
+    def score(words):
+        return {("2",): -2.0, ("2", "3"): 2.0, ("3",): 1.0}.get(tuple(words), 0.0)
+
+    policy, reward = tiny_policy(5), lambda texts: [score(words) for words in responses(texts)]
+    ref_probs = response_probs(policy)
+    train(policy, reward, config(steps=40, response_len=2, kl_coef=1.0, shaping_every=shaping_every))
+    weights = {ids: p * math.exp(score([str(i) for i in ids if i])) for ids, p in ref_probs.items()}
+    optimum = {ids: weight / sum(weights.values()) for ids, weight in weights.items()}
+    assert sum(ref_probs.values()) == pytest.approx(1, abs=1e-6) and optimum[2, 3] > 4 * ref_probs[2, 3]
+    assert max(abs(p - optimum[ids]) for ids, p in response_probs(policy).items()) < 0.01
 
 
 def test_kl_penalty_alone_moves_the_policy_back_to_its_reference():

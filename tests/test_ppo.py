@@ -526,7 +526,7 @@ def test_error_for_a_score_that_is_not_finite_names_its_text(bad):
 
 
 def test_error_for_a_forward_pass_that_is_not_finite_names_its_model():
-    """Policy or reference; also if only a value is not finite."""
+    """Policy or reference; also if only a value is not finite. If no logit is finite, the sampled ids exist."""
     policy, ref_policy = tiny_policy(), tiny_policy(1)
     nn.init.constant_(policy.value_head.bias, math.nan)
     with pytest.raises(NotFinite, match="log-probability or value of text 0 is nan"):
@@ -534,6 +534,8 @@ def test_error_for_a_forward_pass_that_is_not_finite_names_its_model():
     nn.init.constant_(ref_policy.gpt2.ln_f.bias, math.nan)
     with pytest.raises(NotFinite, match="the reference's log-probability of text 0 is nan"):
         tiny_rollout(config(), ref_policy=ref_policy)
+    with pytest.raises(NotFinite, match="log-probability or value of text 0 is nan"):
+        tiny_rollout(config(), policy=ref_policy)
 
 
 def test_scores_of_the_wrong_shape_are_rejected():

@@ -55,6 +55,13 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
         ],
     },
     "ppo.py": {
+        "test_learning::test_reward_shaping_does_not_change_the_optimum": [
+            (
+                "the score so far is also a reward",
+                "gae(rewards, values + potentials, mask",
+                "gae(rewards + potentials, values + potentials, mask",
+            ),
+        ],
         "test_ppo::test_with_shaping_a_value_is_the_value_head_plus_the_score_of_the_text_so_far": [
             (
                 "the value head learns the whole return, which the potential then counts twice",
@@ -554,7 +561,7 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
             ),
         ],
         "test_reward::test_a_batch_with_a_quarter_of_batch_tokens_has_only_texts_of_similar_length": [
-            ("batches are a tenth padding", "(lengths[order] >= 0.9 * longest).sum()", "len(order)"),
+            ("batches are a tenth padding", "(lengths[rest] >= 0.9 * longest).sum()", "len(rest)"),
         ],
         "test_reward::test_a_text_has_the_same_score_alone_and_in_any_batch_and_scores_keep_the_order_of_the_texts": [
             (
@@ -564,8 +571,8 @@ MISTAKES = {  # file: {test that must fail: [(description, right code, wrong cod
             ),
             (
                 "scores are returned in the order of length, not of the texts",
-                "logits[torch.from_numpy(rows)] = ",
-                "logits[-len(order) - len(rows) :][: len(rows)] = ",
+                "[torch.from_numpy(order.argsort())]",
+                "",
             ),
         ],
         "test_reward::test_a_teacher_reads_the_texts_that_its_student_reads": [
