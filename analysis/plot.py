@@ -252,7 +252,7 @@ def ppo():
     response = box(axis, 4.7, 3.05, 1.2, 0.7, "prompt +\nresponse")
     reward = box(axis, 6.75, 4.05, 1.9, 0.7, "reward BERT\nfrozen", AMBER, frozen=True)
     reference = box(axis, 6.75, 3.05, 1.9, 0.7, "reference GPT-2\nfrozen", BLUE, frozen=True)
-    judge = box(axis, 6.75, 2.05, 1.9, 0.7, "judge BERT\nfrozen, only logged", PURPLE, frozen=True, size=SMALL)
+    judge = box(axis, 6.75, 2.05, 1.9, 0.7, "judge\nfrozen, only logged", PURPLE, frozen=True, size=SMALL)
     rewards = box(axis, 8.95, 3.55, 1.5, 1.7, "rewards\nscore − β KL")
     advantages = box(axis, 8.95, 0.75, 1.5, 0.7, "advantages\nGAE")
     update = box(axis, 5.2, 0.75, 2.2, 0.7, "clipped update\na few epochs")
@@ -306,9 +306,9 @@ def example_results(folder):
 
 METHODS = {  # method in frontier.csv: (colour, marker)
     "PPO": (BLUE, "o"), "PPO, first constants": (BLUE, "x"), "RLOO": (AMBER, "s"), "GRPO": (GREEN, "^"),
-    "best-of-n": (PURPLE, "D"), "positive-only fine-tuning": (INK, "v"),
+    "best-of-n": (PURPLE, "D"), "positive-only fine-tuning": (GREY, "v"),
     "DPO": (RED, "P"), "reward-weighted": (GREY, "X"),
-    "TRL 0.11.4, its constants": (AMBER, "<"), "TRL 0.11.4, our constants": (AMBER, ">"),
+    "TRL 0.11.4, its constants": (INK, "<"), "TRL 0.11.4, our constants": (INK, ">"),
 }  # fmt: skip
 
 
