@@ -7,6 +7,7 @@ from dataclasses import replace
 import peers
 import pytest
 import torch
+import trl_learning
 from torch.utils._python_dispatch import _disable_current_modes
 
 import ppo
@@ -145,3 +146,14 @@ def test_the_peers_time_the_same_work():
 
 def test_the_flops_of_a_product_are_two_per_multiplication():
     assert flops(torch.matmul, torch.ones(3, 5), torch.ones(5, 7)) == 2 * 3 * 5 * 7
+
+
+def test_the_time_to_a_share_is_at_the_end_of_the_first_three_rollouts_with_that_mean_without_the_judge():
+    """A single rollout above the share does not count, nor does the time that the judge took until then."""
+    shares = [0.5, 0.9, 0.8, 0.84, 0.86, 0.85, 0.9]
+    log = [
+        {"positive_by_judge": share, "seconds": 10.0 * (i + 1), "seconds_judge": 1.0} for i, share in enumerate(shares)
+    ]
+    assert trl_learning.seconds(log) == [9.0, 18.0, 27.0, 36.0, 45.0, 54.0, 63.0]
+    assert trl_learning.seconds_to_share(log) == 54.0  # means of three: .73, .847, .833, .85, .87
+    assert trl_learning.seconds_to_share(log[:5]) is None
