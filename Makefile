@@ -1,8 +1,8 @@
 # demo: train a GPT-2 with PPO to write positive reviews, offline on a CPU, from the models in asset/mini, and evaluate
 #   it. Replaces the run in ppo_checkpoints/mini.
 # full: preset gpt2 from fine-tuning to the report page and the card, after a preflight that states what it needs. Run
-#   again, it resumes what was interrupted and keeps what is finished. Flags for all commands: FLAGS="--device cuda"; for
-#   one of them: FINETUNE="--epochs 2", PPO, EVALUATE.
+#   again, it resumes what was interrupted and keeps what is finished. Flags for all commands, --device or --dtype:
+#   FLAGS="--device cuda"; for one of them: FINETUNE="--epochs 2", PPO, EVALUATE.
 # test: run the linter and all tests. A test that hangs for 15 minutes ends the run with a traceback of where it hangs.
 # mutants: run the tests against known mistakes and a sample of generated mutants. Each must make a test fail.
 # mutation: run the tests against all generated mutants, which takes more than an hour. Writes tests/mutation/report.md.

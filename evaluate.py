@@ -46,7 +46,8 @@ from runtime.checkpoint import (
 )
 from runtime.cli import run
 from runtime.device import pick_device, warn
-from runtime.errors import BadInput, Finished
+from runtime.distributed import refuse_processes
+from runtime.errors import BadInput, Finished, printable
 from runtime.hub import load_policy, open_pair
 from runtime.log import side_by_side
 
@@ -160,7 +161,8 @@ def check_results(cfg):
     results = Path(cfg.after, RESULTS)
     if results.is_file() and "difference" not in read_json(results):
         raise BadInput(
-            f"{results} was not written by evaluate.py, which would replace it: evaluate a copy of {cfg.after}"
+            f"{results} was not written by evaluate.py, which would replace it: evaluate a copy of {cfg.after} without "
+            "this file"
         )
     if cfg.resume and not cfg.force and is_finished(cfg.after, RESULTS, report.PAGE):
         raise Finished(f"{cfg.after} is already evaluated: --force evaluates it again\n{written(cfg.after)}")
@@ -190,6 +192,7 @@ def write(out, results, samples, tokens, card):
 
 
 def main(cfg):
+    refuse_processes("evaluate.py")
     check_results(cfg)
     device, dtype = pick_device(cfg)
     opened = open_pair(cfg.before, cfg.after)
@@ -198,8 +201,8 @@ def main(cfg):
         raise BadInput(f"after is {cfg.after!r}, which is not a local folder: download it, to write the results there")
     trained, log = policy_run(cfg.after)
     for flag, used in {"before": trained.policy, "reward": trained.reward}.items() if trained else ():
-        if used != getattr(cfg, flag):
-            warn(f"{cfg.after} was trained with {used}, and is measured with --{flag} {getattr(cfg, flag)}")
+        if Path(used) != Path(getattr(cfg, flag)):
+            warn(printable(f"{cfg.after} was trained with {used}, and is measured with --{flag} {getattr(cfg, flag)}"))
     second = open_second_lm(cfg.second_lm, device) if cfg.second_lm else None
     pool = load_prompts(cfg, "evaluation", config, tokenizer, cfg.prompts)
     reward_fn, judge = load_rewards(cfg, device, dtype)

@@ -22,6 +22,7 @@ from reward import check_finite, load_judge, load_reward, scored
 from runtime.checkpoint import check_finished
 from runtime.cli import run
 from runtime.device import pick_device, random_generator
+from runtime.distributed import refuse_processes
 from runtime.errors import BadInput, print_error, printable
 from runtime.hub import load_policy, open_pair
 from runtime.log import TITLES, column_width, columns
@@ -88,6 +89,7 @@ def prompts(cfg):
 
 
 def main(cfg):
+    refuse_processes("generate.py")
     check_finished(cfg.after)
     device, dtype = pick_device(cfg)
     opened = open_pair(cfg.before, cfg.after)

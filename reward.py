@@ -44,6 +44,7 @@ from runtime.checkpoint import (
 )
 from runtime.cli import run
 from runtime.device import DTYPES, pick_device, random_generator, seed_of, to_device
+from runtime.distributed import refuse_processes
 from runtime.errors import BadInput, NotFinite, first_line
 from runtime.hub import load_gpt2, load_tokenizer, locate, open_gpt2, tokenizer_text
 from runtime.linear_classifier import LinearClassifier
@@ -577,6 +578,7 @@ def each(folder):
 
 
 def main(cfg):
+    refuse_processes("reward.py")
     names = [cfg.only] if cfg.only else ["reward", "judge"]
     check_run(cfg, *(f"{name}/{RESULTS}" for name in names))
     device, dtype = pick_device(cfg)

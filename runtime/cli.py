@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -83,12 +84,15 @@ def differing(cfg, other):
 
 def evaluation(cfg):
     """Return the command that evaluates the policy of a run of ppo.py or dpo.py: with its models and prompts."""
-    names = [f.name for part in (DataConfig, ClassifierConfig, PromptConfig) for f in fields(part)]
-    values = {"before": cfg.policy} | {name: getattr(cfg, name) for name in names if getattr(cfg, name, "") != ""}
     preset = vars(defaults(EvaluateConfig, cfg.preset))
+    shared = {f.name for part in (DataConfig, ClassifierConfig, PromptConfig) for f in fields(part)} & vars(cfg).keys()
+    if not getattr(cfg, "judge", ""):
+        shared -= {"judge", "judge_positive_label"}
+    values = {"before": cfg.policy} | {name: value for name, value in vars(cfg).items() if name in shared}
     changed = {"after": cfg.out} | {name: value for name, value in values.items() if value != preset[name]}
-    flags = [f"--{name} {shlex.quote(str(value))}" for name, value in changed.items()]
-    return " ".join([f"python evaluate.py --preset {cfg.preset}", *flags])
+    words = ["python", "evaluate.py", "--preset", cfg.preset]
+    words += [word for name, value in changed.items() for word in (f"--{name}", str(value))]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def run(main, cls):

@@ -112,15 +112,14 @@ ONE_PROCESS = OneProcess()
 def join(device, cfg):
     """Return the processes of this run, a OneProcess or Processes.
 
-    Raises BadInput unless their number divides cfg.micro_batch_size, which counts the rows of all processes.
+    Raises BadInput unless their number divides the batch sizes of cfg, which count the rows of all processes.
     """
     if "WORLD_SIZE" not in os.environ:
         return ONE_PROCESS
     processes = Processes(device)
-    if cfg.micro_batch_size % processes.size:
-        raise BadInput(
-            f"micro_batch_size {cfg.micro_batch_size} is not divisible by the number of processes, {processes.size}"
-        )
+    for name in ("batch_size", "minibatch_size", "micro_batch_size"):
+        if (rows := getattr(cfg, name, 0)) % processes.size:
+            raise BadInput(f"{name} {rows} is not divisible by the number of processes, {processes.size}")
     return processes
 
 

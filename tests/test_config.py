@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -22,6 +23,7 @@ from config import (
     defaults,
     fields,
 )
+from runtime import cli
 from runtime.cli import comment, differing, evaluation, parse
 from runtime.errors import BadInput
 
@@ -209,7 +211,14 @@ def test_a_run_prints_the_command_that_evaluates_it_with_its_models_and_prompts(
 
 
 def test_the_command_that_evaluates_a_run_without_a_judge_has_the_judge_of_the_preset():
-    assert evaluation(PPOConfig(judge="")) == "python evaluate.py --preset gpt2 --after ppo_checkpoints/gpt2"
+    cfg = PPOConfig(judge="", judge_positive_label="GOOD")
+    assert evaluation(cfg) == "python evaluate.py --preset gpt2 --after ppo_checkpoints/gpt2"
+
+
+def test_on_windows_that_command_is_quoted_as_its_console_reads_it(monkeypatch):
+    monkeypatch.setattr(cli, "os", SimpleNamespace(name="nt"))  # pathlib of pytest reads os.name too
+    cfg = PPOConfig(out="runs\\a", reward="C:\\my rewards.py:f")
+    assert evaluation(cfg).endswith('--after runs\\a --reward "C:\\my rewards.py:f"')
 
 
 def test_differing_names_what_changed_and_only_what_changes_the_result():

@@ -429,11 +429,6 @@ def test_a_resumed_run_refuses_another_reward_policy_or_prompts(cfg, tmp_path, m
     assert "was made with different inputs: reward" in message(dpo.main, replace(cfg, resume=True))
 
 
-def test_several_processes_are_refused(cfg, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert message(dpo.main, cfg) == "dpo.py runs in one process: start it with python, not with torchrun"
-
-
 def test_the_micro_batch_size_that_fits_is_a_number_of_whole_prompts(cfg, monkeypatch):
     """Also if not even the responses to one prompt fit."""
     sizes, original = [], dpo.update

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,9 +31,13 @@ from test_ppo import (
     tiny_rollout,
 )
 
+import dpo
+import evaluate
 import finetune_gpt2
+import generate
 import ppo
-from config import FinetuneConfig, PPOConfig
+import reward
+from config import DPOConfig, EvaluateConfig, FinetuneConfig, GenerateConfig, PPOConfig, RewardConfig, defaults
 from model import GPT2
 from runtime import checkpoint, monitor
 from runtime.cli import parse, run
@@ -335,11 +339,27 @@ def test_a_run_of_two_processes_that_was_stopped_is_resumed_by_one(tmp_path, dat
     assert f"resuming from {out / 'checkpoints'}" in capsys.readouterr().out and steps(out) == [*done, len(done)]
 
 
-def test_rows_that_cannot_be_divided_among_the_processes_are_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "cls"),
+    [(reward, RewardConfig), (dpo, DPOConfig), (evaluate, EvaluateConfig), (generate, GenerateConfig)],
+)
+def test_scripts_for_one_process_refuse_several(script, cls, monkeypatch):
+    """They would all write into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    text = message(script.main, defaults(cls, "mini"))
+    assert text == f"{script.__name__}.py runs in one process: start it with python, not with torchrun"
+
+
+@pytest.mark.parametrize("cls", [PPOConfig, FinetuneConfig])
+@pytest.mark.parametrize("name", ["batch_size", "minibatch_size", "micro_batch_size"])
+def test_rows_that_cannot_be_divided_among_the_processes_are_refused(monkeypatch, cls, name):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr("runtime.distributed.Processes", lambda device: SimpleNamespace(size=3))
-    text = message(join, torch.device("cpu"), replace(CFG, micro_batch_size=4))
-    assert text == "micro_batch_size 4 is not divisible by the number of processes, 3"
+    sizes = {f.name: 12 for f in fields(cls) if f.name in ("batch_size", "minibatch_size", "micro_batch_size")}
+    assert join(torch.device("cpu"), cls(**sizes)).size == 3
+    if name in sizes:
+        text = message(join, torch.device("cpu"), SimpleNamespace(**(sizes | {name: 4})))
+        assert text == f"{name} 4 is not divisible by the number of processes, 3"
 
 
 def test_a_process_without_the_checkpoint_from_which_another_resumes_ends_the_run(tmp_path):

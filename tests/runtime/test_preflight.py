@@ -253,7 +253,7 @@ def test_the_time_of_each_stage_is_that_of_its_flops_at_the_assumed_speed(sheet,
     assert rows["PPO"] == f"about {ppo / 2.4e12 / 60:.0f} min"
     assert rows["speed"] == "2.4 TFLOP/s, assumed: 60% of a large product"
     machine["device"] = GPU
-    assert sheet()["speed"] == "0.4 TFLOP/s, assumed: 10% of a large product"
+    assert sheet()["speed"] == "0.2 TFLOP/s, assumed: 5% of a large product"
     Path("reviews.csv").touch()
     assert sheet(finetune="--dataset reviews.csv")["fine-tuning"] == "an unknown time"
 
