@@ -14,7 +14,6 @@ START = "fine-tuned model"  # the method of the row of the reference
 LIMIT = "limit"  # the best possible policy
 PRESET = "as the preset"  # the ablation that changes nothing
 NEAR = 1 / 5  # a value at a KL needs a run within this share of that KL, because curves bend between distant runs
-BEYOND = 1 / 10  # the line through the last two runs is continued by at most this share of the last run's KL
 MEASURES = (
     "score", "positive_by_reward", "positive_by_judge", "positive_by_words", "kl", "kl_exact", "perplexity",
     "bits_per_character", "distinct_2", "response_length", "kl_efficiency",
@@ -32,9 +31,9 @@ def measured(rows, names=MEASURES):
 def value_at(rows, method, seed, measure, nats):
     """Return a measure at a KL, interpolated between the runs of a method and seed and the fine-tuned model.
 
-    Linear in the square root of the KL, to which the score is nearly proportional at first. None if the method or the
-    fine-tuned model lacks the measure, if no run has a KL within NEAR of this one, or if this one is further than
-    BEYOND above the KL of the last run.
+    Linear in the square root of the KL, to which the score is nearly proportional at first; above the last run, the
+    line through the last two continues. None if the method or the fine-tuned model lacks the measure, or if no run has
+    a KL within NEAR of this one.
     """
     rows = [row for row in rows if measure in row]
     runs = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
@@ -42,7 +41,7 @@ def value_at(rows, method, seed, measure, nats):
     points = sorted((row["kl_exact"] ** 0.5, row[measure]) for row in [*start, *runs])
     near = any(abs(row["kl_exact"] - nats) <= NEAR * nats for row in runs)
     root = nats**0.5
-    if not near or len(points) < 2 or nats > points[-1][0] ** 2 * (1 + BEYOND):
+    if not near or len(points) < 2:
         return None
     (before, value), (last, last_value) = points[-2:]
     if root > last:
@@ -155,6 +154,25 @@ def efficiency_table(frontier, limit):
     return markdown(lines)
 
 
+def leads(frontier, nats):
+    """Return {method: [PPO's score minus the method's at a KL per seed]} of the methods that have PPO's seeds."""
+    scores = at_equal_kl(frontier, "score", nats)
+    ppo = scores.pop("PPO", [])
+    return {
+        method: [x - y for x, y in zip(ppo, values)] if len(values) == len(ppo) else []
+        for method, values in scores.items()
+        if method != "best-of-n"
+    }
+
+
+def lead_table(frontier):
+    """Return the table of the lead of PPO at equal KL."""
+    columns = [leads(frontier, n) for n in NATS]
+    lines = {method: [column[method] for column in columns] for method in columns[0]}
+    header = ["lead of PPO in score at a KL of", *(f"{n} nats" for n in NATS)]
+    return table(header, {method: line for method, line in lines.items() if any(line)})
+
+
 def ablation_table(frontier, ablation):
     """Return a table with the means of the preset's runs, and each change's differences from them, seed by seed.
 
@@ -183,9 +201,11 @@ def summary(frontier, ablation, limit, cfg):
         "that of best-of-n is n, that of positive-only fine-tuning is the number of epochs.",
         runs_table(frontier, limit),
         "Values at equal KL, interpolated between the runs of a seed, linearly in the square root of the KL. A value "
-        f"is given only if every seed has a run within {100 * NEAR:g} % of that KL. The line through the last two runs "
-        f"is continued by at most {100 * BEYOND:g} % of the KL.",
+        f"is given only if every seed has a run within {100 * NEAR:g} % of that KL; above the last run, the line "
+        "through the last two is continued.",
         *(methods_table(frontier, name, limit) for name in measured(frontier, AT_EQUAL_KL)),
+        "The lead of PPO is its score minus that of another method at the same KL, seed by seed.",
+        lead_table(frontier),
         "The limit is the best possible policy, estimated from responses of the fine-tuned model; see "
         "analysis/limit.py. KL efficiency is the KL that it needs for the score of a run, divided by the KL of the "
         f"run. It shows scores of up to {limit[-1]['gain']:.2f} above the fine-tuned model's; for higher ones, the "

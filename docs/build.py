@@ -82,6 +82,12 @@ def sources():
             for method, values in frontier_tables.efficiency_at(rows, limit, nats)[0].items()
             if values
         },
+        "lead": {
+            f"{method}, {nats} nats": mean(values)
+            for nats in frontier_tables.NATS
+            for method, values in frontier_tables.leads(rows, nats).items()
+            if values
+        },
         "first frontier": settings(read_csv(FRONTIER / "first" / "frontier.csv")),
         "trl": settings(trl_rows(rows, limit)),
         "ablation": {},
@@ -207,6 +213,7 @@ def blocks():
         "runs": frontier_tables.runs_table(rows, limit),
         **{name: frontier_tables.methods_table(rows, name, limit) for name in frontier_tables.AT_EQUAL_KL},
         "kl_efficiency": frontier_tables.efficiency_table(rows, limit),
+        "lead": frontier_tables.lead_table(rows),
         "trl": trl_table(rows, limit),
         "ablation": frontier_tables.ablation_table(*first),
     } | performance(read("asset/performance.json"))

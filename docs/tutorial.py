@@ -257,7 +257,8 @@ picture(batch, whitened, "whitened advantages: blue tokens become more probable,
 # The ratio compares the policy that is trained with the policy that sampled the responses:
 #
 # $$\mathrm{ratio}_t = \frac{\pi(a_t \mid s_t)}{\pi_\mathrm{old}(a_t \mid s_t)}, \qquad
-# L = -\frac{1}{N} \sum_t \min\left(\mathrm{ratio}_t A_t,\ \mathrm{clip}(\mathrm{ratio}_t, 1 - \epsilon, 1 + \epsilon)\, A_t\right)$$
+# L = -\frac{1}{N} \sum_t
+# \min\left(\mathrm{ratio}_t A_t,\ \mathrm{clip}(\mathrm{ratio}_t, 1 - \epsilon, 1 + \epsilon)\, A_t\right)$$
 #
 # The clip removes the gradient of a token whose ratio has moved by more than $\epsilon = 0.2$ in the direction of its
 # advantage. `ppo.ppo_loss` adds the loss of the values: half their squared distance from the returns, times `vf_coef`.
