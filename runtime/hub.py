@@ -273,7 +273,7 @@ def open_pair(before, after):
 
 
 def load_gpt2(folder, config, n_tokens=None, dtype=torch.float32):
-    """Return the GPT2 of a folder. Raise BadInput unless the weights have exactly the names and shapes of the model.
+    """Return the GPT2 of a folder. Raise BadInput unless the weights are finite and fit the model, by name and shape.
 
     The model is built without values and filled tensor by tensor, in float32 whatever the stored dtype. dtype: of its
     autocast.
@@ -284,6 +284,8 @@ def load_gpt2(folder, config, n_tokens=None, dtype=torch.float32):
     state, tensors, lm_head = model.state_dict(), {}, None
     for name, tensor in read_tensors(folder):
         name = name.removeprefix("transformer.")
+        if not tensor.isfinite().all():
+            raise BadInput(f"{folder}: {name} has a value that is not finite")
         if name == "lm_head.weight":
             lm_head = tensor
         elif not MASK_BUFFER.fullmatch(name):

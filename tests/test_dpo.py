@@ -18,6 +18,7 @@ from config import DPOConfig, EvaluateConfig
 from dpo import dpo_loss, response_logprobs, rollout, update, weighted_loss
 from evaluate import main as evaluate
 from runtime.checkpoint import latest_checkpoint
+from runtime.cli import evaluation
 from runtime.hub import load_policy, open_gpt2
 from runtime.log import read_lines
 from runtime.optimizer import Stepper
@@ -348,7 +349,8 @@ def test_the_log_has_the_metrics_of_the_method_and_the_samples_of_the_policy(cfg
         assert log[0]["loss"] == pytest.approx(math.log(2) * (1 - log[0]["tie_frac"]), abs=1e-6)
     samples = read_lines(Path(cfg.out, "samples.jsonl"))
     assert [line["step"] for line in samples] == [0, 2, 3]
-    assert f"step 0 | loss {log[0]['loss']:.3f} | " in output and f"--after {cfg.out} evaluates it" in output
+    assert f"step 0 | loss {log[0]['loss']:.3f} | " in output
+    assert f"the policy is in {cfg.out}: {evaluation(cfg)} evaluates it" in output
 
 
 @methods

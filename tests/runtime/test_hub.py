@@ -8,13 +8,13 @@ import time
 import pytest
 import torch
 from conftest import message
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordPiece
 
 from reward import SentimentReward, open_classifier
 from runtime import hub
-from runtime.hub import WEIGHTS, locate, missing_files, open_gpt2, read_tensors, weight_file
+from runtime.hub import WEIGHTS, load_gpt2, locate, missing_files, open_gpt2, read_tensors, weight_file
 
 # ---- locating a model
 
@@ -112,6 +112,17 @@ def nonsense(file):
 
 def empty(file):
     file.write_bytes(b"")
+
+
+def test_a_gpt2_with_a_weight_that_is_not_finite_is_refused_with_its_name(gpt2_folder, tmp_path):
+    """generate.py would otherwise write the same token again and again."""
+    shutil.copytree(gpt2_folder, tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["transformer.h.0.mlp.c_fc.bias"][3] = float("inf")
+    save_file(weights, tmp_path / "broken" / "model.safetensors")
+    folder, config, tokenizer = open_gpt2(str(tmp_path / "broken"))
+    text = message(load_gpt2, folder, config, len(tokenizer))
+    assert text == f"{folder}: h.0.mlp.c_fc.bias has a value that is not finite"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
