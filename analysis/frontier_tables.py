@@ -161,7 +161,6 @@ def leads(frontier, nats):
     return {
         method: [x - y for x, y in zip(ppo, values)] if len(values) == len(ppo) else []
         for method, values in scores.items()
-        if method != "best-of-n"
     }
 
 

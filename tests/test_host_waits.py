@@ -43,6 +43,16 @@ def test_a_rollout_and_its_update_make_the_host_wait_12_times(gpt2_folder, bert_
     assert [counted.total for counted in waits] == [7, 1, 5], places
 
 
+def test_a_classifier_copies_its_logits_once_whatever_the_number_of_batches(bert_folder):
+    """The other waits are in transformers, one per batch."""
+    classifier, host = SentimentReward.load(str(bert_folder), device=GPU), HostWaits()
+    classifier.batch_tokens = 24
+    with host:
+        classifier([" ".join(["movie"] * n) for n in (1, 20, 4, 40)])
+    waits = Counter(place.split(":")[0] for place in host.places.elements())
+    assert waits == {"reward.py": 1, "masking_utils.py": 4}
+
+
 def test_every_kind_of_wait_is_counted_and_no_other_operation():
     x, mask, places, host = torch.arange(6.0), torch.arange(6) > 2, torch.tensor([1, 2]), HostWaits()
     wait = (
